@@ -1,0 +1,2 @@
+//! Hull.
+fn main() {}

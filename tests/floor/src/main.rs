@@ -1,0 +1,44 @@
+//! The floor: the least that any monitor does for the same work, so that benches can say how far
+//! above it a monitor is. Nothing here is careful, general or safe against its input; it runs
+//! files of ours.
+//!
+//! - `floor boot PAYLOAD MIB COMMAND-LINE` makes a VM, runs the payload to its first write to a
+//!   port, and exits.
+//! - `floor pread FILE SIZE COUNT [direct]` reads at random offsets and prints ticks per read.
+//! - `floor pwrite FILE SIZE COUNT FLUSH [direct]` writes likewise, with an fdatasync every FLUSH.
+//! - `floor tapwrite NAME SIZE COUNT` sends frames to a TAP and prints ticks per frame.
+
+mod boot;
+mod io;
+
+use std::process::ExitCode;
+
+/// Anything that goes wrong, in words: there is nobody to handle it but the person who reads it.
+pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let outcome = match arguments.as_slice() {
+        ["boot", payload, mib, command_line] => boot::run(payload, mib, command_line),
+        ["pread", file, size, count] => io::read_at_random(file, size, count, false),
+        ["pread", file, size, count, "direct"] => io::read_at_random(file, size, count, true),
+        ["pwrite", file, size, count, flush] => {
+            io::write_at_random(file, size, count, flush, false)
+        }
+        ["pwrite", file, size, count, flush, "direct"] => {
+            io::write_at_random(file, size, count, flush, true)
+        }
+        ["tapwrite", name, size, count] => io::send_frames(name, size, count),
+        _ => Err("usage: floor boot PAYLOAD MIB COMMAND-LINE | pread FILE SIZE COUNT [direct] | \
+                  pwrite FILE SIZE COUNT FLUSH [direct] | tapwrite NAME SIZE COUNT"
+            .into()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("floor: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -62,7 +62,7 @@ pub fn page_tables(page_size: PageSize) -> Vec<u8> {
     let mut entries = vec![0; ENTRIES];
     entries[0] = pdpt | TABLE;
     match page_size {
-        PageSize::Gib1 => entries.extend((0..4).map(|gib| gib * GIB | LEAF)),
+        PageSize::Gib1 => entries.extend((0..4).map(|gib| (gib * GIB) | LEAF)),
         PageSize::Mib2 => {
             entries.extend((0..4).map(|gib| (directories + gib * PAGE_SIZE) | TABLE));
             entries.resize(2 * ENTRIES, 0);

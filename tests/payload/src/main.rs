@@ -12,6 +12,7 @@ mod basic;
 mod boot;
 mod machine;
 mod serial;
+mod virtio;
 
 use boot::Boot;
 
@@ -33,6 +34,10 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("mem", basic::memory),
     ("ids", basic::ids),
     ("exits", basic::exits),
+    ("rng", virtio::rng::scenario),
+    ("blk", virtio::blk::scenario),
+    ("net", virtio::net::scenario),
+    ("console", virtio::console::scenario),
 ];
 
 /// Called by start.s at privilege level 3.

@@ -97,7 +97,7 @@ pub const VMCLOCK_GENERATION_COUNTER_OFFSET: u64 =
 
 // Guests map this page: an offset that moved is a broken guest, not a number to adapt here.
 const _: () = {
-    assert!(VMGENID_OFFSET % 8 == 0);
+    assert!(VMGENID_OFFSET.is_multiple_of(8));
     assert!(size_of::<VmClock>() == 112);
     assert!(VMCLOCK_SEQ_COUNT_OFFSET == 12);
     assert!(VMCLOCK_DISRUPTION_MARKER_OFFSET == 16);

@@ -4,7 +4,7 @@ use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
     FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify,
-    OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
+    ONE, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
 };
 
 use super::{AcpiConfig, GED_EVENT_PORT, sdt, to_bytes};
@@ -118,8 +118,6 @@ fn virtio(index: usize, slot: &VirtioSlot) -> Vec<u8> {
         vec![
             &name("_HID", &"LNRO0005"),
             &name("_UID", &index),
-            // Memory attributes as seen by the device: coherent.
-            &name("_CCA", &acpi_tables::aml::ONE),
             &name("_CRS", &ResourceTemplate::new(vec![&window, &interrupt(slot.gsi)])),
         ],
     )
@@ -138,7 +136,7 @@ fn vmgenid() -> Vec<u8> {
     device(
         "VGID",
         vec![
-            &name("_HID", &"HULLVGID"),
+            &name("_HID", &"HULL0001"),
             &name("_CID", &Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"])),
             &name("_DDN", &"VM_Gen_Counter"),
             &name("ADDR", &Package::new(vec![&low, &high])),
@@ -170,12 +168,7 @@ fn vmclock() -> Vec<u8> {
 /// The Generic Event Device (ACPI 6.5 § 5.6.9). `events` are bits of the event register and the
 /// devices to notify of them.
 fn generic_event_device(events: &[(u8, &str)]) -> Vec<u8> {
-    let register = OpRegion::new(
-        Path::new("EREG"),
-        OpRegionSpace::SystemIO,
-        &GED_EVENT_PORT,
-        &acpi_tables::aml::ONE,
-    );
+    let register = OpRegion::new(Path::new("EREG"), OpRegionSpace::SystemIO, &GED_EVENT_PORT, &ONE);
     let field = Field::new(
         Path::new("EREG"),
         FieldAccessType::Byte,

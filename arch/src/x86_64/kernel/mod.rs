@@ -100,7 +100,7 @@ impl<'a, R: Read + Seek> Source<'a, R> {
 
     /// Whether the file has `size` bytes at `offset`.
     fn check(&self, offset: u64, size: u64, what: &'static str) -> Result<(), KernelError> {
-        let need = offset.checked_add(size).unwrap_or(u64::MAX);
+        let need = offset.saturating_add(size);
         if need > self.length {
             return Err(KernelError::Truncated { what, need, have: self.length });
         }

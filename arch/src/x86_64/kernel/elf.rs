@@ -106,6 +106,11 @@ struct ProgramHeader {
 }
 
 impl ProgramHeader {
+    /// Whether it describes something that goes into memory.
+    fn is_loaded(&self) -> bool {
+        self.kind == PT_LOAD && self.mem_size > 0
+    }
+
     fn new(bytes: &[u8]) -> Self {
         Self {
             kind: bytes.u32_at(0),
@@ -207,7 +212,7 @@ fn segments<R: Read + Seek>(
     headers: &[ProgramHeader],
 ) -> Result<Vec<Segment>, KernelError> {
     let mut segments = Vec::new();
-    for header in headers.iter().filter(|h| h.kind == PT_LOAD && h.mem_size > 0) {
+    for header in headers.iter().filter(|h| h.is_loaded()) {
         let malformed = |what: &str| {
             KernelError::Malformed(format!("its segment at {:#x} {what}", header.paddr))
         };
@@ -255,12 +260,13 @@ fn in_file_part(address: u64, segments: &[Segment]) -> bool {
 }
 
 /// The entry point as a physical address. Linux writes it as one; other images are linked with a
-/// virtual one, which is translated by the segment it lies in.
+/// virtual one, which is translated by the segment it lies in. [`segments`] has accepted
+/// `headers`, so that no address inside a segment overflows.
 fn physical_entry(entry: u64, headers: &[ProgramHeader]) -> Result<u64, KernelError> {
     let offset_in = |base: fn(&ProgramHeader) -> u64| {
-        headers.iter().filter(|h| h.kind == PT_LOAD).find_map(|header| {
+        headers.iter().filter(|h| h.is_loaded()).find_map(|header| {
             let offset = entry.checked_sub(base(header))?;
-            (offset < header.file_size).then_some(header.paddr + offset)
+            (offset < header.file_size).then(|| header.paddr + offset)
         })
     };
     offset_in(|h| h.paddr).or_else(|| offset_in(|h| h.vaddr)).ok_or_else(|| {

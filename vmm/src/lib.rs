@@ -1,1 +1,21 @@
-//! Hull.
+//! The machine: what holds one virtual machine together.
+//!
+//! - [`config`]: the one description of a machine, whatever front door it came through.
+//! - [`hypervisor`]: the narrow trait over KVM.
+//! - [`memory`]: guest RAM and its mappings.
+//! - [`kernel`]: from a kernel file to a bootable guest.
+//! - [`machine`]: assembly, the control loop, vCPU threads, lifecycle.
+//! - [`io`]: io threads that own the virtio workers.
+//! - [`seccomp`]: the filter of each kind of thread.
+//!
+//! Nothing in here exits the process, prints, or reads the command line.
+
+pub mod config;
+pub mod console;
+pub mod hypervisor;
+pub mod io;
+pub mod kernel;
+pub mod machine;
+pub mod memory;
+pub mod seccomp;
+pub mod timings;

@@ -1,0 +1,157 @@
+//! The first serial port: a 16550A as a plain value.
+//!
+//! `vm-superio` models the registers; this module gives its two side effects back to the caller as
+//! values (bytes to send, an interrupt to raise), so that the caller owns the output and the
+//! interrupt line.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial as Registers, SerialState, Trigger};
+
+/// Remembers that the model asked for an interrupt.
+struct Flag(Arc<AtomicBool>);
+
+impl Trigger for Flag {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// What a register write led to.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Effect {
+    /// A byte that the guest sent.
+    pub output: Option<u8>,
+    /// The interrupt line is to be pulsed.
+    pub interrupt: bool,
+    /// The guest took the last received byte: there is room for more input.
+    pub input_drained: bool,
+}
+
+/// A 16550A UART.
+pub struct Serial {
+    registers: Registers<Flag, NoEvents, Vec<u8>>,
+    // Shared with the model's trigger only; atomic so that the whole value can change threads.
+    interrupt: Arc<AtomicBool>,
+}
+
+impl Default for Serial {
+    fn default() -> Self {
+        Serial::new()
+    }
+}
+
+impl Serial {
+    /// Length of the port range in bytes.
+    pub const LEN: u64 = 8;
+
+    /// A port as it is after power-on.
+    pub fn new() -> Serial {
+        let interrupt = Arc::new(AtomicBool::new(false));
+        let registers = Registers::new(Flag(Arc::clone(&interrupt)), Vec::new());
+        Serial { registers, interrupt }
+    }
+
+    /// Reads a register. Accesses wider than a byte read ones above it, as on an 8-bit bus.
+    pub fn read(&mut self, offset: u64, data: &mut [u8]) -> Effect {
+        data.fill(0xff);
+        let mut effect = Effect::default();
+        if let (Ok(offset), Some(byte)) = (u8::try_from(offset), data.first_mut()) {
+            let had_input = self.registers.fifo_capacity() < FIFO_LEN;
+            *byte = self.registers.read(offset);
+            effect.input_drained = had_input && self.registers.fifo_capacity() == FIFO_LEN;
+        }
+        effect.interrupt = self.take_interrupt();
+        effect
+    }
+
+    /// Writes a register.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        if let (Ok(offset), Some(&byte)) = (u8::try_from(offset), data.first()) {
+            // The error cases are a failing trigger (infallible here), a failing writer (a Vec does
+            // not fail) and a full receive FIFO in loopback mode, where the byte is lost as it
+            // would be on a real UART.
+            let _ = self.registers.write(offset, byte);
+        }
+        let out = self.registers.writer_mut();
+        Effect { output: out.pop(), interrupt: self.take_interrupt(), input_drained: false }
+    }
+
+    /// Bytes of input that would fit now, 0 to 64.
+    pub fn input_room(&self) -> usize {
+        self.registers.fifo_capacity()
+    }
+
+    /// Gives the guest up to [`Serial::input_room`] bytes of `input`. Returns how many it took, and
+    /// whether the interrupt line is to be pulsed.
+    pub fn input(&mut self, input: &[u8]) -> (usize, bool) {
+        let take = input.len().min(self.input_room());
+        // In loopback mode the line is disconnected and the model takes nothing; the bytes are gone
+        // as they would be on a wire.
+        let _ = self.registers.enqueue_raw_bytes(&input[..take]);
+        (take, self.take_interrupt())
+    }
+
+    fn take_interrupt(&mut self) -> bool {
+        self.interrupt.swap(false, Ordering::Relaxed)
+    }
+
+    /// The registers, for a snapshot.
+    pub fn state(&self) -> SerialState {
+        self.registers.state()
+    }
+}
+
+/// Receive FIFO of the model in bytes.
+const FIFO_LEN: usize = 0x40;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_comes_back_as_a_value() {
+        let mut serial = Serial::new();
+        assert_eq!(serial.write(0, b"a").output, Some(b'a'));
+        assert_eq!(serial.write(7, b"a").output, None);
+        assert_eq!(serial.write(0, &[]).output, None);
+    }
+
+    #[test]
+    fn input_raises_an_interrupt_once_enabled_and_reports_when_drained() {
+        let mut serial = Serial::new();
+        assert_eq!(serial.input(b"x"), (1, false), "receive interrupt still disabled");
+        assert!(serial.write(1, &[1]).interrupt || serial.input(b"y").1);
+        let mut byte = [0];
+        serial.read(0, &mut byte);
+        assert_eq!(&byte, b"x");
+        while serial.input_room() < FIFO_LEN {
+            let effect = serial.read(0, &mut byte);
+            assert_eq!(effect.input_drained, serial.input_room() == FIFO_LEN);
+        }
+    }
+
+    #[test]
+    fn takes_no_more_than_fits() {
+        let mut serial = Serial::new();
+        assert_eq!(serial.input(&[b'z'; 100]).0, 64);
+        assert_eq!(serial.input(&[b'z'; 100]).0, 0);
+    }
+
+    #[test]
+    fn odd_accesses_do_not_panic() {
+        let mut serial = Serial::new();
+        for offset in [0, 1, 7, 8, 255, 256, u64::MAX] {
+            for len in 0..9 {
+                serial.write(offset, &vec![0xa5; len]);
+                serial.read(offset, &mut vec![0; len]);
+            }
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! The device contract: two halves, one way to start and stop a queue.
+//!
+//! A [`Device`] lives on the machine's control thread: what it is, what it offers, its
+//! configuration space, its saved state. For each group of queues it makes a [`Worker`], which
+//! exactly one io thread owns from then on. Neither contains a lock.
+//!
+//! ```text
+//!                 Device::worker          Worker::start_queue
+//!   DRIVER_OK ──────────────────> Worker ─────────────────────> popping
+//!   resume, restore, fork ──────>   (the same)                     │ Worker::stop_queue
+//!                                                                  v
+//!   reset, pause, save, fork <── QueueState <── last token ─── draining
+//! ```
+//!
+//! Stopping is asynchronous: a worker stops popping at once, and gives the [`QueueState`] back when
+//! its last request is completed: directly, or later through [`Reactor::stopped`].
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use libc::iovec;
+
+use super::Kind;
+use super::queue::{Queue, QueueError, QueueState};
+
+/// Saved state of a device: what it is, in which layout, and the bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Payload {
+    /// Whose state this is, e.g. "virtio-blk".
+    pub kind: &'static str,
+    /// Version of the layout of `bytes`.
+    pub version: u16,
+    /// The state in that layout.
+    pub bytes: Vec<u8>,
+}
+
+/// Why saved state was refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum RestoreError {
+    /// The payload is another device's, or of another version.
+    #[error("state of {found_kind} version {found_version} given to {kind} version {version}")]
+    Mismatch {
+        /// The device that was asked to take it.
+        kind: &'static str,
+        /// The version it takes.
+        version: u16,
+        /// What the payload says it is.
+        found_kind: String,
+        /// The version that the payload says.
+        found_version: u16,
+    },
+    /// The bytes are not a state that this version of the device could have saved.
+    #[error("state of {kind} is not valid: {reason}")]
+    Invalid {
+        /// The device.
+        kind: &'static str,
+        /// What is wrong.
+        reason: &'static str,
+    },
+}
+
+impl Payload {
+    /// Checks that this payload is `kind`'s in `version` and returns its bytes.
+    ///
+    /// # Errors
+    /// [`RestoreError::Mismatch`].
+    pub fn expect(&self, kind: &'static str, version: u16) -> Result<&[u8], RestoreError> {
+        if self.kind == kind && self.version == version {
+            return Ok(&self.bytes);
+        }
+        Err(RestoreError::Mismatch {
+            kind,
+            version,
+            found_kind: self.kind.to_owned(),
+            found_version: self.version,
+        })
+    }
+}
+
+/// The control half of a virtio device.
+pub trait Device: Send {
+    /// Which device this is.
+    fn kind(&self) -> Kind;
+
+    /// Device-specific feature bits that are offered, beside
+    /// [`features::TRANSPORT`](super::features::TRANSPORT).
+    fn features(&self) -> u64 {
+        0
+    }
+
+    /// Maximum size of each queue in descriptors, in the order of their indices.
+    fn queues(&self) -> &[u16];
+
+    /// Queues that one worker serves together; every index is in exactly one group.
+    fn groups(&self) -> Vec<Range<u16>> {
+        let count = u16::try_from(self.queues().len()).unwrap_or(u16::MAX);
+        std::iter::once(0..count).collect()
+    }
+
+    /// Contents of the configuration space.
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// The driver wrote `data` at `offset` of the configuration space. Returns the new contents if
+    /// they changed. Offsets and lengths are the guest's: anything may come.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// Makes the worker of the `group`th element of [`Device::groups`]; `negotiated` are the
+    /// feature bits that driver and device agreed on.
+    ///
+    /// # Errors
+    /// The host refused a resource; the device is then marked as needing a reset.
+    fn worker(&mut self, group: usize, negotiated: u64) -> io::Result<Box<dyn Worker>>;
+
+    /// State that is neither configuration nor the transport's.
+    fn save(&self) -> Payload;
+
+    /// Takes a saved state.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; the device is then unchanged.
+    fn restore(&mut self, payload: &Payload) -> Result<(), RestoreError>;
+}
+
+/// The data half of a virtio device: serves its group's queues on one io thread.
+///
+/// No method may block: a call that could wait goes through [`Reactor::submit`]. None may loop
+/// for as long as a guest pleases: after about [`BATCH`] requests a worker says
+/// [`Reactor::again`] and returns.
+pub trait Worker: Send {
+    /// Starts to serve queue `index`. What the driver made available before is taken as well: the
+    /// io thread kicks each queue once after it started.
+    fn start_queue(&mut self, index: u16, queue: Queue, reactor: &mut dyn Reactor);
+
+    /// Stops popping from queue `index`. Returns its state if nothing of it is in flight, else
+    /// calls [`Reactor::stopped`] after the last completion. An unknown index gives a default.
+    fn stop_queue(&mut self, index: u16, reactor: &mut dyn Reactor) -> Option<QueueState>;
+
+    /// The driver notified queue `index`, or it is to be looked at again.
+    fn on_kick(&mut self, index: u16, reactor: &mut dyn Reactor);
+
+    /// A file descriptor that was registered with `token` is ready.
+    fn on_event(&mut self, _token: u32, _reactor: &mut dyn Reactor) {}
+
+    /// Operation `token` ended with a byte count or an error.
+    fn on_completion(
+        &mut self,
+        _token: u64,
+        _result: io::Result<u32>,
+        _reactor: &mut dyn Reactor,
+    ) {
+    }
+
+    /// The timer set by [`Reactor::set_timer`] expired.
+    fn on_timer(&mut self, _reactor: &mut dyn Reactor) {}
+
+    /// A message from the control half, e.g. a new window size.
+    fn on_message(&mut self, _message: Message, _reactor: &mut dyn Reactor) {}
+}
+
+/// Requests that a worker takes in a row before it lets the other workers of its thread run.
+pub const BATCH: usize = 256;
+
+/// What a device tells its worker while it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// The terminal has this size now.
+    Resize {
+        /// Characters per line.
+        columns: u16,
+        /// Lines.
+        rows: u16,
+    },
+    /// Bytes for the guest's console.
+    Input(Vec<u8>),
+}
+
+/// Readiness that a worker waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// Readable; edge-triggered: reported once each time it becomes so.
+    Readable,
+    /// Writable; edge-triggered.
+    Writable,
+}
+
+/// What an io thread offers the workers that it owns.
+pub trait Reactor {
+    /// Reports readiness of `fd` to [`Worker::on_event`] with `token` from now on.
+    ///
+    /// # Errors
+    /// The descriptor cannot be waited for.
+    fn watch(&mut self, fd: RawFd, token: u32, interest: Interest) -> io::Result<()>;
+
+    /// Ends what [`Reactor::watch`] began. Must be called before `fd` is closed.
+    fn unwatch(&mut self, fd: RawFd);
+
+    /// Starts a file operation that may block; its end arrives at [`Worker::on_completion`].
+    fn submit(&mut self, token: u64, operation: FileOperation);
+
+    /// Calls [`Worker::on_kick`] for queue `index` again after the others had their turn.
+    fn again(&mut self, index: u16);
+
+    /// Calls [`Worker::on_timer`] after `delay`; replaces an earlier timer of this worker.
+    fn set_timer(&mut self, delay: Duration);
+
+    /// Queue `index` has nothing in flight any more and stopped in `state`.
+    fn stopped(&mut self, index: u16, state: QueueState);
+
+    /// The driver broke the protocol: the device needs a reset.
+    fn fault(&mut self, fault: Fault);
+}
+
+/// Why a device needs a reset.
+#[derive(Debug)]
+pub enum Fault {
+    /// The ring of queue `.0` is broken.
+    Queue(u16, QueueError),
+    /// A request in queue `.0` is not one of this device type's.
+    Request(u16, &'static str),
+    /// The back-end failed in a way that no single request can report.
+    Backend(io::Error),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::Queue(index, err) => write!(f, "queue {index}: {err}"),
+            Fault::Request(index, what) => write!(f, "queue {index}: {what}"),
+            Fault::Backend(err) => write!(f, "back-end: {err}"),
+        }
+    }
+}
+
+/// A file operation on guest memory that may take its time.
+#[derive(Debug)]
+pub struct FileOperation {
+    /// The file, which stays open until the operation ended.
+    pub fd: RawFd,
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// What is to be done.
+    pub action: Action,
+}
+
+/// Kinds of [`FileOperation`].
+#[derive(Debug)]
+pub enum Action {
+    /// Read into the buffers.
+    Read(IoVecs),
+    /// Write the buffers.
+    Write(IoVecs),
+    /// fdatasync(2) of the whole file.
+    Sync,
+    /// fallocate(2) with this mode over this many bytes.
+    Allocate {
+        /// FALLOC_FL_* bits.
+        mode: i32,
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// Buffers in guest RAM, which stays mapped for as long as an operation runs: the worker that
+/// submitted it holds the queue, and the queue holds the memory.
+#[derive(Debug)]
+pub struct IoVecs(Vec<iovec>);
+
+// SAFETY: the pointers refer to guest RAM, valid in every thread of the process.
+unsafe impl Send for IoVecs {}
+
+impl IoVecs {
+    /// Copies the list (not the bytes) out of `buf`.
+    pub fn of(buf: &super::iobuf::IoBuf) -> IoVecs {
+        IoVecs(buf.iovecs().to_vec())
+    }
+
+    /// The list.
+    pub fn as_slice(&self) -> &[iovec] {
+        &self.0
+    }
+}

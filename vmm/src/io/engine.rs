@@ -1,0 +1,376 @@
+//! File operations that may block, away from the event loop: one io_uring per io thread, or a
+//! small pool of threads where the host refuses io_uring.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use devices::virtio::device::{Action, FileOperation};
+use io_uring::{IoUring, Probe, opcode, register::Restriction, squeue, types};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{STACK_SIZE, WorkerId};
+use crate::seccomp::{self, ThreadKind};
+
+/// Submission entries; more operations than this wait in a list until entries are free.
+const RING_ENTRIES: u32 = 128;
+
+/// Threads of the pool: a stuck file keeps at most this many operations of one io thread waiting.
+const POOL_THREADS: usize = 4;
+
+/// Who asked for an operation.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Origin {
+    pub(super) worker: WorkerId,
+    pub(super) token: u64,
+}
+
+/// An operation that ended.
+pub(super) struct Completion {
+    pub(super) origin: Origin,
+    pub(super) result: io::Result<u32>,
+}
+
+/// Runs file operations. Completions are signalled at [`Engine::event`] and taken with
+/// [`Engine::reap`].
+pub(super) enum Engine {
+    Uring(Box<Uring>),
+    Pool(Pool),
+}
+
+impl Engine {
+    /// An io_uring if the host has one that knows what is needed, else a pool.
+    pub(super) fn new(index: usize, seccomp: seccomp::Mode) -> io::Result<Engine> {
+        match Uring::new() {
+            Ok(ring) => Ok(Engine::Uring(Box::new(ring))),
+            Err(err) => {
+                tracing::info!(%err, "no io_uring on this host, file I/O uses a thread pool");
+                Pool::new(index, seccomp).map(Engine::Pool)
+            }
+        }
+    }
+
+    /// Readable (edge-triggered) when operations ended.
+    pub(super) fn event(&self) -> RawFd {
+        match self {
+            Engine::Uring(ring) => ring.event.as_raw_fd(),
+            Engine::Pool(pool) => pool.event.as_raw_fd(),
+        }
+    }
+
+    /// Queues an operation; [`Engine::flush`] starts it.
+    pub(super) fn submit(&mut self, origin: Origin, operation: FileOperation) {
+        match self {
+            Engine::Uring(ring) => ring.waiting.push_back((origin, operation)),
+            Engine::Pool(pool) => pool.submit(origin, operation),
+        }
+    }
+
+    /// Starts what was queued.
+    pub(super) fn flush(&mut self) {
+        if let Engine::Uring(ring) = self {
+            ring.flush();
+        }
+    }
+
+    /// The next operation that ended, if any.
+    pub(super) fn reap(&mut self) -> Option<Completion> {
+        match self {
+            Engine::Uring(ring) => ring.reap(),
+            Engine::Pool(pool) => pool.done.try_recv().ok(),
+        }
+    }
+}
+
+/// An operation under way: the kernel uses its buffers list until submission only, but the
+/// operation is kept to say what a completion belongs to.
+struct InFlight {
+    origin: Origin,
+    operation: FileOperation,
+}
+
+/// One io_uring, restricted to the operations of a disk.
+pub(super) struct Uring {
+    ring: IoUring,
+    event: EventFd,
+    waiting: VecDeque<(Origin, FileOperation)>,
+    in_flight: Vec<Option<InFlight>>,
+    free: Vec<usize>,
+    failed: VecDeque<Completion>,
+}
+
+impl Uring {
+    fn new() -> io::Result<Uring> {
+        let ring: IoUring = IoUring::builder().setup_r_disabled().build(RING_ENTRIES)?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let needed = [
+            opcode::Readv::CODE,
+            opcode::Writev::CODE,
+            opcode::Fsync::CODE,
+            opcode::Fallocate::CODE,
+        ];
+        if !needed.iter().all(|&code| probe.is_supported(code)) {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        ring.submitter().register_eventfd(event.as_raw_fd())?;
+        // From here on the ring can do nothing else, whoever gets hold of it.
+        let mut allowed = needed.map(Restriction::sqe_op);
+        ring.submitter().register_restrictions(&mut allowed)?;
+        ring.submitter().register_enable_rings()?;
+        Ok(Uring {
+            ring,
+            event,
+            waiting: VecDeque::new(),
+            in_flight: Vec::new(),
+            free: Vec::new(),
+            failed: VecDeque::new(),
+        })
+    }
+
+    fn flush(&mut self) {
+        while !self.waiting.is_empty() {
+            while !self.ring.submission().is_full() {
+                let Some((origin, operation)) = self.waiting.pop_front() else { break };
+                let slot = self.free.pop().unwrap_or_else(|| {
+                    self.in_flight.push(None);
+                    self.in_flight.len() - 1
+                });
+                let entry = entry(&operation).user_data(slot as u64);
+                self.in_flight[slot] = Some(InFlight { origin, operation });
+                // SAFETY: the buffers are guest RAM, mapped until the worker that submitted gets
+                // the completion; the iovec list lives in `in_flight` until then.
+                if unsafe { self.ring.submission().push(&entry) }.is_err() {
+                    self.fail(slot, io::Error::from_raw_os_error(libc::EBUSY));
+                }
+            }
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+                // The kernel is out of resources or the completion ring is full: what is queued
+                // stays in the ring and goes with the next flush, after completions were reaped.
+                Err(err) => {
+                    tracing::warn!(%err, "io_uring submission deferred");
+                    break;
+                }
+            }
+        }
+    }
+
+    fn fail(&mut self, slot: usize, err: io::Error) {
+        if let Some(InFlight { origin, .. }) = self.in_flight[slot].take() {
+            self.free.push(slot);
+            self.failed.push_back(Completion { origin, result: Err(err) });
+        }
+    }
+
+    fn reap(&mut self) -> Option<Completion> {
+        if let Some(failed) = self.failed.pop_front() {
+            return Some(failed);
+        }
+        loop {
+            let entry = self.ring.completion().next()?;
+            let slot = usize::try_from(entry.user_data()).unwrap_or(usize::MAX);
+            let Some(done) = self.in_flight.get_mut(slot).and_then(Option::take) else { continue };
+            self.free.push(slot);
+            let result = u32::try_from(entry.result())
+                .map_err(|_| io::Error::from_raw_os_error(-entry.result()));
+            drop(done.operation);
+            return Some(Completion { origin: done.origin, result });
+        }
+    }
+}
+
+fn entry(operation: &FileOperation) -> squeue::Entry {
+    let fd = types::Fd(operation.fd);
+    let offset = operation.offset;
+    match &operation.action {
+        Action::Read(bufs) => {
+            let bufs = bufs.as_slice();
+            opcode::Readv::new(fd, bufs.as_ptr(), bufs.len() as u32).offset(offset).build()
+        }
+        Action::Write(bufs) => {
+            let bufs = bufs.as_slice();
+            opcode::Writev::new(fd, bufs.as_ptr(), bufs.len() as u32).offset(offset).build()
+        }
+        Action::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+        Action::Allocate { mode, len } => {
+            opcode::Fallocate::new(fd, *len).offset(offset).mode(*mode).build()
+        }
+    }
+}
+
+type Job = (Origin, FileOperation);
+
+/// A few threads that do one blocking call at a time.
+pub(super) struct Pool {
+    jobs: Option<mpsc::Sender<Job>>,
+    done: mpsc::Receiver<Completion>,
+    event: Arc<EventFd>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Pool {
+    fn new(index: usize, seccomp: seccomp::Mode) -> io::Result<Pool> {
+        let (jobs, receiver) = mpsc::channel::<Job>();
+        let receiver = Arc::new(Mutex::new(receiver));
+        let (done_tx, done) = mpsc::channel();
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let mut pool = Pool { jobs: Some(jobs), done, event, threads: Vec::new() };
+        for n in 0..POOL_THREADS {
+            let receiver = Arc::clone(&receiver);
+            let (done, event) = (done_tx.clone(), Arc::clone(&pool.event));
+            let thread = std::thread::Builder::new()
+                .name(format!("pool {index}.{n}"))
+                .stack_size(STACK_SIZE)
+                .spawn(move || {
+                    if let Err(err) = seccomp::apply(ThreadKind::Pool, seccomp) {
+                        tracing::error!(%err, "pool thread could not be filtered and ends");
+                        return;
+                    }
+                    loop {
+                        // The lock is held while waiting: one thread waits for the next job, the
+                        // others for the lock.
+                        let job = receiver.lock().ok().and_then(|jobs| jobs.recv().ok());
+                        let Some((origin, operation)) = job else { return };
+                        let completion = Completion { origin, result: perform(&operation) };
+                        if done.send(completion).is_err() || event.write(1).is_err() {
+                            return;
+                        }
+                    }
+                })?;
+            pool.threads.push(thread);
+        }
+        Ok(pool)
+    }
+
+    fn submit(&mut self, origin: Origin, operation: FileOperation) {
+        if let Some(jobs) = &self.jobs {
+            // Fails only if every pool thread ended; the request then stays in flight and the
+            // device's stop deadline names it.
+            let _ = jobs.send((origin, operation));
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.jobs = None;
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Does `operation` now, on this thread.
+fn perform(operation: &FileOperation) -> io::Result<u32> {
+    let FileOperation { fd, offset, action } = operation;
+    let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
+    let offset = libc::off_t::try_from(*offset).map_err(invalid)?;
+    loop {
+        let result = match action {
+            Action::Read(bufs) => {
+                let (ptr, len) = (bufs.as_slice().as_ptr(), bufs.as_slice().len() as i32);
+                // SAFETY: the list describes guest RAM that stays mapped until completion.
+                unsafe { libc::preadv(*fd, ptr, len, offset) }
+            }
+            Action::Write(bufs) => {
+                let (ptr, len) = (bufs.as_slice().as_ptr(), bufs.as_slice().len() as i32);
+                // SAFETY: as above.
+                unsafe { libc::pwritev(*fd, ptr, len, offset) }
+            }
+            Action::Sync => {
+                // SAFETY: no memory is involved.
+                unsafe { libc::fdatasync(*fd) as isize }
+            }
+            Action::Allocate { mode, len } => {
+                let len = libc::off_t::try_from(*len).map_err(invalid)?;
+                // SAFETY: no memory is involved.
+                unsafe { libc::fallocate(*fd, *mode, offset, len) as isize }
+            }
+        };
+        match u32::try_from(result) {
+            Ok(done) => return Ok(done),
+            Err(_) => {
+                let err = io::Error::last_os_error();
+                if err.kind() != io::ErrorKind::Interrupted {
+                    return Err(err);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::time::{Duration, Instant};
+
+    const ORIGIN: Origin = Origin { worker: WorkerId { device: 0, group: 0 }, token: 7 };
+
+    fn wait(engine: &mut Engine) -> Completion {
+        let start = Instant::now();
+        loop {
+            if let Some(completion) = engine.reap() {
+                return completion;
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "operation never ended");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn exercise(mut engine: Engine) {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 8192]).unwrap();
+        let fd = file.as_raw_fd();
+        let mut run = |action, offset| {
+            engine.submit(ORIGIN, FileOperation { fd, offset, action });
+            engine.flush();
+            let completion = wait(&mut engine);
+            assert_eq!(completion.origin.token, 7);
+            completion.result
+        };
+        assert_eq!(run(Action::Sync, 0).unwrap(), 0);
+        let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        assert_eq!(run(Action::Allocate { mode: punch, len: 4096 }, 4096).unwrap(), 0);
+        let err = run(Action::Allocate { mode: -1, len: 4096 }, 0).unwrap_err();
+        assert!(err.raw_os_error().is_some());
+        use std::os::unix::fs::FileExt;
+        let mut bytes = [9; 8192];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes[..4096].iter().all(|&b| b == 1) && bytes[4096..].iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn pool_runs_operations() {
+        exercise(Engine::Pool(Pool::new(0, seccomp::Mode::Off).unwrap()));
+    }
+
+    #[test]
+    fn ring_runs_operations() {
+        exercise(Engine::Uring(Box::new(Uring::new().unwrap())));
+    }
+
+    #[test]
+    fn more_operations_than_ring_entries_all_end() {
+        let mut engine = Engine::Uring(Box::new(Uring::new().unwrap()));
+        let file = tempfile::tempfile().unwrap();
+        let count = RING_ENTRIES as usize * 3;
+        for _ in 0..count {
+            let operation =
+                FileOperation { fd: file.as_raw_fd(), offset: 0, action: Action::Sync };
+            engine.submit(ORIGIN, operation);
+        }
+        engine.flush();
+        for _ in 0..count {
+            engine.flush();
+            wait(&mut engine).result.unwrap();
+        }
+        assert!(engine.reap().is_none());
+    }
+}

@@ -1,0 +1,228 @@
+//! Where port and MMIO exits go. Built while the machine is assembled; vCPUs look things up without
+//! a lock.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arch::{interrupts, layout};
+use devices::acpi::{AcpiRegisters, Event as AcpiEvent};
+use devices::bus::{Bus, BusError};
+use devices::i8042::I8042;
+use devices::serial::{Effect, Serial};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::transport::Transport;
+use crate::console::Output;
+use crate::timings::{Milestone, Timings};
+
+/// What a port write asks of the vCPU that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Continue,
+    PowerOff,
+    Reset,
+}
+
+/// The serial port's registers with its interrupt line and output.
+pub(super) struct SerialPort {
+    registers: Mutex<Serial>,
+    irq: EventFd,
+    output: Arc<Output>,
+    /// Signalled when the guest took all input.
+    input_drained: EventFd,
+}
+
+impl SerialPort {
+    pub(super) fn new(irq: EventFd, output: Arc<Output>, input_drained: EventFd) -> SerialPort {
+        SerialPort { registers: Mutex::new(Serial::new()), irq, output, input_drained }
+    }
+
+    fn registers(&self) -> MutexGuard<'_, Serial> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the guest some of `bytes`; returns how many it took.
+    pub(super) fn input(&self, bytes: &[u8]) -> usize {
+        let (taken, interrupt) = self.registers().input(bytes);
+        if interrupt {
+            let _ = self.irq.write(1);
+        }
+        taken
+    }
+
+    pub(super) fn input_drained(&self) -> &EventFd {
+        &self.input_drained
+    }
+
+    fn finish(&self, effect: &Effect) {
+        if effect.interrupt {
+            let _ = self.irq.write(1);
+        }
+        if effect.input_drained {
+            let _ = self.input_drained.write(1);
+        }
+    }
+}
+
+/// A register block that is shared by vCPUs and `main`, and its interrupt.
+pub(super) struct AcpiPort {
+    registers: Mutex<AcpiRegisters>,
+    irq: EventFd,
+}
+
+impl AcpiPort {
+    pub(super) fn new(irq: EventFd) -> AcpiPort {
+        AcpiPort { registers: Mutex::new(AcpiRegisters::default()), irq }
+    }
+
+    fn registers(&self) -> MutexGuard<'_, AcpiRegisters> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the guest of `event` through the Generic Event Device.
+    pub(super) fn raise(&self, event: AcpiEvent) {
+        self.registers().raise(event);
+        let _ = self.irq.write(1);
+    }
+}
+
+enum PortDevice {
+    Serial(Arc<SerialPort>),
+    I8042(I8042),
+    Acpi(Arc<AcpiPort>),
+}
+
+enum MmioDevice {
+    Virtio(Arc<Transport>),
+    BootTimer,
+}
+
+/// Everything that vCPU exits can reach.
+pub(super) struct Buses {
+    ports: Bus<PortDevice>,
+    mmio: Bus<MmioDevice>,
+    timings: Arc<Timings>,
+    unclaimed: AtomicU64,
+    wrote_console: AtomicBool,
+}
+
+impl Buses {
+    pub(super) fn new(timings: Arc<Timings>) -> Buses {
+        Buses {
+            ports: Bus::default(),
+            mmio: Bus::default(),
+            timings,
+            unclaimed: AtomicU64::new(0),
+            wrote_console: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn add_serial(&mut self, serial: Arc<SerialPort>) -> Result<(), BusError> {
+        let start = u64::from(interrupts::COM1_PORT);
+        self.ports.insert(start, Serial::LEN, "COM1", PortDevice::Serial(serial))
+    }
+
+    pub(super) fn add_legacy(&mut self, acpi: Arc<AcpiPort>) -> Result<(), BusError> {
+        let i8042 = u64::from(interrupts::I8042_DATA_PORT);
+        self.ports.insert(i8042, I8042::LEN, "i8042", PortDevice::I8042(I8042))?;
+        let sleep = u64::from(interrupts::SLEEP_CONTROL_PORT);
+        self.ports.insert(sleep, AcpiRegisters::LEN, "ACPI", PortDevice::Acpi(acpi))?;
+        let (timer, len) = (layout::BOOT_TIMER, layout::BOOT_TIMER_SIZE);
+        self.mmio.insert(timer, len, "boot timer", MmioDevice::BootTimer)
+    }
+
+    pub(super) fn add_virtio(
+        &mut self,
+        gpa: u64,
+        transport: Arc<Transport>,
+    ) -> Result<(), BusError> {
+        let name = transport.name().to_owned();
+        self.mmio.insert(gpa, layout::VIRTIO_MMIO_SIZE, &name, MmioDevice::Virtio(transport))
+    }
+
+    /// `in`: fills `data`, element by element of `size` bytes. What nobody claims reads as ones.
+    pub(super) fn port_in(&self, port: u16, size: u8, data: &mut [u8]) {
+        data.fill(0xff);
+        let Some((device, offset)) = self.ports.find(u64::from(port)) else {
+            self.unclaimed.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
+        for element in data.chunks_mut(usize::from(size.max(1))) {
+            match device {
+                PortDevice::Serial(serial) => {
+                    let effect = serial.registers().read(offset, element);
+                    serial.finish(&effect);
+                }
+                PortDevice::I8042(i8042) => i8042.read(offset, element),
+                PortDevice::Acpi(acpi) => acpi.registers().read(offset, element),
+            }
+        }
+    }
+
+    /// `out`: `data` holds elements of `size` bytes. `may_wait` says whether the vCPU may be held
+    /// while the console's reader is slow.
+    pub(super) fn port_out(
+        &self,
+        port: u16,
+        size: u8,
+        data: &[u8],
+        may_wait: impl Fn() -> bool,
+    ) -> Outcome {
+        let Some((device, offset)) = self.ports.find(u64::from(port)) else {
+            self.unclaimed.fetch_add(1, Ordering::Relaxed);
+            return Outcome::Continue;
+        };
+        for element in data.chunks(usize::from(size.max(1))) {
+            match device {
+                PortDevice::Serial(serial) => {
+                    let effect = serial.registers().write(offset, element);
+                    if let Some(byte) = effect.output {
+                        if !self.wrote_console.swap(true, Ordering::Relaxed) {
+                            self.timings.mark(Milestone::FirstConsoleByte);
+                        }
+                        // Outside the register lock: the reader may be slow.
+                        serial.output.push(byte, &may_wait);
+                    }
+                    serial.finish(&effect);
+                }
+                PortDevice::I8042(i8042) => {
+                    if i8042.write(offset, element) {
+                        return Outcome::Reset;
+                    }
+                }
+                PortDevice::Acpi(acpi) => {
+                    if acpi.registers().write(offset, element) {
+                        return Outcome::PowerOff;
+                    }
+                }
+            }
+        }
+        Outcome::Continue
+    }
+
+    /// Read of memory that is not RAM. What nobody claims reads as ones.
+    pub(super) fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        match self.mmio.find(gpa) {
+            Some((MmioDevice::Virtio(transport), offset)) => transport.read(offset, data),
+            Some((MmioDevice::BootTimer, _)) => data.fill(0),
+            None => {
+                self.unclaimed.fetch_add(1, Ordering::Relaxed);
+                data.fill(0xff);
+            }
+        }
+    }
+
+    /// Write to memory that is not RAM.
+    pub(super) fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        match self.mmio.find(gpa) {
+            Some((MmioDevice::Virtio(transport), offset)) => transport.write(offset, data),
+            Some((MmioDevice::BootTimer, 0)) if data.first() == Some(&layout::BOOT_TIMER_VALUE) => {
+                self.timings.mark(Milestone::Userspace);
+            }
+            Some((MmioDevice::BootTimer, _)) => {}
+            None => {
+                self.unclaimed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}

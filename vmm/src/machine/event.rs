@@ -1,0 +1,115 @@
+//! What arrives at the control thread, and the channel that brings it.
+
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::lifecycle::{Refusal, State};
+use crate::hypervisor::Failure;
+use crate::io::Report;
+
+/// A request to a running machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// What state is it in?
+    Status,
+    /// Park vCPUs, stop queues. Answered when nothing moves any more.
+    Pause,
+    /// Go on after a pause.
+    Resume,
+    /// Press the power button. Answered when the guest was told, not when it is off.
+    PowerButton,
+    /// End the machine now, as if the power was cut.
+    Quit,
+}
+
+/// The answer to a [`Command`]: the state after it, or why it was not done.
+pub type Reply = Result<State, Refusal>;
+
+/// Takes the answer; runs on the control thread and must not block.
+pub type ReplyTo = Box<dyn FnOnce(Reply) + Send>;
+
+/// Something for the control thread to do.
+pub(super) enum Event {
+    Command(Command, ReplyTo),
+    /// The driver of a device set DRIVER_OK.
+    Activate {
+        device: usize,
+    },
+    /// The driver of a device reset it; the writing vCPU waits for the message.
+    Reset {
+        device: usize,
+        done: mpsc::SyncSender<()>,
+    },
+    /// The driver of a device wrote its configuration space.
+    ConfigWrite {
+        device: usize,
+        offset: u64,
+        data: Vec<u8>,
+    },
+    Io(Report),
+    Vcpu {
+        index: usize,
+        event: VcpuEvent,
+    },
+}
+
+/// What a vCPU thread reports.
+#[derive(Debug)]
+pub(super) enum VcpuEvent {
+    PowerOff,
+    Reset,
+    TripleFault,
+    /// The vCPU cannot go on; where it was, if that could be read.
+    Failed { failure: Failure, rip: Option<u64> },
+    /// `KVM_RUN` failed.
+    RunFailed(crate::hypervisor::HypervisorError),
+    /// Out of the guest, with nothing of an exit left to be completed.
+    Parked,
+}
+
+/// The sending side of the control thread's channel.
+#[derive(Clone)]
+pub(super) struct Sender {
+    queue: mpsc::Sender<Event>,
+    wake: Arc<EventFd>,
+}
+
+impl Sender {
+    pub(super) fn new(wake: Arc<EventFd>) -> (Sender, mpsc::Receiver<Event>) {
+        let (queue, receiver) = mpsc::channel();
+        (Sender { queue, wake }, receiver)
+    }
+
+    /// Returns false if the control thread is gone.
+    pub(super) fn send(&self, event: Event) -> bool {
+        self.queue.send(event).is_ok() && self.wake.write(1).is_ok()
+    }
+}
+
+/// Sends commands to a machine from any thread.
+#[derive(Clone)]
+pub struct Handle(pub(super) Sender);
+
+impl Handle {
+    /// Sends `command`; `reply` gets the answer, or is dropped if the machine ends first.
+    pub fn send(&self, command: Command, reply: ReplyTo) {
+        self.0.send(Event::Command(command, reply));
+    }
+
+    /// Sends `command` and waits for the answer. Not for the control thread itself.
+    ///
+    /// # Errors
+    /// The machine refused, or ended.
+    pub fn call(&self, command: Command) -> Reply {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        self.send(
+            command,
+            Box::new(move |reply| {
+                let _ = sender.send(reply);
+            }),
+        );
+        receiver.recv().unwrap_or(Err(Refusal::Gone("the command")))
+    }
+}

@@ -1,0 +1,136 @@
+//! One mapped range of host address space.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+
+/// Mappings are aligned to this, so that guest and host huge pages coincide.
+const ALIGN: usize = 2 << 20;
+
+/// A private mapping, unmapped when dropped.
+#[derive(Debug)]
+pub struct Mapping {
+    ptr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is plain memory; access to it is the owner's business.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; `&Mapping` gives out nothing but its address and length.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Reserves `len` bytes of zeroed memory, 2 MiB aligned. With `huge_pages` they come from the
+    /// host's pool of 2 MiB pages, and `len` must be a multiple of that.
+    ///
+    /// # Errors
+    /// The host refused.
+    pub fn anonymous(len: u64, huge_pages: bool) -> io::Result<Mapping> {
+        let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        // Small mappings (the identity pages) need no alignment beyond a page.
+        let slack = if len >= ALIGN && !huge_pages { ALIGN } else { 0 };
+        let reserve =
+            len.checked_add(slack).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        if huge_pages {
+            // Without MAP_NORESERVE, so that a pool that is too small is refused now, not by a
+            // SIGBUS later.
+            flags = libc::MAP_PRIVATE
+                | libc::MAP_ANONYMOUS
+                | libc::MAP_HUGETLB
+                | libc::MAP_HUGE_2MB;
+        }
+        let base = map(std::ptr::null_mut(), reserve, flags, -1, 0)?;
+        if slack == 0 {
+            return Ok(Mapping { ptr: base, len });
+        }
+        let head = base.as_ptr().align_offset(ALIGN);
+        // SAFETY: head < ALIGN = slack, so both cut-offs lie inside the fresh mapping, outside the
+        // part that is kept.
+        unsafe {
+            let start = base.as_ptr().add(head);
+            if head > 0 {
+                libc::munmap(base.as_ptr().cast(), head);
+            }
+            if slack > head {
+                libc::munmap(start.add(len).cast(), slack - head);
+            }
+            Ok(Mapping { ptr: NonNull::new_unchecked(start), len })
+        }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// First address.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// The bytes. Only for memory that no guest runs on yet.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the mapping is `len` readable and writable bytes, borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+
+    /// Replaces `len` bytes at `at` by a copy-on-write view of `file` from `offset`.
+    ///
+    /// # Errors
+    /// The range is not inside this mapping, or the host refused; nothing is changed then.
+    pub(super) fn overlay_file(
+        &mut self,
+        at: u64,
+        len: u64,
+        file: &File,
+        offset: u64,
+    ) -> io::Result<()> {
+        let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+        let at = usize::try_from(at).map_err(|_| invalid())?;
+        let len = usize::try_from(len).map_err(|_| invalid())?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| invalid())?;
+        if at.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(invalid());
+        }
+        // SAFETY: at + len <= self.len.
+        let target = unsafe { self.ptr.as_ptr().add(at) };
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        map(target, len, flags, file.as_raw_fd(), offset).map(|_| ())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is this mapping's own; nobody may use it after its owner is gone.
+        unsafe { libc::munmap(self.ptr.as_ptr().cast(), self.len) };
+    }
+}
+
+fn map(
+    at: *mut u8,
+    len: usize,
+    flags: i32,
+    fd: i32,
+    offset: libc::off_t,
+) -> io::Result<NonNull<u8>> {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: with MAP_FIXED the callers pass a range that they own; without, the kernel chooses
+    // a free one.
+    let ptr = unsafe { libc::mmap(at.cast(), len, prot, flags, fd, offset) };
+    if ptr == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(ptr.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
+}
+
+/// Faults in `len` bytes at `host` for writing: private pages replace those of a file.
+pub(super) fn populate(host: *mut u8, len: u64) -> io::Result<()> {
+    let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    // SAFETY: the caller passes a mapped range of guest RAM; populating does not change contents.
+    match unsafe { libc::madvise(host.cast(), len, libc::MADV_POPULATE_WRITE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,268 @@
+//! Guest memory: the only owner of its mappings.
+//!
+//! Nothing else calls `mmap`, `madvise` or `fallocate` on guest RAM. A machine that is booted from
+//! a kernel has anonymous private RAM; page-aligned kernel segments are mapped over it,
+//! copy-on-write, from the kernel file ([`GuestRam::map_file`]), so that starting does not cost
+//! what the kernel weighs, and machines share what the kernel does not patch.
+//!
+//! Two pages that carry the machine's identity (VMGenID, VMClock) lie outside RAM in a slot of
+//! their own.
+
+mod mapping;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use arch::layout;
+use devices::memory::{GuestMemory, Memory};
+use kvm_bindings::kvm_userspace_memory_region;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Address, GuestAddress, GuestRegionMmap};
+
+use crate::hypervisor::{HypervisorError, Vm};
+pub use mapping::Mapping;
+
+/// Size of a guest and host page in bytes.
+pub const PAGE_SIZE: u64 = layout::PAGE_SIZE;
+
+/// Bytes of the slot that holds the identity pages.
+const ID_PAGES_LEN: u64 = 2 * PAGE_SIZE;
+
+/// Why guest memory could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host refused to reserve address space or memory.
+    #[error("cannot map {size} bytes of guest memory at {gpa:#x}{huge}")]
+    Map {
+        /// Guest-physical address of the range.
+        gpa: u64,
+        /// Length in bytes.
+        size: u64,
+        /// " with huge pages", or nothing.
+        huge: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The ranges do not form a memory map.
+    #[error("guest memory layout is not valid: {0}")]
+    Layout(String),
+    /// A kernel segment could not be mapped or read.
+    #[error("cannot load {len} bytes of the kernel at {gpa:#x}")]
+    Load {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The hypervisor refused a slot.
+    #[error("cannot give the guest its memory")]
+    Slot(#[source] HypervisorError),
+}
+
+/// RAM and identity pages of one machine.
+///
+/// Field order matters: `memory` refers to the mappings and goes first.
+#[derive(Debug)]
+pub struct GuestRam {
+    huge_pages: bool,
+    memory: Memory,
+    ranges: Vec<(GuestAddress, Mapping)>,
+    id_pages: Mapping,
+}
+
+impl GuestRam {
+    /// Reserves `size` bytes of RAM, a multiple of the page size, laid out as
+    /// [`arch::layout::ram_ranges`] says. Memory is taken from the host when it is touched.
+    ///
+    /// # Errors
+    /// [`MemoryError::Map`] if the host refuses.
+    pub fn new(size: u64, huge_pages: bool) -> Result<GuestRam, MemoryError> {
+        let mut ranges = Vec::new();
+        for (gpa, len) in layout::ram_ranges(size) {
+            let mapping = Mapping::anonymous(len, huge_pages).map_err(|source| {
+                let huge = if huge_pages { " with huge pages" } else { "" };
+                MemoryError::Map { gpa: gpa.raw_value(), size: len, huge, source }
+            })?;
+            ranges.push((gpa, mapping));
+        }
+        let id_pages = Mapping::anonymous(ID_PAGES_LEN, false).map_err(|source| {
+            MemoryError::Map { gpa: layout::VMGENID_PAGE, size: ID_PAGES_LEN, huge: "", source }
+        })?;
+        let memory = Memory::new(Arc::new(Self::guest_memory(&ranges)?));
+        Ok(GuestRam { huge_pages, memory, ranges, id_pages })
+    }
+
+    /// The `vm-memory` view of `ranges`.
+    fn guest_memory(ranges: &[(GuestAddress, Mapping)]) -> Result<GuestMemory, MemoryError> {
+        let layout = |err: String| MemoryError::Layout(err);
+        let mut regions = Vec::new();
+        for (gpa, mapping) in ranges {
+            // SAFETY: the pointer is a mapping of this length, which the GuestRam keeps: it drops
+            // after the view, and devices that hold the view are stopped before the machine drops.
+            let region = unsafe {
+                MmapRegionBuilder::new(mapping.len())
+                    .with_raw_mmap_pointer(mapping.as_ptr())
+                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                    .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                    .build()
+            }
+            .map_err(|err| layout(err.to_string()))?;
+            let region = GuestRegionMmap::new(region, *gpa)
+                .ok_or_else(|| layout(format!("a range at {:#x} wraps", gpa.raw_value())))?;
+            regions.push(region);
+        }
+        GuestMemory::from_regions(regions).map_err(|err| layout(err.to_string()))
+    }
+
+    /// The view that devices and loaders use. It must not outlive this `GuestRam`.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// True if files can be mapped over this RAM: its pages are 4 KiB.
+    pub fn maps_files(&self) -> bool {
+        !self.huge_pages
+    }
+
+    /// Total bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.ranges.iter().map(|(_, mapping)| mapping.len() as u64).sum()
+    }
+
+    /// Writes `bytes` into the identity page at guest-physical address `gpa`. Bytes that do not
+    /// fit are an error.
+    ///
+    /// # Errors
+    /// [`MemoryError::Layout`] if the range is not in the identity pages.
+    pub fn write_id_page(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        gpa.checked_sub(layout::VMGENID_PAGE)
+            .and_then(|offset| usize::try_from(offset).ok())
+            .and_then(|offset| self.id_pages.bytes_mut().get_mut(offset..)?.get_mut(..bytes.len()))
+            .ok_or_else(|| MemoryError::Layout(format!("{gpa:#x} is not an identity page")))?
+            .copy_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Tells the hypervisor where guest memory is. To be called once, before vCPUs exist: with
+    /// vCPUs each slot costs milliseconds.
+    ///
+    /// # Errors
+    /// [`MemoryError::Slot`].
+    pub fn register(&self, vm: &dyn Vm) -> Result<(), MemoryError> {
+        let id_pages = (GuestAddress(layout::VMGENID_PAGE), &self.id_pages);
+        let ranges = self.ranges.iter().map(|(gpa, mapping)| (*gpa, mapping));
+        for (slot, (gpa, mapping)) in (0u32..).zip(ranges.chain([id_pages])) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: gpa.raw_value(),
+                memory_size: mapping.len() as u64,
+                userspace_addr: mapping.as_ptr() as u64,
+            };
+            // SAFETY: the mapping is this GuestRam's, and the machine drops its VM before it.
+            unsafe { vm.set_memory_slot(region) }.map_err(MemoryError::Slot)?;
+        }
+        Ok(())
+    }
+
+    /// Maps `len` bytes of `file` from `offset` copy-on-write over RAM at `gpa`. All three are
+    /// multiples of the page size. The file must not change while the machine lives: it is Hull's
+    /// own cache copy, or held under a lease.
+    ///
+    /// # Errors
+    /// [`MemoryError::Load`]; RAM is then as before.
+    pub fn map_file(
+        &mut self,
+        file: &File,
+        offset: u64,
+        gpa: u64,
+        len: u64,
+    ) -> Result<(), MemoryError> {
+        let error = |source| MemoryError::Load { gpa, len, source };
+        let (start, mapping) = self
+            .ranges
+            .iter_mut()
+            .find(|(start, mapping)| {
+                gpa.checked_sub(start.raw_value())
+                    .and_then(|at| at.checked_add(len))
+                    .is_some_and(|end| end <= mapping.len() as u64)
+            })
+            .ok_or_else(|| error(io::Error::from_raw_os_error(libc::EFAULT)))?;
+        let at = gpa - start.raw_value();
+        mapping.overlay_file(at, len, file, offset).map_err(error)
+    }
+
+    /// Makes private copies of all pages of `gpa..gpa + len`, so that the file behind them may
+    /// change. Blocks for as long as that takes (about 0.3 s per GiB).
+    ///
+    /// # Errors
+    /// [`MemoryError::Load`] if the host has no memory for it.
+    pub fn detach_file(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
+        let error = |source| MemoryError::Load { gpa, len, source };
+        let host = self
+            .memory
+            .host_range(gpa, len)
+            .ok_or_else(|| error(io::Error::from_raw_os_error(libc::EFAULT)))?;
+        mapping::populate(host, len).map_err(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn ram_spans_the_hole() {
+        let size = layout::HOLE_START + (64 << 20);
+        let ram = GuestRam::new(size, false).unwrap();
+        assert_eq!(ram.size(), size);
+        assert!(ram.memory().host_range(layout::HOLE_START - 1, 1).is_some());
+        assert!(ram.memory().host_range(layout::HOLE_START, 1).is_none());
+        assert!(ram.memory().host_range(layout::HOLE_END, 1).is_some());
+    }
+
+    #[test]
+    fn ram_is_congruent_with_huge_pages() {
+        let ram = GuestRam::new(8 << 20, false).unwrap();
+        let host = ram.memory().host_range(0, 1).unwrap() as usize;
+        assert_eq!(host % (2 << 20), 0);
+    }
+
+    #[test]
+    fn file_is_mapped_copy_on_write_and_can_be_detached() {
+        let mut ram = GuestRam::new(4 << 20, false).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7u8; 3 * 4096]).unwrap();
+        ram.map_file(&file, 4096, 0x10_0000, 8192).unwrap();
+        let guest = Arc::clone(ram.memory().guest());
+        let read = |gpa| guest.read_obj::<u8>(GuestAddress(gpa)).unwrap();
+        assert_eq!((read(0xf_ffff), read(0x10_0000), read(0x10_1fff)), (0, 7, 7));
+        assert_eq!(read(0x10_2000), 0);
+        guest.write_obj(9u8, GuestAddress(0x10_0000)).unwrap();
+        ram.detach_file(0x10_0000, 8192).unwrap();
+        file.set_len(0).unwrap();
+        assert_eq!((read(0x10_0000), read(0x10_0001)), (9, 7));
+    }
+
+    #[test]
+    fn a_file_outside_ram_is_refused() {
+        let mut ram = GuestRam::new(4 << 20, false).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        assert!(ram.map_file(&file, 0, (4 << 20) - 4096, 8192).is_err());
+        assert!(ram.map_file(&file, 0, u64::MAX & !0xfff, 8192).is_err());
+    }
+
+    #[test]
+    fn identity_pages_take_only_what_fits() {
+        let mut ram = GuestRam::new(4 << 20, false).unwrap();
+        ram.write_id_page(layout::VMGENID_PAGE, &[1; 16]).unwrap();
+        ram.write_id_page(layout::VMCLOCK_PAGE, &[1; 4096]).unwrap();
+        assert!(ram.write_id_page(layout::VMCLOCK_PAGE, &[1; 4097]).is_err());
+        assert!(ram.write_id_page(0, &[1]).is_err());
+    }
+}

@@ -123,14 +123,14 @@ module_closure() {
     }' "$base/modules.builtin" "$base/modules.dep"
 }
 
-# copy_modules KERNEL_DIR DIR MODULE…: puts the closure into DIR, uncompressed (busybox's insmod
-# takes nothing else), and their order of loading into DIR/order.
+# copy_modules KERNEL_DIR DIR ORDER MODULE…: puts the closure into DIR, uncompressed (busybox's
+# insmod takes nothing else), and their order of loading into the file DIR/ORDER.
 copy_modules() {
-  local kernel=$1 into=$2 file name
-  shift 2
+  local kernel=$1 into=$2 order=$2/$3 file name
+  shift 3
   mkdir -p "$into"
   module_closure "$kernel" "$@" >"$SCRATCH/closure" || die "the kernel in $kernel lacks a module"
-  : >"$into/order"
+  : >"$order"
   while read -r file; do
     name=${file##*/}
     case $name in
@@ -139,7 +139,7 @@ copy_modules() {
       *.ko.zst) zstd -qdc "$file" >"$into/${name%.zst}" ;;
       *) die "do not know how $name is compressed" ;;
     esac
-    printf '%s\n' "${name%.ko*}.ko" >>"$into/order"
+    printf '%s\n' "${name%.ko*}.ko" >>"$order"
   done <"$SCRATCH/closure"
 }
 

@@ -10,6 +10,7 @@
 
 mod basic;
 mod boot;
+mod hostile;
 mod machine;
 mod serial;
 mod virtio;
@@ -34,6 +35,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("mem", basic::memory),
     ("ids", basic::ids),
     ("exits", basic::exits),
+    ("hostile", hostile::scenario),
     ("rng", virtio::rng::scenario),
     ("blk", virtio::blk::scenario),
     ("net", virtio::net::scenario),

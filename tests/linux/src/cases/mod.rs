@@ -1,0 +1,23 @@
+//! The tests, by subject.
+
+mod boot;
+mod disk;
+mod lifecycle;
+mod network;
+mod resources;
+
+use crate::guest::Failure;
+use crate::site::Site;
+
+/// A test. Whatever it started ends with it.
+pub type Case = fn(&Site) -> Result<(), Failure>;
+
+/// Every test, by name.
+pub fn all() -> Vec<(&'static str, Case)> {
+    [boot::CASES, resources::CASES, disk::CASES, network::CASES, lifecycle::CASES].concat()
+}
+
+/// Fails with `what` unless `held`.
+fn check(held: bool, what: impl FnOnce() -> String) -> Result<(), Failure> {
+    if held { Ok(()) } else { Err(what().into()) }
+}

@@ -1,0 +1,151 @@
+//! virtio-net under a stock driver, over a TAP of Hull's own.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Case, check};
+use crate::guest::{Failure, Machine, STEP};
+use crate::site::Site;
+
+pub const CASES: &[(&str, Case)] = &[
+    ("network::ping_and_transfer", ping_and_transfer),
+    ("network::two_queue_pairs", two_queue_pairs),
+    ("network::tap_goes_with_the_guest", tap_goes_with_the_guest),
+];
+
+const PORT: u16 = 7700;
+const TRANSFER: usize = 16 << 20;
+
+/// Bytes without a period that a ring or a segment could hide.
+fn sample(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        // xorshift64*, Vigna 2016.
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        bytes.extend(state.wrapping_mul(0x2545_F491_4F6C_DD1D).to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// Accepts one connection within [`STEP`].
+fn accept(listener: &TcpListener) -> Result<TcpStream, Failure> {
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + STEP;
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                stream.set_read_timeout(Some(STEP))?;
+                stream.set_write_timeout(Some(STEP))?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                check(Instant::now() < deadline, || "the guest did not connect".into())?;
+                thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Sends a sample to the guest and takes it back on a second connection. Returns whether both were equal.
+fn round_trip(listener: &TcpListener, seed: u64) -> Result<bool, Failure> {
+    let sent = sample(TRANSFER, seed);
+    accept(listener)?.write_all(&sent)?;
+    let mut back = Vec::with_capacity(TRANSFER);
+    accept(listener)?.read_to_end(&mut back)?;
+    Ok(back == sent)
+}
+
+/// Both ways: pings from the guest, and a sample there and back, which also covers offloads.
+fn ping_and_transfer(site: &Site) -> Result<(), Failure> {
+    let network = site.network();
+    let mut guest = Machine::new(site)?
+        .option("--net", network.option(",mac=02:48:55:4c:4c:01"))
+        .cmdline(network.cmdline())
+        .boot()?;
+    guest.expect("cat /sys/class/net/eth0/address", "02:48:55:4c:4c:01")?;
+    let host = network.host();
+    guest.run(&format!("ping -c 3 -i 0.2 -w 20 {host} >/dev/null"))?;
+    guest.run(&format!("ping -c 2 -i 0.2 -w 20 -s 1400 {host} >/dev/null"))?;
+
+    let listener = TcpListener::bind((host.as_str(), PORT))?;
+    let peer = thread::spawn(move || round_trip(&listener, 1));
+    guest.run(&format!("nc {host} {PORT} </dev/null >/tmp/sample"))?;
+    guest.expect("wc -c </tmp/sample", &TRANSFER.to_string())?;
+    guest.run(&format!("nc {host} {PORT} </tmp/sample"))?;
+    let equal = peer.join().map_err(|_| "the peer's thread ended badly")??;
+    check(equal, || "what came back is not what was sent".into())?;
+    guest.power_off()
+}
+
+/// Two vCPUs, two queue pairs, a transfer on each at once.
+fn two_queue_pairs(site: &Site) -> Result<(), Failure> {
+    let network = site.network();
+    let mut guest = Machine::new(site)?
+        .option("--cpus", "2")
+        .option("--net", network.option(",queues=2"))
+        .cmdline(network.cmdline())
+        .boot()?;
+    // The driver takes as many pairs as it has CPUs, if the device offers them.
+    guest.expect("ls -d /sys/class/net/eth0/queues/tx-* | wc -l", "2")?;
+    let host = network.host();
+    let mut peers = Vec::new();
+    for index in 0..2u16 {
+        let listener = TcpListener::bind((host.as_str(), PORT + index))?;
+        peers.push(thread::spawn(move || round_trip(&listener, u64::from(index) + 7)));
+    }
+    let both = |what: &dyn Fn(u16) -> String| {
+        format!("taskset 1 sh -c '{}' & taskset 2 sh -c '{}' & wait", what(0), what(1))
+    };
+    guest.run(&both(&|n| format!("nc {host} {} </dev/null >/tmp/sample{n}", PORT + n)))?;
+    guest.run(&both(&|n| format!("nc {host} {} </tmp/sample{n}", PORT + n)))?;
+    for peer in peers {
+        let equal = peer.join().map_err(|_| "the peer's thread ended badly")??;
+        check(equal, || "what came back is not what was sent".into())?;
+    }
+    guest.power_off()
+}
+
+/// The names of the host's network devices.
+fn devices() -> Result<Vec<String>, Failure> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir("/sys/class/net")? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    Ok(names)
+}
+
+/// The TAP is made for the life of the run: nothing of it is left, even after a kill.
+fn tap_goes_with_the_guest(site: &Site) -> Result<(), Failure> {
+    for killed in [false, true] {
+        let network = site.network();
+        let before = devices()?;
+        let mut guest = Machine::new(site)?
+            .option("--net", network.option(""))
+            .cmdline(network.cmdline())
+            .boot()?;
+        let address = TcpListener::bind((network.host().as_str(), 0));
+        check(address.is_ok(), || "the host has no address on the TAP".into())?;
+        let during = devices()?;
+        check(during.iter().any(|name| !before.contains(name)), || "no TAP was made".into())?;
+        if killed {
+            guest.kill()?
+        } else {
+            guest.power_off()?
+        }
+        let deadline = Instant::now() + STEP;
+        // Its address goes with it, and other tests make devices of their own meanwhile.
+        while TcpListener::bind((network.host().as_str(), 0)).is_ok() {
+            check(Instant::now() < deadline, || "the TAP outlived its machine".into())?;
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+    Ok(())
+}

@@ -2,7 +2,7 @@
 //! is reset and driven properly, and has to work.
 //!
 //! `payload=hostile dev=rng|blk|net|console case=NAME|all queue=N` prints a line per case:
-//! `hostile NAME status=… used=… recovered|broken`, where *status* is the device status after the
+//! `hostile NAME status=… used=… recovered|broken REASON`, where *status* is the device status after the
 //! attack (0x40: the device wants a reset), *used* how many chains came back, and *broken* means
 //! that the device did not reset or did not serve a proper request after it.
 
@@ -13,13 +13,13 @@ mod requests;
 
 use crate::boot::Boot;
 use crate::machine::{fill, read, ticks, write};
-use crate::println;
 use crate::virtio::mmio::{NEEDS_RESET, Transport};
 use crate::virtio::queue::Queue;
 use crate::virtio::{
     BLOCK, CONSOLE, ENTROPY, F_EVENT_IDX, F_INDIRECT, F_VERSION_1, NET, NEXT, WRITE, blk, find,
     net as driver,
 };
+use crate::{print, println};
 
 /// How long a device has to react to an attack, in ticks: tens of milliseconds.
 const REACTION: u64 = 1 << 27;
@@ -125,21 +125,26 @@ impl Attack {
         Queue::new(index as u16, 64, memory, self.features & F_EVENT_IDX != 0)
     }
 
-    /// Starts the device as a good driver would.
-    fn start(&mut self) -> bool {
+    /// Starts the device as a good driver would, or says what stands in the way.
+    fn start(&mut self) -> Result<(), &'static str> {
+        if !self.device.reset() {
+            return Err("reset");
+        }
+        // Not before the reset: until then the device may write into its rings.
         self.clear();
-        let Some(features) = self.device.negotiate(self.wanted()) else { return false };
-        self.features = features;
+        self.features = self.device.negotiate(self.wanted()).ok_or("features")?;
         for index in 0..self.queue_count() {
             let memory = self.rings + Queue::BYTES * index as u64;
-            let events = features & F_EVENT_IDX != 0;
-            let Some(queue) = self.device.set_up_queue(index as u16, 64, memory, events) else {
-                return false;
-            };
-            self.queues[index] = queue;
+            let events = self.features & F_EVENT_IDX != 0;
+            self.queues[index] =
+                self.device.set_up_queue(index as u16, 64, memory, events).ok_or("queue")?;
         }
         self.device.driver_ok();
-        self.device.status() & NEEDS_RESET == 0
+        self.healthy()
+    }
+
+    fn healthy(&self) -> Result<(), &'static str> {
+        if self.device.status() & NEEDS_RESET == 0 { Ok(()) } else { Err("needs-reset") }
     }
 
     /// The attacked queue.
@@ -206,34 +211,42 @@ impl Attack {
         }
     }
 
-    /// Whether the device serves a proper request.
-    fn works(&mut self) -> bool {
+    /// Serves a proper request after a reset, or says what stands in the way.
+    fn works(&mut self) -> Result<(), &'static str> {
         let victim = self.victim;
         self.victim = self.queue_count() - 1;
-        let mut good = self.start();
-        if good {
-            self.write_request(0, self.buffer);
-            self.queue().offer(0);
-            let device = self.device;
-            self.queue().publish(&device);
-            good = self.queue().wait(PATIENCE).is_some_and(|(head, _)| head == 0)
-                && (self.kind != BLOCK || read::<u8>(self.buffer + 16) == 0)
-                && device.status() & NEEDS_RESET == 0;
-        }
+        let outcome = self.start().and_then(|()| self.serves());
         self.victim = victim;
-        good
+        outcome
+    }
+
+    fn serves(&mut self) -> Result<(), &'static str> {
+        let (device, buffer) = (self.device, self.buffer);
+        self.write_request(0, buffer);
+        self.queue().offer(0);
+        self.queue().publish(&device);
+        match self.queue().wait(PATIENCE) {
+            None => return Err("no-completion"),
+            Some((0, _)) => {}
+            Some(_) => return Err("wrong-completion"),
+        }
+        if self.kind == BLOCK && read::<u8>(buffer + 16) != 0 {
+            return Err("request-failed");
+        }
+        self.healthy()
     }
 
     fn run(&mut self, case: &Case) -> bool {
         let ready = match case.stage {
-            Stage::Running => self.start(),
+            Stage::Running => self.start().is_ok(),
             Stage::Reset => {
+                let reset = self.device.reset();
                 self.clear();
                 self.features = 0;
                 for index in 0..self.queue_count() {
                     self.queues[index] = self.rings(index);
                 }
-                self.device.reset()
+                reset
             }
         };
         if ready {
@@ -249,10 +262,13 @@ impl Attack {
             core::hint::spin_loop();
         }
         let (status, returned) = (self.device.status(), returned());
-        let good = ready && self.works();
-        let verdict = if good { "recovered" } else { "broken" };
-        println!("hostile {} status={status:#x} used={returned} {verdict}", case.name);
-        good
+        print!("hostile {} status={status:#x} used={returned} ", case.name);
+        let outcome = if ready { self.works() } else { Err("not-started") };
+        match outcome {
+            Ok(()) => println!("recovered"),
+            Err(reason) => println!("broken {reason}"),
+        }
+        outcome.is_ok()
     }
 }
 
@@ -270,8 +286,8 @@ pub fn scenario(boot: &Boot) {
     };
     let wanted = boot.argument("case").unwrap_or("all");
     let Some(mut attack) = Attack::new(boot, kind) else { return };
-    if !attack.works() {
-        println!("the device does not work to begin with");
+    if let Err(reason) = attack.works() {
+        println!("the device does not work to begin with: {reason}");
         return;
     }
     let (mut count, mut broken) = (0, 0);

@@ -128,7 +128,10 @@ pub const CASES: &[Case] = &[
             fill_queue(a);
             a.device.reset();
             silence(a);
-            a.start();
+            if let Err(reason) = a.start() {
+                println!("hostile: no start after a reset: {reason}");
+                return;
+            }
         }
     }),
     Case::running("status-loses-bits", |a| {

@@ -135,6 +135,10 @@ pub fn memory(boot: &Boot) {
             if page < machine::end_of_image() || page < first {
                 continue;
             }
+            if page >> 32 != 0 {
+                let Some(table) = boot.allocate(4096) else { return };
+                machine::map(page, table);
+            }
             let before: u64 = read(page);
             write(page, !before);
             if read::<u64>(page) != !before {
@@ -174,4 +178,10 @@ pub fn exits(boot: &Boot) {
         }
     }
     println!("result exits kind={kind} n={count} ticks={}", (ticks() - start) / count);
+}
+
+/// Prints model specific register `n=`.
+pub fn msr(boot: &Boot) {
+    let number = boot.number("n", 0x10) as u32;
+    println!("result msr n={number:#x} value={:#x}", machine::rdmsr(number));
 }

@@ -2,7 +2,7 @@
 //! interrupts and the two ways to end. Everything here works at privilege level 3.
 
 use core::arch::asm;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Keyboard controller command port; `RESET_COMMAND` written to it resets the machine.
 const I8042_COMMAND: u16 = 0x64;
@@ -20,6 +20,11 @@ unsafe extern "C" {
     static fault_info: [u64; 4];
     static interrupt_count: AtomicU64;
     static idt: u8;
+    static pdpt: u8;
+    static trampoline: u8;
+    static trampoline_end: u8;
+    static processors_up: AtomicU32;
+    static processor_ids: [u8; 256];
 }
 
 /// Reads one byte from an I/O port.
@@ -96,6 +101,34 @@ pub fn fill(address: u64, length: usize, byte: u8) {
 pub fn bytes(address: u64, length: usize) -> &'static [u8] {
     // SAFETY: as in `read`; callers look at what a device or the monitor has finished writing.
     unsafe { core::slice::from_raw_parts(address as *const u8, length) }
+}
+
+/// Maps the GiB around an address above 4 GiB, one to one; `table` is a zeroed page for it.
+pub fn map(address: u64, table: u64) {
+    const LARGE_USER_WRITABLE_PRESENT: u64 = 0x87;
+    let entry = &raw const pdpt as u64 + (address >> 30) % 512 * 8;
+    if read::<u64>(entry) == 0 {
+        for index in 0..512 {
+            let page = (address >> 30 << 30) + (index << 21);
+            write(table + index * 8, page | LARGE_USER_WRITABLE_PRESENT);
+        }
+        write(entry, table | 7);
+    }
+}
+
+/// Puts the code that other processors start with at `target`, below 1 MiB.
+pub fn write_trampoline(target: u64) {
+    let length = &raw const trampoline_end as u64 - &raw const trampoline as u64;
+    for (index, byte) in bytes(&raw const trampoline as u64, length as usize).iter().enumerate() {
+        write(target + index as u64, *byte);
+    }
+}
+
+/// The APIC ids of the processors that have come up, in the order in which they came.
+pub fn processors() -> &'static [u8] {
+    // SAFETY: an aligned counter that only those processors change, after their ids are written.
+    let count = unsafe { processors_up.load(Ordering::SeqCst) };
+    bytes(&raw const processor_ids as u64, (count as usize).min(256))
 }
 
 /// The first address after the payload's own image.

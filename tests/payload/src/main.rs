@@ -11,6 +11,7 @@
 mod basic;
 mod boot;
 mod hostile;
+mod interrupts;
 mod machine;
 mod serial;
 mod virtio;
@@ -35,7 +36,11 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("mem", basic::memory),
     ("ids", basic::ids),
     ("exits", basic::exits),
+    ("msr", basic::msr),
     ("hostile", hostile::scenario),
+    ("irq", interrupts::interrupts),
+    ("timer", interrupts::timer),
+    ("smp", interrupts::processors),
     ("rng", virtio::rng::scenario),
     ("blk", virtio::blk::scenario),
     ("net", virtio::net::scenario),

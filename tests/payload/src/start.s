@@ -233,19 +233,16 @@ bcmp:
     mov eax, ecx
 2:  ret
 
-# --- Page tables: all that lies under 4 GiB in 2 MiB pages, the rest to 512 GiB in 1 GiB pages --
+# --- Page tables: all that lies under 4 GiB, in 2 MiB pages (PVM has no larger ones) ------------
 .section .tables, "aw"
+.globl pdpt
 .balign 4096
 pml4:
     .quad pdpt + 7                  # present, writable, user
     .fill 511, 8, 0
 pdpt:
     .quad pd + 0x0007, pd + 0x1007, pd + 0x2007, pd + 0x3007
-.set entry, 4
-.rept 508
-    .quad (entry << 30) + 0x87
-    .set entry, entry + 1
-.endr
+    .fill 508, 8, 0                 # filled in as needed: machine::map
 pd:
 .set entry, 0
 .rept 2048

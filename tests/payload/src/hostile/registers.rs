@@ -72,7 +72,7 @@ pub const CASES: &[Case] = &[
     Case::reset("used-unaligned", |a| with_queue(a, |queue| queue.used += 2)),
     Case::reset("rings-nowhere", |a| with_rings_at(a, NOWHERE)),
     Case::reset("rings-in-hole", |a| with_rings_at(a, HOLE)),
-    Case::reset("rings-wrap", |a| with_rings_at(a, u64::MAX & !15)),
+    Case::reset("rings-wrap", |a| with_rings_at(a, !15)),
     Case::reset("rings-at-zero", |a| with_rings_at(a, 0)),
     Case::reset("rings-across-end-of-ram", |a| {
         let end = a.end_of_ram;

@@ -58,7 +58,7 @@ pub fn scenario(boot: &Boot) {
         }
         // Looking costs an exit, so not at every turn.
         looks += 1;
-        if looks % 1_000_000 == 0 && features & F_SIZE != 0 && size(&device) != known {
+        if looks.is_multiple_of(1_000_000) && features & F_SIZE != 0 && size(&device) != known {
             known = size(&device);
             println!("size {} {}", known.0, known.1);
         }

@@ -124,8 +124,8 @@ fn transmit(boot: &Boot) {
     // Chains come back in any order, so what is free is a stack.
     let mut free = [0u16; Queue::SIZE_LIMIT as usize];
     let mut available = slots as usize;
-    for slot in 0..available {
-        free[slot] = head(slot as u16);
+    for (slot, entry) in free.iter_mut().enumerate().take(available) {
+        *entry = head(slot as u16);
     }
     while done < count {
         while let Some((head, _)) = tx.poll() {

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -117,8 +117,8 @@ impl Output {
 /// Where console output goes. Writes never block.
 #[derive(Debug)]
 pub enum Sink {
-    /// A pipe, terminal or file, opened anew so that "non-blocking" is this process's alone: the
-    /// flag belongs to the open file description, which a shell would share.
+    /// A regular file; or a pipe or terminal, opened anew so that "non-blocking" is this process's
+    /// alone: the flag belongs to the open file description, which a shell would share.
     File(File),
     /// A socket, which cannot be opened anew; each write says that it does not want to wait.
     Socket(OwnedFd),
@@ -132,19 +132,18 @@ impl Sink {
     /// # Errors
     /// The descriptor is closed.
     pub fn for_fd(fd: BorrowedFd<'_>) -> io::Result<Sink> {
-        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-        let options = || {
-            let mut options = OpenOptions::new();
-            options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC);
-            options
-        };
-        // O_APPEND keeps what others wrote to the same file, as `>>` or a shared log would expect;
-        // on a plain `>` it is the same as the inherited offset.
-        let reopened = options().append(true).open(&path).or_else(|_| options().write(true).open(&path));
-        match reopened {
-            Ok(file) => Ok(Sink::File(file)),
-            Err(_) => Ok(Sink::Socket(fd.try_clone_to_owned()?)),
+        let inherited = File::from(fd.try_clone_to_owned()?);
+        let kind = inherited.metadata()?.file_type();
+        // A regular file never makes a writer wait, and its offset is shared on purpose.
+        if kind.is_file() {
+            return Ok(Sink::File(inherited));
         }
+        if kind.is_socket() {
+            return Ok(Sink::Socket(inherited.into()));
+        }
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
+        OpenOptions::new().write(true).custom_flags(flags).open(&path).map(Sink::File)
     }
 
     /// A sink that creates or empties the file at `path`.
@@ -212,15 +211,23 @@ pub struct Console {
     pub input: Option<OwnedFd>,
     /// What is done with input first.
     pub filter: InputFilter,
-    /// Input is a terminal with this size (columns, rows) at the start.
-    pub size: Option<(u16, u16)>,
 }
 
 impl Console {
     /// A console that shows nothing and has no input.
     pub fn off() -> Console {
-        Console { sink: Sink::Null, input: None, filter: Box::new(plain), size: None }
+        Console { sink: Sink::Null, input: None, filter: Box::new(plain) }
     }
+}
+
+/// Columns and rows of the terminal at `fd`, if it is one and knows.
+pub fn window_size(fd: RawFd) -> Option<(u16, u16)> {
+    // SAFETY: winsize is plain data, and TIOCGWINSZ fills exactly one.
+    let (result, size) = unsafe {
+        let mut size: libc::winsize = std::mem::zeroed();
+        (libc::ioctl(fd, libc::TIOCGWINSZ, &mut size), size)
+    };
+    (result == 0 && size.ws_col > 0).then_some((size.ws_col, size.ws_row))
 }
 
 /// A filter that passes everything on.
@@ -291,6 +298,20 @@ mod tests {
             output.push(b'x', || false);
         }
         assert_eq!(output.lock().len(), CAPACITY);
+    }
+
+    #[test]
+    fn a_regular_file_shares_its_offset() {
+        let mut file = tempfile::tempfile().unwrap();
+        let mut sink = Sink::for_fd(file.as_fd()).unwrap();
+        let output = Output::new().unwrap();
+        output.push(b'a', || true);
+        output.drain(&mut sink).unwrap();
+        file.write_all(b"b").unwrap();
+        io::Seek::rewind(&mut file).unwrap();
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "ab");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! - [`kernel`]: from a kernel file to a bootable guest.
 //! - [`machine`]: assembly, the control loop, vCPU threads, lifecycle.
 //! - [`io`]: io threads that own the virtio workers.
+//! - [`signals`], [`timings`], [`console`]: what a machine shares with its user.
 //! - [`seccomp`]: the filter of each kind of thread.
 //!
 //! Nothing in here exits the process, prints, or reads the command line.
@@ -18,4 +19,5 @@ pub mod kernel;
 pub mod machine;
 pub mod memory;
 pub mod seccomp;
+pub mod signals;
 pub mod timings;

@@ -5,6 +5,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+/// `F_SETSIG` of `linux/fcntl.h`, which libc does not name.
+const F_SETSIG: i32 = 10;
+
 /// The signal that says a lease is about to be broken; arrives at `main`'s signalfd.
 pub fn break_signal() -> i32 {
     libc::SIGRTMIN() + 1
@@ -27,7 +30,7 @@ impl Lease {
         let fd = file.as_raw_fd();
         // SAFETY: fcntl with integer arguments.
         let result = unsafe {
-            if libc::fcntl(fd, libc::F_SETSIG, break_signal()) < 0 {
+            if libc::fcntl(fd, F_SETSIG, break_signal()) < 0 {
                 -1
             } else {
                 libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK)

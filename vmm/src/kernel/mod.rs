@@ -28,7 +28,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::config::{BootMode, KernelConfig};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
-pub use lease::Lease;
+pub use lease::{Lease, break_signal as lease_break_signal};
 
 /// Segments smaller than this are copied: a mapping costs more than it saves.
 const MAP_THRESHOLD: u64 = 64 * 1024;
@@ -246,7 +246,7 @@ impl Loader<'_> {
         // A kernel that was linked to be relocated needs its init_size free, .bss and brk included.
         let kernel = Extent::new("the kernel", elf.start(), elf.end() - elf.start());
         let reserve = header.map_or(kernel.size, |header| {
-            kernel.size.max(u64::from({ header.0.init_size }))
+            kernel.size.max(u64::from(header.0.init_size))
         });
         let keep_free = Extent { size: reserve, ..kernel.clone() };
         let extents: Vec<Extent> = elf

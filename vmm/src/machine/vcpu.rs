@@ -10,7 +10,8 @@
 use std::cell::Cell;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::Arc;
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use super::bus::{Buses, Outcome};
@@ -89,12 +90,13 @@ pub(super) struct Shared {
 }
 
 impl VcpuThread {
-    /// Starts the thread of vCPU `index`, parked. `filtered` is reached under its filter.
+    /// Starts the thread of vCPU `index`, parked. `ready` gets a message once it is under its
+    /// filter.
     pub(super) fn start(
         index: usize,
         mut vcpu: Box<dyn Vcpu>,
         shared: Arc<Shared>,
-        filtered: Arc<Barrier>,
+        ready: mpsc::Sender<io::Result<()>>,
     ) -> io::Result<VcpuThread> {
         let orders = Arc::new(Orders(AtomicU8::new(Order::Park as u8)));
         let own = Arc::clone(&orders);
@@ -103,19 +105,12 @@ impl VcpuThread {
             .stack_size(STACK_SIZE)
             .spawn(move || {
                 IMMEDIATE_EXIT.set(vcpu.immediate_exit());
-                let ready = seccomp::apply(ThreadKind::Vcpu, shared.seccomp);
-                filtered.wait();
-                match ready {
-                    Ok(()) => Runner { index, orders: &own, shared: &shared }.run(vcpu.as_mut()),
-                    Err(err) => {
-                        let source = crate::hypervisor::HypervisorError {
-                            call: "seccomp",
-                            detail: String::new(),
-                            source: err,
-                        };
-                        let event = VcpuEvent::RunFailed(source);
-                        shared.events.send(Event::Vcpu { index, event });
-                    }
+                let filtered = seccomp::apply(ThreadKind::Vcpu, shared.seccomp);
+                let serve = filtered.is_ok();
+                let _ = ready.send(filtered);
+                drop(ready);
+                if serve {
+                    Runner { index, orders: &own, shared: &shared }.run(vcpu.as_mut());
                 }
                 IMMEDIATE_EXIT.set(std::ptr::null_mut());
             })?;
@@ -205,9 +200,6 @@ impl Runner<'_> {
             }
             // SAFETY: as above. A kick that comes after this line sets it again.
             unsafe { immediate_exit.write_volatile(0) };
-            if self.orders.get() != Order::Run {
-                continue;
-            }
         }
     }
 

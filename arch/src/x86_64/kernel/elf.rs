@@ -32,7 +32,11 @@ const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 
 const XEN_NOTE_NAME: &[u8] = b"Xen\0";
+/// The name of the guest's system.
+const XEN_ELFNOTE_GUEST_OS: u32 = 6;
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+/// The name of Linux's own notes (`include/linux/elfnote.h`), with its NUL.
+const LINUX_NOTE_NAME: &[u8] = b"Linux\0";
 
 /// Names for the machines that Linux runs on.
 const MACHINES: &[(u16, &str)] = &[
@@ -79,6 +83,9 @@ pub struct ElfKernel {
     pub entry: u64,
     /// Guest-physical address of the 32-bit PVH entry, of images that have one.
     pub pvh_entry: Option<u64>,
+    /// It says of itself that it is Linux, by a note named "Linux" (since 4.19) or by Xen's note of
+    /// the guest's system.
+    pub is_linux: bool,
 }
 
 impl ElfKernel {
@@ -155,7 +162,7 @@ pub(super) fn parse<R: Read + Seek>(source: &mut Source<'_, R>) -> Result<ElfKer
 
     let segments = segments(source, &headers)?;
     let entry = physical_entry(entry, &headers)?;
-    let pvh_entry = pvh_entry(source, &headers)?;
+    let Notes { pvh_entry, is_linux } = notes(source, &headers)?;
     if let Some(pvh) = pvh_entry
         && !in_file_part(pvh, &segments)
     {
@@ -163,7 +170,7 @@ pub(super) fn parse<R: Read + Seek>(source: &mut Source<'_, R>) -> Result<ElfKer
             "its PVH entry point {pvh:#x} lies in none of its segments"
         )));
     }
-    Ok(ElfKernel { segments, entry, pvh_entry })
+    Ok(ElfKernel { segments, entry, pvh_entry, is_linux })
 }
 
 /// Class, byte order, machine and type. Reads the first 20 bytes only, so that a file for another
@@ -274,46 +281,61 @@ fn physical_entry(entry: u64, headers: &[ProgramHeader]) -> Result<u64, KernelEr
     })
 }
 
-/// The address in the `XEN_ELFNOTE_PHYS32_ENTRY` note, if there is one.
-fn pvh_entry<R: Read + Seek>(
+/// What the ELF notes say.
+#[derive(Default)]
+struct Notes {
+    pvh_entry: Option<u64>,
+    is_linux: bool,
+}
+
+/// Reads the notes that matter of all note segments.
+fn notes<R: Read + Seek>(
     source: &mut Source<'_, R>,
     headers: &[ProgramHeader],
-) -> Result<Option<u64>, KernelError> {
+) -> Result<Notes, KernelError> {
+    let mut found = Notes::default();
     for header in headers.iter().filter(|h| h.kind == PT_NOTE) {
         if header.file_size > MAX_NOTE_SIZE {
             return Err(KernelError::TooLarge { what: "its ELF notes", size: header.file_size });
         }
-        let notes = source.read(header.offset, header.file_size, "the ELF notes")?;
+        let bytes = source.read(header.offset, header.file_size, "the ELF notes")?;
         let align = if header.align == 8 { 8 } else { 4 };
-        if let Some(entry) = pvh_entry_in(&notes, align) {
-            return Ok(Some(entry));
-        }
+        // A note that runs over its end ends the search: notes are optional, and other tools
+        // ignore broken ones as well.
+        let _ = found.collect(&bytes, align);
     }
-    Ok(None)
+    Ok(found)
 }
 
-/// Goes through one note segment. A note that runs over its end ends the search: notes are
-/// optional, and other tools ignore broken ones as well.
-fn pvh_entry_in(mut notes: &[u8], align: usize) -> Option<u64> {
-    const NOTE_HEADER: usize = 12;
-    while notes.len() >= NOTE_HEADER {
-        let name_size = usize::try_from(notes.u32_at(0)).ok()?;
-        let desc_size = usize::try_from(notes.u32_at(4)).ok()?;
-        let kind = notes.u32_at(8);
-        let desc_start = NOTE_HEADER.checked_add(name_size)?.checked_next_multiple_of(align)?;
-        let desc_end = desc_start.checked_add(desc_size)?;
-        let name = notes.get(NOTE_HEADER..NOTE_HEADER + name_size)?;
-        let desc = notes.get(desc_start..desc_end)?;
-        if kind == XEN_ELFNOTE_PHYS32_ENTRY && name == XEN_NOTE_NAME {
-            return match desc_size {
-                4 => Some(desc.u32_at(0).into()),
+impl Notes {
+    /// Goes through one note segment. `None` if it ends in the middle of a note.
+    fn collect(&mut self, mut notes: &[u8], align: usize) -> Option<()> {
+        const NOTE_HEADER: usize = 12;
+        while notes.len() >= NOTE_HEADER {
+            let name_size = usize::try_from(notes.u32_at(0)).ok()?;
+            let desc_size = usize::try_from(notes.u32_at(4)).ok()?;
+            let kind = notes.u32_at(8);
+            let desc_start = NOTE_HEADER.checked_add(name_size)?.checked_next_multiple_of(align)?;
+            let desc_end = desc_start.checked_add(desc_size)?;
+            let name = notes.get(NOTE_HEADER..NOTE_HEADER + name_size)?;
+            let desc = notes.get(desc_start..desc_end)?;
+            match (name, kind, desc_size) {
+                (XEN_NOTE_NAME, XEN_ELFNOTE_PHYS32_ENTRY, 4) => {
+                    self.pvh_entry.get_or_insert(desc.u32_at(0).into());
+                }
                 // 64-bit kernels store a pointer; the entry is 32-bit code all the same.
-                8 => Some(desc.u64_at(0)),
-                _ => None,
-            };
+                (XEN_NOTE_NAME, XEN_ELFNOTE_PHYS32_ENTRY, 8) => {
+                    self.pvh_entry.get_or_insert(desc.u64_at(0));
+                }
+                (XEN_NOTE_NAME, XEN_ELFNOTE_GUEST_OS, _) => {
+                    self.is_linux |= desc.starts_with(b"linux");
+                }
+                (LINUX_NOTE_NAME, ..) => self.is_linux = true,
+                _ => {}
+            }
+            let next = desc_end.checked_next_multiple_of(align)?;
+            notes = notes.get(next..)?;
         }
-        let next = desc_end.checked_next_multiple_of(align)?;
-        notes = notes.get(next..)?;
+        Some(())
     }
-    None
 }

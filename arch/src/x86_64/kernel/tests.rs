@@ -146,6 +146,14 @@ fn a_virtual_entry_is_translated_and_a_stray_one_refused() {
 }
 
 #[test]
+fn linux_is_known_by_its_notes() {
+    let is_linux = |file: Vec<u8>| parse_elf(&file).unwrap().is_linux;
+    assert!(!is_linux(vmlinux().note(b"Xen\0", 6, b"netbsd").build()));
+    assert!(is_linux(vmlinux().note(b"Xen\0", 6, b"linux").build()));
+    assert!(is_linux(vmlinux().note(b"GNU\0", 3, &[9; 20]).note(b"Linux\0", 0x101, &[0]).build()));
+}
+
+#[test]
 fn the_pvh_note_is_found_among_others() {
     let entry = 0x100_0040u64;
     for desc in [&entry.to_le_bytes()[..], &entry.to_le_bytes()[..4]] {

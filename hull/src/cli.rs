@@ -1,0 +1,449 @@
+//! The command line, and how it becomes a [`VmConfig`].
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use serde::de::DeserializeOwned;
+use vmm::config::{
+    BootMode, ByteSize, ConfigError, ConsoleConfig, ConsoleMode, DiskConfig, NetConfig, OnReboot,
+    VmConfig,
+};
+use vmm::seccomp;
+
+use crate::exit::Code;
+use crate::keyvalue;
+use crate::logging::Level;
+
+/// Result of a subcommand.
+pub type Result<T = Code> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// A thin, hard shell around a Linux kernel: microVMs on KVM.
+#[derive(Debug, Parser)]
+#[command(name = "hull", version, propagate_version = true, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What `hull` does.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a machine and stay with it until it ends
+    Run(Box<RunArgs>),
+    /// List the machines that run
+    Ps(PsArgs),
+    /// Press a machine's power button; end it if that does not help
+    Stop(StopArgs),
+    /// Check this host: KVM, permissions, TAP, io_uring, limits
+    Doctor(DoctorArgs),
+    /// Print shell completions
+    #[command(hide = true)]
+    Completions(CompletionsArgs),
+    /// Print the manual page
+    #[command(hide = true)]
+    Man,
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  hull run --kernel vmlinuz --initrd initrd.img
+  hull run --kernel vmlinux --disk path=root.ext4,root --net tap --cpus 2 --memory 1G
+  hull run --config machine.toml --print-config
+
+In a terminal, Ctrl-A x ends the machine and Ctrl-A ? helps.";
+
+/// Options of `hull run`.
+#[derive(Debug, Args)]
+#[command(after_help = RUN_EXAMPLES)]
+pub struct RunArgs {
+    /// Kernel to boot: an ELF vmlinux or a bzImage (vmlinuz)
+    #[arg(short, long, value_name = "FILE", required_unless_present = "config")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(short, long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel arguments, added to the default ones
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// Use --cmdline alone, without the default arguments
+    #[arg(long)]
+    pub replace_cmdline: bool,
+    /// Entry of the kernel
+    #[arg(long, value_name = "HOW")]
+    pub boot: Option<Boot>,
+    /// Start a kernel even if it is known not to come up on this host
+    #[arg(long)]
+    pub force: bool,
+    /// Number of vCPUs, 1 to 64 [default: 1]
+    #[arg(short, long, value_name = "N")]
+    pub cpus: Option<u32>,
+    /// Size of the guest's memory: 128M, 2G [default: 512M]
+    #[arg(short, long, value_name = "SIZE")]
+    pub memory: Option<ByteSize>,
+    /// Take the guest's memory from the host's pool of 2 MiB pages
+    #[arg(long)]
+    pub huge_pages: bool,
+    /// A disk: path=FILE[,ro][,id=NAME][,root][,cache=writeback|writethrough|unsafe][,direct][,queues=N]
+    #[arg(short, long, value_name = "OPTIONS")]
+    pub disk: Vec<String>,
+    /// A network card: tap[=NAME][,mac=ADDR][,host=ADDR/PREFIX][,mtu=N][,queues=N], or fd=N
+    #[arg(short, long, value_name = "OPTIONS")]
+    pub net: Vec<String>,
+    /// Give the guest a source of entropy
+    #[arg(long)]
+    pub rng: bool,
+    /// The guest's console: tty, stdio, file=PATH or off [,device=serial|virtio]
+    #[arg(long, value_name = "OPTIONS")]
+    pub console: Option<String>,
+    /// Name of the machine [default: vm-PID]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// What a guest reboot does [default: exit]
+    #[arg(long, value_name = "WHAT")]
+    pub on_reboot: Option<Reboot>,
+    /// System call filters: on, log (log what they would refuse) or off [default: on]
+    #[arg(long, value_name = "MODE")]
+    pub seccomp: Option<Seccomp>,
+    /// Declare a keyboard controller to the guest
+    #[arg(long)]
+    pub i8042: bool,
+    /// What is logged to standard error
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    pub log: Level,
+    /// Write the process id to this file; it is removed at the end
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+    /// Print when the machine reached which point, from process start, at the end. A guest says
+    /// that it reached userspace by writing the byte 123 to address 0xd0000000
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true,
+          default_missing_value = "table")]
+    pub timings: Option<Format>,
+    /// Print the configuration that the options amount to, and do nothing
+    #[arg(long)]
+    pub print_config: bool,
+    /// Configuration file (TOML or JSON); options are added to it or take precedence
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// How something is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// `--boot`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Boot {
+    /// The 64-bit Linux entry; a bzImage is unpacked on the host
+    Auto,
+    /// The PVH entry
+    Pvh,
+    /// The bzImage unpacks itself in the guest (keeps kernel address randomisation)
+    Bzimage,
+}
+
+/// `--on-reboot`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Reboot {
+    /// The machine ends
+    Exit,
+    /// The machine starts over
+    Restart,
+}
+
+/// `--seccomp`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Seccomp {
+    /// Refused calls end the process
+    On,
+    /// Refused calls are logged by the kernel
+    Log,
+    /// No filters
+    Off,
+}
+
+/// Options of `hull ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `hull stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Name of the machine, as `hull ps` shows it
+    pub name: String,
+    /// Seconds that the guest gets to power off before the machine is ended
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
+    pub timeout: u64,
+    /// End the machine at once, as if its power was cut
+    #[arg(long)]
+    pub now: bool,
+}
+
+/// Options of `hull doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `hull completions`.
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// Shell to complete in
+    pub shell: clap_complete::Shell,
+}
+
+/// A command line or configuration file that says nothing sensible.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// A `key=value` option.
+    #[error("--{option} {text:?}: {reason}")]
+    Option {
+        /// Name of the option without dashes.
+        option: &'static str,
+        /// Its value.
+        text: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The configuration file cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The configuration file is not valid.
+    #[error("{}: {reason}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Position and reason.
+        reason: String,
+    },
+    /// The values do not make a machine.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+impl RunArgs {
+    /// The machine that file and options together describe, checked.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn config(&self) -> std::result::Result<VmConfig, UsageError> {
+        let mut config = match &self.config {
+            Some(path) => read_config(path)?,
+            None => VmConfig::default(),
+        };
+        let kernel = &mut config.kernel;
+        set(&mut kernel.path, self.kernel.clone());
+        set(&mut kernel.initrd, self.initrd.clone().map(Some));
+        set(&mut kernel.cmdline, self.cmdline.clone().map(Some));
+        kernel.replace_cmdline |= self.replace_cmdline;
+        kernel.force |= self.force;
+        set(
+            &mut kernel.boot,
+            self.boot.map(|boot| match boot {
+                Boot::Auto => BootMode::Auto,
+                Boot::Pvh => BootMode::Pvh,
+                Boot::Bzimage => BootMode::Bzimage,
+            }),
+        );
+        set(&mut config.cpus, self.cpus);
+        set(&mut config.memory.size, self.memory);
+        config.memory.huge_pages |= self.huge_pages;
+        config.rng |= self.rng;
+        config.i8042 |= self.i8042;
+        set(&mut config.name, self.name.clone().map(Some));
+        set(
+            &mut config.on_reboot,
+            self.on_reboot.map(|what| match what {
+                Reboot::Exit => OnReboot::Exit,
+                Reboot::Restart => OnReboot::Restart,
+            }),
+        );
+        set(
+            &mut config.seccomp,
+            self.seccomp.map(|mode| match mode {
+                Seccomp::On => seccomp::Mode::On,
+                Seccomp::Log => seccomp::Mode::Log,
+                Seccomp::Off => seccomp::Mode::Off,
+            }),
+        );
+        for text in &self.disk {
+            config.disk.push(read_option::<DiskConfig>("disk", text, keyvalue::split(text))?);
+        }
+        for text in &self.net {
+            config.net.push(net(text)?);
+        }
+        if let Some(text) = &self.console {
+            config.console = console(text)?;
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+fn set<T>(field: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *field = value;
+    }
+}
+
+fn read_option<T: DeserializeOwned>(
+    option: &'static str,
+    text: &str,
+    pairs: Vec<keyvalue::Pair>,
+) -> std::result::Result<T, UsageError> {
+    keyvalue::read(&pairs).map_err(|err| UsageError::Option {
+        option,
+        text: text.to_owned(),
+        reason: err.to_string(),
+    })
+}
+
+/// `tap` without a name asks for a TAP to be made, which is what no name at all means as well.
+fn net(text: &str) -> std::result::Result<NetConfig, UsageError> {
+    let mut pairs = keyvalue::split(text);
+    pairs.retain(|pair| pair.key != "tap" || pair.value.is_some());
+    read_option("net", text, pairs)
+}
+
+/// `MODE[,device=…]`, with `file=PATH` as a mode.
+fn console(text: &str) -> std::result::Result<ConsoleConfig, UsageError> {
+    let mut pairs = keyvalue::split(text);
+    if let Some(first) = pairs.first_mut().filter(|first| first.key != "mode") {
+        match (first.key.as_str(), first.value.take()) {
+            ("file", Some(path)) => {
+                *first = keyvalue::Pair { key: "mode".into(), value: Some("file".into()) };
+                pairs.push(keyvalue::Pair { key: "path".into(), value: Some(path) });
+            }
+            (mode, None) => {
+                *first = keyvalue::Pair { key: "mode".into(), value: Some(mode.to_owned()) };
+            }
+            (_, value) => first.value = value,
+        }
+    }
+    let config: ConsoleConfig = read_option("console", text, pairs)?;
+    if config.mode == ConsoleMode::File && config.path.is_none() {
+        return Err(UsageError::Option {
+            option: "console",
+            text: text.to_owned(),
+            reason: "write file=PATH".into(),
+        });
+    }
+    Ok(config)
+}
+
+/// Reads a configuration file: JSON if it starts with a brace, else TOML.
+fn read_config(path: &Path) -> std::result::Result<VmConfig, UsageError> {
+    let text = fs::read_to_string(path)
+        .map_err(|source| UsageError::Read { path: path.to_owned(), source })?;
+    let parsed = if text.trim_start().starts_with('{') {
+        serde_json::from_str(&text).map_err(|err| err.to_string())
+    } else {
+        toml::from_str(&text).map_err(|err| err.to_string().trim_end().to_owned())
+    };
+    parsed.map_err(|mut reason| {
+        if let Some(nearest) = keyvalue::suggestion(&reason) {
+            reason.push_str(&format!("; did you mean `{nearest}`?"));
+        }
+        UsageError::Parse { path: path.to_owned(), reason }
+    })
+}
+
+/// Prints completions for a shell.
+pub fn completions(args: &CompletionsArgs) -> Result {
+    clap_complete::generate(args.shell, &mut Cli::command(), "hull", &mut io::stdout());
+    Ok(Code::SUCCESS)
+}
+
+/// Prints the manual page: the command and all its subcommands.
+pub fn man() -> Result {
+    let command = Cli::command();
+    let mut out = io::stdout();
+    clap_mangen::Man::new(command.clone()).render(&mut out)?;
+    for subcommand in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
+        let name: &'static str = format!("hull-{}", subcommand.get_name()).leak();
+        clap_mangen::Man::new(subcommand.clone().name(name)).render(&mut out)?;
+    }
+    Ok(Code::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(args: &[&str]) -> std::result::Result<VmConfig, UsageError> {
+        let args = ["hull", "run", "--kernel", "k"].iter().chain(args);
+        match Cli::try_parse_from(args).unwrap().command {
+            Command::Run(args) => args.config(),
+            _ => unreachable!(),
+        }
+    }
+
+    #[test]
+    fn the_command_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_become_a_configuration() {
+        let config = config(&[
+            "--cpus", "2", "--memory", "128M", "--disk", "path=a,root", "--disk", "path=b,ro",
+            "--net", "tap", "--net", "tap=t0,queues=2", "--console", "file=/x,device=virtio",
+            "--on-reboot", "restart", "--rng",
+        ])
+        .unwrap();
+        assert_eq!((config.cpus, config.memory.size), (2, ByteSize(128 << 20)));
+        assert!(config.disk[0].root && config.disk[1].ro && config.rng);
+        assert_eq!(config.net[0].tap, None);
+        assert_eq!(config.net[1].tap.as_deref(), Some("t0"));
+        assert_eq!(config.console.path.as_deref(), Some(Path::new("/x")));
+        assert_eq!(config.on_reboot, OnReboot::Restart);
+    }
+
+    #[test]
+    fn what_is_printed_can_be_read_back() {
+        let config = config(&["--disk", "path=a,root,cache=unsafe", "--net", "tap=t0"]).unwrap();
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(toml::from_str::<VmConfig>(&text).unwrap(), config, "{text}");
+    }
+
+    #[test]
+    fn file_errors_have_a_position_and_a_suggestion() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let fails = |text: &str| {
+            fs::write(file.path(), text).unwrap();
+            read_config(file.path()).unwrap_err().to_string()
+        };
+        let err = fails("cpus = 2\ncpu = 3\n");
+        assert!(err.contains("line 2") && err.contains("did you mean `cpus`?"), "{err}");
+        let err = fails("cpus = \"two\"\n");
+        assert!(err.contains("line 1, column 8"), "{err}");
+        let err = fails("{\"memory\": {\"sise\": 3}}");
+        assert!(err.contains("line 1 column") && err.contains("`size`"), "{err}");
+    }
+
+    #[test]
+    fn console_modes() {
+        let mode = |text| console(text).map(|console| console.mode);
+        assert_eq!(mode("off").unwrap(), ConsoleMode::Off);
+        assert_eq!(mode("stdio,device=virtio").unwrap(), ConsoleMode::Stdio);
+        assert!(mode("file").is_err());
+        assert!(mode("pty").is_err());
+    }
+}

@@ -1,0 +1,95 @@
+//! Errors as a person reads them: the chain once, numbered, and a hint where there is a cure.
+
+use std::error::Error;
+use std::io::{self, ErrorKind};
+
+use vmm::config::ConfigError;
+use vmm::hypervisor::HypervisorError;
+use vmm::kernel::LoadError;
+use vmm::machine::{BuildError, RunError};
+
+use crate::cli::UsageError;
+use crate::exit::Code;
+
+/// Prints `err`, its causes and a hint to standard error.
+pub fn print(err: &(dyn Error + Send + Sync + 'static)) {
+    eprintln!("hull: {err}");
+    let causes: Vec<&dyn Error> = std::iter::successors(err.source(), |&err| err.source()).collect();
+    for (number, cause) in (1..).zip(&causes) {
+        eprintln!("  {number}: {cause}");
+    }
+    if let Some(hint) = hint(err) {
+        eprintln!("hint: {hint}");
+    }
+}
+
+/// The exit code that says what kind of error it was.
+pub fn exit_code(err: &(dyn Error + Send + Sync + 'static)) -> Code {
+    let usage = err.is::<UsageError>()
+        || err.is::<ConfigError>()
+        || matches!(err.downcast_ref(), Some(BuildError::Config(_)));
+    if usage { Code::USAGE } else { Code::FAILURE }
+}
+
+/// The error of type `T` in the chain of `err`.
+fn find<'a, T: Error + 'static>(err: &'a (dyn Error + 'static)) -> Option<&'a T> {
+    std::iter::successors(Some(err), |&err| err.source()).find_map(|err| err.downcast_ref())
+}
+
+/// What a person can do about `err`.
+fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
+    if let Some(load) = find::<LoadError>(err)
+        && let Some(hint) = load_hint(load)
+    {
+        return Some(hint);
+    }
+    if let Some(call) = find::<HypervisorError>(err) {
+        let hint = match (call.call, call.source.kind()) {
+            ("open", ErrorKind::NotFound) => {
+                "load KVM with `modprobe kvm_intel` or `modprobe kvm_amd`; in a virtual machine, \
+                 its host must allow nested virtualisation; `hull doctor` looks further"
+            }
+            ("open", ErrorKind::PermissionDenied) => {
+                "join the group that may use KVM (`usermod -aG kvm $USER`, then log in again) or \
+                 run as root"
+            }
+            ("KVM_CREATE_VM", _) => "`hull doctor` checks this host's KVM",
+            _ => return None,
+        };
+        return Some(hint.to_owned());
+    }
+    if let Some(RunError::Vcpu { .. }) = find::<RunError>(err)
+        && crate::host::KvmKind::detect() == crate::host::KvmKind::Pvm
+    {
+        return Some(
+            "KVM on this host has no hardware behind it (PVM) and interprets kernel code; \
+             `hull doctor` says more"
+                .to_owned(),
+        );
+    }
+    if let Some(io) = find::<io::Error>(err)
+        && io.raw_os_error() == Some(libc::ENOMEM)
+    {
+        return Some("use less --memory, or look at `ulimit -v` and overcommit settings".into());
+    }
+    None
+}
+
+fn load_hint(err: &LoadError) -> Option<String> {
+    let hint = match err {
+        LoadError::NoHardware { .. } => {
+            "use a machine with hardware virtualisation, or a kernel built with CONFIG_PVM_GUEST; \
+             --force starts it all the same"
+        }
+        LoadError::ModularRoot { .. } => {
+            "add an --initrd that loads the virtio modules, or use a kernel that has them built \
+             in; --force starts it all the same"
+        }
+        LoadError::Placement(_) => "give the guest more --memory",
+        LoadError::Open { source, .. } if source.kind() == ErrorKind::NotFound => {
+            "look for kernels in /boot, or let `make run` in Hull's tree fetch one"
+        }
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}

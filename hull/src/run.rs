@@ -1,0 +1,209 @@
+//! `hull run`.
+
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use vmm::config::{ConsoleMode, OnReboot, VmConfig};
+use vmm::console::{Console, Sink, plain, window_size};
+use vmm::hypervisor::kvm::{DEVICE, Kvm};
+use vmm::machine::{Ending, Host, Machine, RunOptions, Service};
+use vmm::seccomp;
+use vmm::signals::Signals;
+use vmm::timings::{Milestone, Timings};
+
+use crate::cli::{Format, Result, RunArgs};
+use crate::exit::Code;
+use crate::host::KvmKind;
+use crate::logging;
+use crate::runtime::{self, Entry, Record};
+use crate::terminal::{self, Escapes, RawMode};
+
+/// Runs a machine until it ends.
+pub fn run(args: RunArgs, start: Instant) -> Result {
+    let config = args.config()?;
+    if args.print_config {
+        print!("{}", toml::to_string(&config)?);
+        return Ok(Code::SUCCESS);
+    }
+    logging::start(args.log);
+    let mut session = Session::prepare(config, &args)?;
+    loop {
+        let timings = Arc::new(Timings::new(start));
+        let result = session.run_once(&timings);
+        if let Some(format) = args.timings {
+            print_timings(&timings, format)?;
+        }
+        match result? {
+            Ending::Reset if session.config.on_reboot == OnReboot::Restart => {
+                tracing::info!("the guest reboots");
+            }
+            ending => {
+                if ending == Ending::TripleFault {
+                    eprintln!("hull: the guest crashed (triple fault)");
+                }
+                return Ok(Code::from(&ending));
+            }
+        }
+    }
+}
+
+/// What lasts over restarts of the guest.
+struct Session {
+    config: VmConfig,
+    entry: Option<Entry>,
+    _pidfile: Option<PidFile>,
+    signals: Option<Signals>,
+}
+
+impl Session {
+    fn prepare(mut config: VmConfig, args: &RunArgs) -> Result<Session> {
+        // Before there is any other thread, so that all of them have these signals blocked.
+        let signals = Signals::block()?;
+        seccomp::install_handler(terminal::restore)?;
+        let named = config.name.is_some();
+        let name = config.name.get_or_insert_with(|| format!("vm-{}", std::process::id())).clone();
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let record = Record {
+            name,
+            pid: std::process::id() as i32,
+            started,
+            cpus: config.cpus,
+            memory: config.memory.size.0,
+            kernel: config.kernel.path.clone(),
+        };
+        let entry = match Entry::create(&runtime::directory(), &record) {
+            Ok(entry) => Some(entry),
+            // Who did not ask for a name can do without an entry.
+            Err(err @ runtime::RuntimeError::Directory { .. }) if !named => {
+                tracing::info!(%err, "`hull ps` will not show this machine");
+                None
+            }
+            Err(err) => return Err(err.into()),
+        };
+        let pidfile = args.pidfile.as_deref().map(PidFile::create).transpose()?;
+        Ok(Session { config, entry, _pidfile: pidfile, signals: Some(signals) })
+    }
+
+    fn run_once(&mut self, timings: &Arc<Timings>) -> Result<Ending> {
+        let hypervisor = Kvm::open(Path::new(DEVICE))?;
+        let window = window_size(io::stdin().as_raw_fd());
+        let host = Host {
+            hypervisor: &hypervisor,
+            pvm: KvmKind::detect() == KvmKind::Pvm,
+            timings: Arc::clone(timings),
+            window,
+        };
+        let machine = Machine::new(&self.config, &host)?;
+        let mut services: Vec<Box<dyn Service>> = Vec::new();
+        if let Some(entry) = &self.entry {
+            services.push(Box::new(entry.control_socket()?));
+        }
+        // Last, so that an error before it finds the terminal as it was.
+        let (console, _raw) = console(&self.config)?;
+        let options = RunOptions { console, signals: self.signals.take(), services };
+        Ok(machine.run(options)?)
+    }
+}
+
+/// Opens the host side of the console.
+fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
+    let stdin = io::stdin();
+    let stdout = io::stdout();
+    let mode = match config.console.mode {
+        ConsoleMode::Auto if stdin.is_terminal() => ConsoleMode::Tty,
+        ConsoleMode::Auto => ConsoleMode::Stdio,
+        mode => mode,
+    };
+    let stdio = || -> io::Result<Console> {
+        Ok(Console {
+            sink: Sink::for_fd(stdout.as_fd())?,
+            input: Some(stdin.as_fd().try_clone_to_owned()?),
+            filter: Box::new(plain),
+        })
+    };
+    match mode {
+        ConsoleMode::Tty => {
+            let mut console = stdio()?;
+            let mut escapes = Escapes::default();
+            console.filter = Box::new(move |typed| escapes.filter(typed));
+            let raw = RawMode::enter(stdin.as_fd()).map_err(NoTerminal)?;
+            Ok((console, Some(raw)))
+        }
+        ConsoleMode::Stdio | ConsoleMode::Auto => Ok((stdio()?, None)),
+        ConsoleMode::File => {
+            let path = config.console.path.clone().unwrap_or_default();
+            let sink = Sink::create(&path).map_err(|source| ConsoleFile { path, source })?;
+            Ok((Console { sink, ..Console::off() }, None))
+        }
+        ConsoleMode::Off => Ok((Console::off(), None)),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("--console tty needs a terminal as standard input")]
+struct NoTerminal(#[source] io::Error);
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the console to {}", path.display())]
+struct ConsoleFile {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// A file with the process id, removed at the end.
+#[derive(Debug)]
+struct PidFile(PathBuf);
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the pid file {}", path.display())]
+struct PidFileError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl PidFile {
+    fn create(path: &Path) -> std::result::Result<PidFile, PidFileError> {
+        fs::write(path, format!("{}\n", std::process::id()))
+            .map_err(|source| PidFileError { path: path.to_owned(), source })?;
+        Ok(PidFile(path.to_owned()))
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn print_timings(timings: &Timings, format: Format) -> io::Result<()> {
+    let mut out = io::stderr().lock();
+    let reached = Milestone::ALL.map(|milestone| (milestone, timings.get(milestone)));
+    if format == Format::Json {
+        let map: serde_json::Map<String, serde_json::Value> = reached
+            .iter()
+            .map(|(milestone, nanos)| {
+                (format!("{}_ns", milestone.name().replace(' ', "_")), (*nanos).into())
+            })
+            .collect();
+        return writeln!(out, "{}", serde_json::Value::Object(map));
+    }
+    writeln!(out, "hull: timings from process start")?;
+    for (milestone, nanos) in reached {
+        let time = match nanos {
+            Some(nanos) => format!("{:>12.3} ms", nanos as f64 / 1e6),
+            None => format!("{:>15}", "-"),
+        };
+        let note = match milestone {
+            Milestone::Userspace => {
+                format!("  (the guest writes 123 to {:#x})", arch::layout::BOOT_TIMER)
+            }
+            _ => String::new(),
+        };
+        writeln!(out, "  {:<20}{time}{note}", milestone.name())?;
+    }
+    Ok(())
+}

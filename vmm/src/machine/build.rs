@@ -1,0 +1,432 @@
+//! Assembly: from a configuration to a machine that can run.
+//!
+//! The order is KVM's: memory slots cost milliseconds once there are vCPUs, so they come first;
+//! the interrupt controllers need the VM and are needed by vCPUs and irqfds. Whatever fails, what
+//! was made before is dropped again.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use arch::acpi::{self, AcpiConfig, AcpiError};
+use arch::boot::cpu_state::{self, PageSize};
+use arch::cpuid::{Cpuid, CpuidConfig};
+use arch::ids::VmClock;
+use arch::layout::{self, VirtioSlot};
+use arch::{interrupts, mptable, msr};
+use devices::bus::BusError;
+use devices::virtio::Kind;
+use devices::virtio::device::Device;
+use devices::virtio::mmio::{Registers, reg};
+use devices::virtio::queue::Interrupt;
+use kvm_bindings::CpuId;
+use vm_memory::ByteValued;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::bus::{AcpiPort, Buses, SerialPort};
+use super::control::Parts;
+use super::event::{Event, Sender};
+use super::slot::Slot;
+use super::transport::Transport;
+use super::vcpu::{Shared, VcpuThread, install_kick_handler};
+use super::{Machine, table};
+use crate::config::{ConfigError, ConsoleDevice, ConsoleMode, VmConfig};
+use crate::console::Output;
+use crate::hypervisor::{Hypervisor, HypervisorError, Vcpu, Vm};
+use crate::io::{IoThread, Options};
+use crate::kernel::{self, Context, LoadError};
+use crate::memory::{GuestRam, MemoryError};
+use crate::timings::{Milestone, Timings};
+
+/// Why a machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The configuration is not one of a machine.
+    #[error("the configuration is not valid")]
+    Config(#[from] ConfigError),
+    /// KVM refused.
+    #[error("KVM refused to make the machine")]
+    Hypervisor(#[from] HypervisorError),
+    /// The machine wants more vCPUs than the host's KVM can give it.
+    #[error("{wanted} vCPUs are wanted, KVM on this host gives a machine {max}")]
+    TooManyCpus {
+        /// Configured number.
+        wanted: u32,
+        /// What KVM allows.
+        max: usize,
+    },
+    /// No memory.
+    #[error("cannot set up the guest's memory")]
+    Memory(#[from] MemoryError),
+    /// Nothing to boot.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A device's back-end cannot be opened.
+    #[error("cannot set up {device}")]
+    Device {
+        /// Name of the device.
+        device: String,
+        /// The reason.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The tables that describe the machine could not be made.
+    #[error("cannot describe the machine to the guest")]
+    Acpi(#[from] AcpiError),
+    /// Two devices claim one address: a defect of the memory map.
+    #[error("the memory map is not valid")]
+    Bus(#[from] BusError),
+    /// The host refused a thread, a descriptor or random numbers.
+    #[error("the host refused {what}")]
+    Host {
+        /// What was wanted.
+        what: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+/// The machine's host.
+pub struct Host<'a> {
+    /// Its hypervisor.
+    pub hypervisor: &'a dyn Hypervisor,
+    /// KVM has no hardware behind it, so that a stock kernel does not come up.
+    pub pvm: bool,
+    /// Where milestones are noted.
+    pub timings: Arc<Timings>,
+    /// Size of the console's window, if it has one: columns, rows.
+    pub window: Option<(u16, u16)>,
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> BuildError {
+    move |source| BuildError::Host { what, source }
+}
+
+fn event() -> Result<EventFd, BuildError> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("an event descriptor"))
+}
+
+impl Machine {
+    /// Assembles a machine.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing of the machine is left then.
+    pub fn new(config: &VmConfig, host_side: &Host<'_>) -> Result<Machine, BuildError> {
+        config.validate()?;
+        warn_if_larger_than_host(config);
+        let hypervisor = host_side.hypervisor;
+        let capabilities = hypervisor.capabilities()?;
+        if config.cpus as usize > capabilities.max_vcpus {
+            return Err(BuildError::TooManyCpus {
+                wanted: config.cpus,
+                max: capabilities.max_vcpus,
+            });
+        }
+        let cpus = config.cpus as u8;
+        let wake = Arc::new(event()?);
+        let (events, receiver) = Sender::new(Arc::clone(&wake));
+        let output = Arc::new(Output::new().map_err(host("an event descriptor"))?);
+        let devices = table::devices(config, &output, host_side.window)?;
+
+        let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
+        let vm = hypervisor.create_vm()?;
+        ram.register(vm.as_ref())?;
+        vm.set_tss_address(layout::KVM_TSS)?;
+        vm.create_irqchip()?;
+        vm.create_pit()?;
+        let mut wiring = Wiring {
+            vm: vm.as_ref(),
+            events: events.clone(),
+            buses: Buses::new(Arc::clone(&host_side.timings)),
+            slots: Vec::new(),
+        };
+        let serial = wiring.serial(config, &output)?;
+        let acpi_port = wiring.acpi()?;
+        let console = devices.iter().position(|(_, device)| device.kind() == Kind::Console);
+        for (name, device) in devices {
+            wiring.virtio(name, device)?;
+        }
+        let Wiring { buses, slots, .. } = wiring;
+        host_side.timings.mark(Milestone::VmCreated);
+
+        let cpuid = Cpuid::new(
+            hypervisor.supported_cpuid()?.as_slice(),
+            &CpuidConfig {
+                cpus,
+                tsc_deadline: capabilities.tsc_deadline_timer,
+                tsc_khz: capabilities.tsc_khz,
+            },
+        );
+        let vcpus = make_vcpus(vm.as_ref(), cpus, &cpuid)?;
+        let page_size = PageSize::largest(&cpuid.for_vcpu(0));
+        let described = describe(config, &slots, &mut ram, &cpuid)?;
+        let context = Context {
+            cmdline: &command_line(config, slots.len()),
+            root_disk: config.disk.iter().any(|disk| disk.root),
+            pvm: host_side.pvm,
+            rsdp: described,
+            page_size,
+        };
+        let kernel = kernel::load(&config.kernel, &mut ram, &context)?;
+        if let Some(boot_cpu) = vcpus.first() {
+            enter_at(boot_cpu.as_ref(), &kernel.entry)?;
+        }
+        host_side.timings.mark(Milestone::KernelLoaded);
+
+        let io = start_io_threads(config, &slots, &events)?;
+        let shared = Arc::new(Shared {
+            buses,
+            events,
+            timings: Arc::clone(&host_side.timings),
+            seccomp: config.seccomp,
+        });
+        install_kick_handler().map_err(host("a signal handler"))?;
+        let (ready, vcpus_ready) = mpsc::channel();
+        let mut threads = Vec::new();
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let thread = VcpuThread::start(index, vcpu, Arc::clone(&shared), ready.clone())
+                .map_err(host("a vCPU thread"))?;
+            threads.push(thread);
+        }
+        Ok(Machine {
+            vcpus: threads,
+            io,
+            slots,
+            shared,
+            control: Parts {
+                events: receiver,
+                wake,
+                vcpus_ready,
+                output,
+                serial,
+                acpi: acpi_port,
+                console,
+            },
+            kernel,
+            _vm: vm,
+            ram,
+            seccomp: config.seccomp,
+        })
+    }
+}
+
+/// Connects devices to buses, interrupts and notification events.
+struct Wiring<'a> {
+    vm: &'a dyn Vm,
+    events: Sender,
+    buses: Buses,
+    slots: Vec<Slot>,
+}
+
+impl Wiring<'_> {
+    /// A new interrupt line on `gsi`.
+    fn line(&self, gsi: u32) -> Result<EventFd, BuildError> {
+        let line = event()?;
+        self.vm.register_irqfd(&line, gsi)?;
+        Ok(line)
+    }
+
+    fn serial(
+        &mut self,
+        config: &VmConfig,
+        output: &Arc<Output>,
+    ) -> Result<Option<Arc<SerialPort>>, BuildError> {
+        if !has_serial(config) {
+            return Ok(None);
+        }
+        let irq = self.line(interrupts::COM1_GSI)?;
+        let serial = Arc::new(SerialPort::new(irq, Arc::clone(output), event()?));
+        self.buses.add_serial(Arc::clone(&serial))?;
+        Ok(Some(serial))
+    }
+
+    fn acpi(&mut self) -> Result<Arc<AcpiPort>, BuildError> {
+        let port = Arc::new(AcpiPort::new(self.line(interrupts::GED_GSI)?));
+        self.buses.add_legacy(Arc::clone(&port))?;
+        Ok(port)
+    }
+
+    fn virtio(&mut self, name: String, device: Box<dyn Device>) -> Result<(), BuildError> {
+        let index = self.slots.len();
+        let place = VirtioSlot::new(index).ok_or_else(|| ConfigError {
+            field: name.clone(),
+            problem: format!(
+                "is one device too many: a machine has at most {}",
+                interrupts::MAX_VIRTIO_DEVICES
+            ),
+        })?;
+        let interrupt = Interrupt::new(self.line(place.gsi)?);
+        let queues = device.queues();
+        let mut kicks = Vec::with_capacity(queues.len());
+        for queue in 0..queues.len() {
+            let kick = Arc::new(event()?);
+            let gpa = place.address + reg::QUEUE_NOTIFY;
+            self.vm.register_ioeventfd(&kick, gpa, queue as u32)?;
+            kicks.push(kick);
+        }
+        let kind = device.kind();
+        let registers = Registers::new(kind as u32, device.features(), queues, device.config());
+        let transport = Arc::new(Transport::new(
+            index,
+            name,
+            registers,
+            interrupt,
+            kicks,
+            self.events.clone(),
+        ));
+        self.buses.add_virtio(place.address, Arc::clone(&transport))?;
+        self.slots.push(Slot::new(device, transport, 0));
+        Ok(())
+    }
+}
+
+fn has_serial(config: &VmConfig) -> bool {
+    config.console.device == ConsoleDevice::Serial && config.console.mode != ConsoleMode::Off
+}
+
+fn warn_if_larger_than_host(config: &VmConfig) {
+    // SAFETY: sysconf has no memory arguments.
+    let (pages, page) =
+        unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    let host = u64::try_from(pages).unwrap_or(0) * u64::try_from(page).unwrap_or(0);
+    if host > 0 && config.memory.size.0 > host {
+        tracing::warn!(
+            guest = %config.memory.size,
+            host_mib = host >> 20,
+            "the guest has more memory than the host; using all of it ends the machine"
+        );
+    }
+}
+
+fn make_vcpus(vm: &dyn Vm, cpus: u8, cpuid: &Cpuid) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
+    let msrs = msr::boot_msrs();
+    (0..cpus)
+        .map(|index| {
+            let vcpu = vm.create_vcpu(index)?;
+            let entries = CpuId::from_entries(&cpuid.for_vcpu(index)).map_err(|err| {
+                host("a CPUID table of this size")(io::Error::other(format!("{err:?}")))
+            })?;
+            vcpu.set_cpuid(&entries)?;
+            vcpu.set_msrs(&msrs)?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+/// Puts the boot vCPU at the kernel's entry. The others wait for their start-up interrupt.
+fn enter_at(vcpu: &dyn Vcpu, entry: &arch::boot::Entry) -> Result<(), HypervisorError> {
+    vcpu.set_fpu(&cpu_state::fpu())?;
+    vcpu.set_sregs(&cpu_state::sregs(entry, vcpu.sregs()?))?;
+    vcpu.set_regs(&cpu_state::regs(entry))?;
+    vcpu.set_lapic(&cpu_state::with_local_lines(vcpu.lapic()?))
+}
+
+/// Writes ACPI and MP tables and the identity pages. Returns the address of the RSDP.
+fn describe(
+    config: &VmConfig,
+    slots: &[Slot],
+    ram: &mut GuestRam,
+    cpuid: &Cpuid,
+) -> Result<u64, BuildError> {
+    let cpus = config.cpus as u8;
+    let tables = acpi::build(&AcpiConfig {
+        cpus,
+        virtio: (0..slots.len()).filter_map(VirtioSlot::new).collect(),
+        serial: has_serial(config),
+        i8042: config.i8042,
+        vmgenid: true,
+        vmclock: true,
+    })?;
+    tables.write(ram.memory().guest().as_ref())?;
+    let (signature, features) = cpuid.signature_and_features();
+    mptable::write(ram.memory().guest().as_ref(), cpus, signature, features)
+        .map_err(|err| host("memory for the MP table")(io::Error::other(err)))?;
+    let mut identity = [0u8; 16 + 8];
+    random(&mut identity).map_err(host("random numbers"))?;
+    let (generation, marker) = identity.split_at(16);
+    ram.write_id_page(layout::VMGENID_PAGE, generation)?;
+    let marker = marker.iter().fold(0, |all, &byte| all << 8 | u64::from(byte));
+    ram.write_id_page(layout::VMCLOCK_PAGE, VmClock::new(marker).as_slice())?;
+    Ok(tables.rsdp())
+}
+
+fn random(bytes: &mut [u8]) -> io::Result<()> {
+    // SAFETY: the buffer is valid for its length. Requests of up to 256 bytes are not cut short.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if got == bytes.len() as isize { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn start_io_threads(
+    config: &VmConfig,
+    slots: &[Slot],
+    events: &Sender,
+) -> Result<Vec<IoThread>, BuildError> {
+    if slots.is_empty() {
+        return Ok(Vec::new());
+    }
+    let options =
+        Options { index: 0, files: !config.disk.is_empty(), seccomp: config.seccomp };
+    let events = events.clone();
+    let reports = Box::new(move |report| {
+        events.send(Event::Io(report));
+    });
+    Ok(vec![IoThread::start(options, reports).map_err(host("an io thread"))?])
+}
+
+/// The kernel command line: what saves a guest time at boot, where its console, disks and devices
+/// are, and what the user adds (or all that the user wants, with `replace-cmdline`). Devices come
+/// first, so that a user's `--` stays the end of the kernel's own arguments.
+fn command_line(config: &VmConfig, virtio_devices: usize) -> String {
+    let mut words: Vec<String> = Vec::new();
+    if !config.kernel.replace_cmdline {
+        match (config.console.mode, config.console.device) {
+            (ConsoleMode::Off, _) => {}
+            (_, ConsoleDevice::Serial) => words.push("console=ttyS0".into()),
+            (_, ConsoleDevice::Virtio) => words.push("console=hvc0".into()),
+        }
+        words.extend(DEFAULT_CMDLINE.split_whitespace().map(str::to_owned));
+        if let Some(n) = config.disk.iter().position(|disk| disk.root) {
+            words.push(format!("root=/dev/{}", disk_node(n)));
+            words.push(if config.disk[n].ro { "ro" } else { "rw" }.into());
+        }
+    }
+    words.extend(
+        (0..virtio_devices).filter_map(VirtioSlot::new).map(|slot| slot.cmdline_option()),
+    );
+    words.extend(config.kernel.cmdline.clone());
+    words.join(" ")
+}
+
+/// Words of the default command line beside console and root:
+/// - `quiet`: each character on a serial console is an exit;
+/// - `reboot=k`: reset at once through port 0x64 instead of trying other ways first;
+/// - `panic=-1`: a kernel that panics resets at once, so that the machine ends;
+/// - `pci=off`, `8250.nr_uarts=1`: no probing of hardware that is not there;
+/// - `random.trust_cpu=on`: a guest without RDRAND trust waits for entropy.
+const DEFAULT_CMDLINE: &str =
+    "quiet reboot=k panic=-1 pci=off 8250.nr_uarts=1 random.trust_cpu=on";
+
+/// Name of the `n`th virtio disk in a Linux guest.
+fn disk_node(n: usize) -> String {
+    // 26 disks are more than a machine has.
+    format!("vd{}", char::from(b'a' + (n % 26) as u8))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DiskConfig;
+
+    #[test]
+    fn the_command_line_is_default_extended_or_replaced() {
+        let mut config = VmConfig::default();
+        assert_eq!(command_line(&config, 0), format!("console=ttyS0 {DEFAULT_CMDLINE}"));
+        config.kernel.cmdline = Some("single -- arg".into());
+        config.disk = vec![DiskConfig::default(), DiskConfig { root: true, ..Default::default() }];
+        let line = command_line(&config, 2);
+        assert!(line.contains(" root=/dev/vdb rw virtio_mmio.device="), "{line}");
+        assert!(line.ends_with(" single -- arg"), "{line}");
+        assert_eq!(line.matches("virtio_mmio.device=").count(), 2);
+        config.kernel.replace_cmdline = true;
+        assert_eq!(command_line(&config, 0), "single -- arg");
+    }
+}

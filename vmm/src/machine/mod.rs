@@ -1,0 +1,114 @@
+//! One virtual machine: how it is put together ([`build`]), how it is controlled while it runs
+//! ([`control`]), what its vCPU threads do ([`vcpu`]) and where their exits go ([`bus`]).
+//!
+//! ```text
+//!   VmConfig + Host ── Machine::new ──> Machine ── run ──> Ending
+//!                                          │
+//!                                       Handle ── Command, from any thread
+//! ```
+//!
+//! `Machine::run` makes the calling thread the control thread ("main") until the machine ends.
+//! Dropping a machine stops its threads and gives back all that it took from the host.
+
+mod build;
+mod bus;
+mod control;
+mod event;
+pub mod lifecycle;
+mod slot;
+mod table;
+mod transport;
+mod vcpu;
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+pub use build::{BuildError, Host};
+pub use event::{Command, Handle, Reply, ReplyTo};
+pub use lifecycle::{Ending, Refusal, State};
+
+use crate::console::Console;
+use crate::hypervisor::{Failure, HypervisorError, Vm};
+use crate::io::IoThread;
+use crate::kernel::LoadedKernel;
+use crate::memory::GuestRam;
+use crate::seccomp;
+use crate::timings::Timings;
+
+/// Why a running machine ended although nobody wanted it to.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The control loop cannot wait for events, or a thread could not be filtered.
+    #[error("{what}")]
+    Host {
+        /// What failed.
+        what: &'static str,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A vCPU stopped where no guest can be helped.
+    #[error("vCPU {index} cannot go on{place}: {failure}")]
+    Vcpu {
+        /// Index of the vCPU.
+        index: usize,
+        /// " at ADDRESS", or nothing if that is not known.
+        place: String,
+        /// What happened.
+        failure: Failure,
+    },
+    /// `KVM_RUN` failed.
+    #[error("vCPU {index} cannot run")]
+    VcpuRun {
+        /// Index of the vCPU.
+        index: usize,
+        /// The failed call.
+        source: HypervisorError,
+    },
+}
+
+/// A descriptor that the control thread serves for its caller, such as a control socket.
+pub trait Service {
+    /// Becomes readable when there is something to do.
+    fn fd(&self) -> RawFd;
+
+    /// Called on the control thread when it is readable. Must not block.
+    fn on_ready(&mut self, machine: &Handle);
+}
+
+/// A machine, assembled and not yet running.
+///
+/// Field order is the order of dropping: threads first, then the VM, then the memory that it uses.
+pub struct Machine {
+    vcpus: Vec<vcpu::VcpuThread>,
+    io: Vec<IoThread>,
+    slots: Vec<slot::Slot>,
+    shared: Arc<vcpu::Shared>,
+    control: control::Parts,
+    kernel: LoadedKernel,
+    // Kept for the life of the machine: slots, irqfds and ioeventfds live in it.
+    _vm: Box<dyn Vm>,
+    ram: GuestRam,
+    seccomp: seccomp::Mode,
+}
+
+impl Machine {
+    /// A handle to send commands with.
+    pub fn handle(&self) -> Handle {
+        Handle(self.shared.events.clone())
+    }
+
+    /// When milestones were reached.
+    pub fn timings(&self) -> &Arc<Timings> {
+        &self.shared.timings
+    }
+}
+
+/// What [`Machine::run`] needs from its caller beside the machine.
+pub struct RunOptions {
+    /// The host side of the console.
+    pub console: Console,
+    /// Signals that end the machine or tell of a new window size; see [`crate::signals`].
+    pub signals: Option<crate::signals::Signals>,
+    /// Descriptors to be served.
+    pub services: Vec<Box<dyn Service>>,
+}

@@ -111,12 +111,22 @@ pub trait Device: Send {
         None
     }
 
+    /// The user changed something, e.g. the size of a window. Returns the new contents of the
+    /// configuration space if they changed; a running worker is told as well.
+    fn update(&mut self, _message: &Message) -> Option<Vec<u8>> {
+        None
+    }
+
     /// Makes the worker of the `group`th element of [`Device::groups`]; `negotiated` are the
     /// feature bits that driver and device agreed on.
     ///
     /// # Errors
     /// The host refused a resource; the device is then marked as needing a reset.
     fn worker(&mut self, group: usize, negotiated: u64) -> io::Result<Box<dyn Worker>>;
+
+    /// The driver reset the device, whose workers are gone: what the driver had set through
+    /// commands, beside the transport's registers, goes back to power-on.
+    fn reset(&mut self) {}
 
     /// State that is neither configuration nor the transport's.
     fn save(&self) -> Payload;
@@ -149,12 +159,7 @@ pub trait Worker: Send {
     fn on_event(&mut self, _token: u32, _reactor: &mut dyn Reactor) {}
 
     /// Operation `token` ended with a byte count or an error.
-    fn on_completion(
-        &mut self,
-        _token: u64,
-        _result: io::Result<u32>,
-        _reactor: &mut dyn Reactor,
-    ) {
+    fn on_completion(&mut self, _token: u64, _result: io::Result<u32>, _reactor: &mut dyn Reactor) {
     }
 
     /// The timer set by [`Reactor::set_timer`] expired.

@@ -97,7 +97,7 @@ impl IoBuf {
         })
     }
 
-    /// Writes `value` to the last byte and drops it from the list. Returns false if it is empty.
+    /// Takes the last byte off the list, to be written later. `None` if the list is empty.
     pub fn pop_last_byte(&mut self) -> Option<GuestByte> {
         let iov = self.iovecs[self.first..].last_mut()?;
         iov.iov_len = iov.iov_len.checked_sub(1)?;

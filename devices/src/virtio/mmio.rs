@@ -128,6 +128,11 @@ impl Registers {
         self.status
     }
 
+    /// True if the device needs a reset before it can be used again.
+    pub fn is_broken(&self) -> bool {
+        self.status & status::NEEDS_RESET != 0
+    }
+
     /// Feature bits that driver and device agreed on.
     pub fn negotiated(&self) -> u64 {
         self.driver_features
@@ -328,8 +333,8 @@ impl Registers {
                 accepted &= !(status::FEATURES_OK | status::DRIVER_OK);
             }
         }
-        let activate = accepted & !self.status & status::DRIVER_OK != 0
-            && accepted & status::NEEDS_RESET == 0;
+        let activate =
+            accepted & !self.status & status::DRIVER_OK != 0 && accepted & status::NEEDS_RESET == 0;
         self.status = accepted;
         if activate { Effect::Activate } else { Effect::None }
     }

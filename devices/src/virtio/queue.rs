@@ -170,6 +170,12 @@ pub struct Queue {
 // `&mut self` or atomics.
 unsafe impl Send for Queue {}
 
+/// A descriptor as it lies in memory: two loads, where an array of bytes would be sixteen volatile
+/// ones. Packed, since an indirect table may have any alignment (§ 2.7.5.3).
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Words(u64, u64);
+
 #[derive(Clone, Copy)]
 struct Descriptor {
     gpa: u64,
@@ -354,22 +360,21 @@ impl Queue {
             return Err(QueueError::Index { index, size: entries });
         }
         // Read once: the guest may change it under us, and what was checked must be what is used.
-        // SAFETY: `table` has `entries` descriptors of 16 checked bytes, and index < entries. An
-        // indirect table may have any alignment (§ 2.7.5.3), hence the unaligned read.
-        let raw = unsafe {
-            table.add(usize::from(index) * DESC_LEN as usize).cast::<[u8; 16]>().read_volatile()
-        };
-        let word = u128::from_le_bytes(raw);
+        // SAFETY: `table` has `entries` descriptors of 16 checked bytes, and index < entries; the
+        // type has no alignment.
+        let Words(low, high) =
+            unsafe { table.cast::<Words>().add(usize::from(index)).read_volatile() };
+        let (gpa, rest) = (u64::from_le(low), u64::from_le(high));
         Ok(Descriptor {
-            gpa: word as u64,
-            len: (word >> 64) as u32,
-            flags: (word >> 96) as u16,
-            next: (word >> 112) as u16,
+            gpa,
+            len: rest as u32,
+            flags: (rest >> 32) as u16,
+            next: (rest >> 48) as u16,
         })
     }
 
-    /// Gives the `count` most recently taken requests back, untouched, as if never taken.
-    /// `heads` are theirs.
+    /// Gives the most recently taken requests back, untouched, as if never taken.
+    /// `heads` are theirs, in any order.
     pub fn undo(&mut self, heads: &[u16]) {
         for &head in heads {
             self.release(head);

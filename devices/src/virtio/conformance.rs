@@ -581,9 +581,13 @@ impl<D: Device> Harness<D> {
         let (head, written) = (entry as u32 as u16, (entry >> 32) as u32);
         let ring = &mut self.rings[usize::from(queue)];
         ring.used = ring.used.wrapping_add(1);
+        // With EVENT_IDX: interrupt when the next one is used.
+        let event_at = ring.base + AVAIL + 4 + 2 * u64::from(ring.size);
+        let event = ring.used;
         let chain = std::mem::take(&mut ring.chains[usize::from(head)]);
         assert!(!chain.is_empty(), "head {head} was used but is not available");
         ring.free.extend(chain);
+        self.write(event_at, &event.to_le_bytes());
         Some((head, written))
     }
 

@@ -2,8 +2,8 @@
 //!
 //! It waits for events from vCPUs, io threads, signals, the console's reader and writer, and the
 //! services of its caller. Nothing in here blocks, and nothing touches guest memory, with one
-//! exception: when somebody wants to write the kernel file that the guest maps, the mapped pages
-//! are copied first.
+//! exception: when somebody wants to write the kernel file that the guest maps, the machine is
+//! paused and the mapped pages are copied.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -95,9 +95,17 @@ impl Source {
 /// A change of state under way.
 enum Change {
     /// vCPUs are on their way out of the guest.
-    ParkVcpus { parked: usize, reply: ReplyTo },
+    ParkVcpus { parked: usize, then: Then },
     /// vCPUs are out; queues are draining.
-    StopQueues { reply: ReplyTo },
+    StopQueues { then: Then },
+}
+
+/// What a pause is for.
+enum Then {
+    /// Somebody asked for it.
+    Reply(ReplyTo),
+    /// The kernel file is given up; the machine goes on afterwards.
+    ReleaseKernelFile,
 }
 
 struct Control {
@@ -110,6 +118,7 @@ struct Control {
     input: VecDeque<u8>,
     input_watched: bool,
     sink_watched: bool,
+    kernel_file_wanted: bool,
     end: Option<Result<Ending, RunError>>,
 }
 
@@ -150,6 +159,7 @@ impl Machine {
             input: VecDeque::new(),
             input_watched: false,
             sink_watched: false,
+            kernel_file_wanted: false,
             end: None,
         });
         if let Ok(control) = manager.subscriber_mut(id) {
@@ -273,12 +283,7 @@ impl Control {
             return reply(Err(Refusal::Busy { step, under_way: "pause" }));
         }
         match command {
-            Command::Pause => {
-                for vcpu in &self.machine.vcpus {
-                    vcpu.park();
-                }
-                self.change = Some(Change::ParkVcpus { parked: 0, reply });
-            }
+            Command::Pause => self.pause(Then::Reply(reply)),
             Command::Resume => {
                 self.resume();
                 reply(Ok(self.state.clone()));
@@ -288,6 +293,13 @@ impl Control {
                 reply(Ok(self.state.clone()));
             }
         }
+    }
+
+    fn pause(&mut self, then: Then) {
+        for vcpu in &self.machine.vcpus {
+            vcpu.park();
+        }
+        self.change = Some(Change::ParkVcpus { parked: 0, then });
     }
 
     fn resume(&mut self) {
@@ -366,9 +378,9 @@ impl Control {
     }
 
     fn parked(&mut self) {
-        let Some(Change::ParkVcpus { parked, reply }) = self.change.take() else { return };
+        let Some(Change::ParkVcpus { parked, then }) = self.change.take() else { return };
         if parked + 1 < self.machine.vcpus.len() {
-            self.change = Some(Change::ParkVcpus { parked: parked + 1, reply });
+            self.change = Some(Change::ParkVcpus { parked: parked + 1, then });
             return;
         }
         let deadline = Instant::now() + STOP_DEADLINE;
@@ -378,7 +390,7 @@ impl Control {
                 slot.stopping = Some(Stopping::Pause { deadline });
             }
         }
-        self.change = Some(Change::StopQueues { reply });
+        self.change = Some(Change::StopQueues { then });
         self.arm_timer();
         self.finish_pause_if_drained();
     }
@@ -388,9 +400,14 @@ impl Control {
             return;
         }
         match self.change.take() {
-            Some(Change::StopQueues { reply }) => {
+            Some(Change::StopQueues { then: Then::Reply(reply) }) => {
                 self.state = State::Paused;
                 reply(Ok(State::Paused));
+                self.release_kernel_file_if_wanted();
+            }
+            Some(Change::StopQueues { then: Then::ReleaseKernelFile }) => {
+                self.release_kernel_file();
+                self.resume();
             }
             other => self.change = other,
         }
@@ -435,13 +452,28 @@ impl Control {
                     self.end.get_or_insert(Ok(Ending::Signal(number)));
                 }
                 Meaning::WindowChanged => self.resize_console(),
-                Meaning::LeaseBreak => self.release_kernel_file(),
+                Meaning::LeaseBreak => {
+                    self.kernel_file_wanted = true;
+                    self.release_kernel_file_if_wanted();
+                }
             }
         }
     }
 
-    /// Copies what the guest still maps of its kernel file, then lets the writer have it.
+    /// Gives the kernel file up if somebody wants to write it: now if the machine is paused, else
+    /// in a short pause of its own. A pause under way comes by here when it is done.
+    fn release_kernel_file_if_wanted(&mut self) {
+        match self.state {
+            _ if !self.kernel_file_wanted || self.change.is_some() => {}
+            State::Running => self.pause(Then::ReleaseKernelFile),
+            State::Paused => self.release_kernel_file(),
+            State::Configured | State::Stopped | State::Failed(_) => {}
+        }
+    }
+
+    /// Copies what the guest maps of its kernel file, then lets the writer have it.
     fn release_kernel_file(&mut self) {
+        self.kernel_file_wanted = false;
         let Some((lease, ranges)) = self.machine.kernel.leased.take() else { return };
         for (gpa, len) in ranges {
             if let Err(err) = self.machine.ram.detach_file(gpa, len) {

@@ -87,7 +87,6 @@ impl Mapping {
         file: &File,
         offset: u64,
     ) -> io::Result<()> {
-        let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
         let at = usize::try_from(at).map_err(|_| invalid())?;
         let len = usize::try_from(len).map_err(|_| invalid())?;
         let offset = libc::off_t::try_from(offset).map_err(|_| invalid())?;
@@ -99,6 +98,35 @@ impl Mapping {
         let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
         map(target, len, flags, file.as_raw_fd(), offset).map(|_| ())
     }
+
+    /// Replaces `len` bytes at `at` by anonymous memory with the same contents. Nobody may write to
+    /// the range meanwhile.
+    ///
+    /// # Errors
+    /// The range is not inside this mapping, or the host has no memory; nothing is changed then.
+    pub(super) fn detach(&self, at: u64, len: u64) -> io::Result<()> {
+        let at = usize::try_from(at).map_err(|_| invalid())?;
+        let len = usize::try_from(len).map_err(|_| invalid())?;
+        if at.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(invalid());
+        }
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let copy = map(std::ptr::null_mut(), len, flags, -1, 0)?;
+        // SAFETY: at + len <= self.len; the new mapping has `len` bytes and is nobody else's. With
+        // MREMAP_FIXED it takes the place of the old pages in one step.
+        unsafe {
+            let target = self.ptr.as_ptr().add(at);
+            std::ptr::copy_nonoverlapping(target, copy.as_ptr(), len);
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let moved = libc::mremap(copy.as_ptr().cast(), len, len, flags, target);
+            if moved == libc::MAP_FAILED {
+                let err = io::Error::last_os_error();
+                libc::munmap(copy.as_ptr().cast(), len);
+                return Err(err);
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Mapping {
@@ -106,6 +134,10 @@ impl Drop for Mapping {
         // SAFETY: the range is this mapping's own; nobody may use it after its owner is gone.
         unsafe { libc::munmap(self.ptr.as_ptr().cast(), self.len) };
     }
+}
+
+fn invalid() -> io::Error {
+    io::Error::from_raw_os_error(libc::EINVAL)
 }
 
 fn map(
@@ -123,14 +155,4 @@ fn map(
         return Err(io::Error::last_os_error());
     }
     NonNull::new(ptr.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
-}
-
-/// Faults in `len` bytes at `host` for writing: private pages replace those of a file.
-pub(super) fn populate(host: *mut u8, len: u64) -> io::Result<()> {
-    let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
-    // SAFETY: the caller passes a mapped range of guest RAM; populating does not change contents.
-    match unsafe { libc::madvise(host.cast(), len, libc::MADV_POPULATE_WRITE) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }

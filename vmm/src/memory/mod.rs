@@ -182,32 +182,38 @@ impl GuestRam {
         len: u64,
     ) -> Result<(), MemoryError> {
         let error = |source| MemoryError::Load { gpa, len, source };
-        let (start, mapping) = self
-            .ranges
-            .iter_mut()
-            .find(|(start, mapping)| {
-                gpa.checked_sub(start.raw_value())
-                    .and_then(|at| at.checked_add(len))
-                    .is_some_and(|end| end <= mapping.len() as u64)
-            })
+        let ranges = self.ranges.iter_mut().map(|(start, mapping)| (*start, mapping));
+        let (start, mapping) = find(ranges, gpa, len)
             .ok_or_else(|| error(io::Error::from_raw_os_error(libc::EFAULT)))?;
         let at = gpa - start.raw_value();
         mapping.overlay_file(at, len, file, offset).map_err(error)
     }
 
-    /// Makes private copies of all pages of `gpa..gpa + len`, so that the file behind them may
-    /// change. Blocks for as long as that takes (about 0.3 s per GiB).
+    /// Copies `gpa..gpa + len` out of the file that it maps, so that the file may change, shrink
+    /// even. (Private copies of the pages would not do: truncation takes them away as well.) The
+    /// machine must be paused. Blocks for as long as copying takes, about 0.3 s per GiB.
     ///
     /// # Errors
     /// [`MemoryError::Load`] if the host has no memory for it.
     pub fn detach_file(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
         let error = |source| MemoryError::Load { gpa, len, source };
-        let host = self
-            .memory
-            .host_range(gpa, len)
+        let (start, mapping) = find(self.ranges.iter().map(|(start, mapping)| (*start, mapping)), gpa, len)
             .ok_or_else(|| error(io::Error::from_raw_os_error(libc::EFAULT)))?;
-        mapping::populate(host, len).map_err(error)
+        mapping.detach(gpa - start.raw_value(), len).map_err(error)
     }
+}
+
+/// The range that holds all of `gpa..gpa + len`.
+fn find<'a, M: std::ops::Deref<Target = Mapping> + 'a>(
+    mut ranges: impl Iterator<Item = (GuestAddress, M)>,
+    gpa: u64,
+    len: u64,
+) -> Option<(GuestAddress, M)> {
+    ranges.find(|(start, mapping)| {
+        gpa.checked_sub(start.raw_value())
+            .and_then(|at| at.checked_add(len))
+            .is_some_and(|end| end <= mapping.len() as u64)
+    })
 }
 
 #[cfg(test)]

@@ -1,1 +1,191 @@
-//! placeholder
+//! Virtio block device (virtio 1.3 § 5.2) on a raw file or block device.
+//!
+//! - this file: what the driver sees: features, configuration space, saved state;
+//! - [`file`]: opening, locking and measuring the file behind it;
+//! - [`request`]: what a chain asks for, checked;
+//! - [`worker`]: serving a queue.
+
+mod file;
+mod request;
+mod worker;
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+pub use file::{DiskFile, OpenError};
+
+use super::Kind;
+use super::device::{Device, Payload, RestoreError, Worker};
+use super::queue::MAX_SIZE;
+
+const NAME: &str = "virtio-blk";
+const VERSION: u16 = 1;
+
+/// Bytes of a sector, the unit of the protocol (§ 5.2.4).
+pub const SECTOR: u64 = 512;
+/// Bytes of the id that a driver can ask for (§ 5.2.6).
+pub const ID_LEN: usize = 20;
+
+/// Device-specific feature bits (§ 5.2.3).
+mod feature {
+    pub(super) const SEG_MAX: u64 = 1 << 2;
+    pub(super) const RO: u64 = 1 << 5;
+    pub(super) const BLK_SIZE: u64 = 1 << 6;
+    pub(super) const FLUSH: u64 = 1 << 9;
+    pub(super) const CONFIG_WCE: u64 = 1 << 11;
+    pub(super) const MQ: u64 = 1 << 12;
+    pub(super) const DISCARD: u64 = 1 << 13;
+    pub(super) const WRITE_ZEROES: u64 = 1 << 14;
+}
+
+/// Offset of `writeback` in the configuration space (§ 5.2.4).
+const WRITEBACK_OFFSET: usize = 32;
+/// Length of the configuration space as far as it is used.
+const CONFIG_LEN: usize = 60;
+
+/// Most sectors that one discard or write-zeroes segment may have: 16 MiB, so that a request that
+/// has to be done by writing zeroes ends in reasonable time.
+const MAX_RANGE_SECTORS: u32 = (16 << 20) / SECTOR as u32;
+/// Most segments of one discard or write-zeroes request.
+const MAX_RANGE_SEGMENTS: u32 = 16;
+
+/// When written data is made durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cache {
+    /// When the driver flushes; the driver may switch its write cache off.
+    #[default]
+    Writeback,
+    /// Before a write is reported as done, from the start.
+    Writethrough,
+    /// Never on request: a flush does nothing.
+    Unsafe,
+}
+
+/// What a [`Block`] is made from.
+#[derive(Debug)]
+pub struct Options {
+    /// The file behind it.
+    pub file: DiskFile,
+    /// Write cache.
+    pub cache: Cache,
+    /// Name that the driver can ask for, cut to 20 bytes.
+    pub id: String,
+    /// Request queues, at least 1.
+    pub queues: u16,
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Block {
+    file: Arc<DiskFile>,
+    cache: Cache,
+    id: [u8; ID_LEN],
+    queues: Vec<u16>,
+    /// The driver's write cache is on. Shared with the workers, which look at each write.
+    writeback: Arc<AtomicBool>,
+}
+
+impl Block {
+    /// A disk.
+    pub fn new(options: Options) -> Block {
+        let mut id = [0; ID_LEN];
+        for (slot, byte) in id.iter_mut().zip(options.id.bytes()) {
+            *slot = byte;
+        }
+        let writeback = Arc::new(AtomicBool::new(options.cache != Cache::Writethrough));
+        Block {
+            file: Arc::new(options.file),
+            cache: options.cache,
+            id,
+            queues: vec![MAX_SIZE; usize::from(options.queues.max(1))],
+            writeback,
+        }
+    }
+}
+
+impl Device for Block {
+    fn kind(&self) -> Kind {
+        Kind::Block
+    }
+
+    fn features(&self) -> u64 {
+        let common = feature::SEG_MAX | feature::BLK_SIZE | feature::MQ;
+        if self.file.read_only() {
+            return common | feature::RO;
+        }
+        common | feature::FLUSH | feature::CONFIG_WCE | feature::DISCARD | feature::WRITE_ZEROES
+    }
+
+    fn queues(&self) -> &[u16] {
+        &self.queues
+    }
+
+    fn groups(&self) -> Vec<Range<u16>> {
+        (0..self.queues.len() as u16).map(|queue| queue..queue + 1).collect()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; CONFIG_LEN];
+        let mut put = |offset: usize, bytes: &[u8]| {
+            config[offset..offset + bytes.len()].copy_from_slice(bytes);
+        };
+        put(0, &(self.file.len() / SECTOR).to_le_bytes());
+        // A header and a status byte beside the data.
+        put(12, &(u32::from(MAX_SIZE) - 2).to_le_bytes());
+        put(20, &self.file.block_size().to_le_bytes());
+        put(WRITEBACK_OFFSET, &[self.writeback.load(Ordering::Relaxed).into()]);
+        put(34, &(self.queues.len() as u16).to_le_bytes());
+        let alignment = self.file.block_size() / SECTOR as u32;
+        put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+        put(40, &MAX_RANGE_SEGMENTS.to_le_bytes());
+        put(44, &alignment.to_le_bytes());
+        put(48, &MAX_RANGE_SECTORS.to_le_bytes());
+        put(52, &MAX_RANGE_SEGMENTS.to_le_bytes());
+        put(56, &[1]);
+        config
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) -> Option<Vec<u8>> {
+        // § 5.2.4: `writeback` is the only field that a driver may write, with 0 or 1.
+        match data {
+            [value @ (0 | 1)] if offset == WRITEBACK_OFFSET as u64 && !self.file.read_only() => {
+                self.writeback.store(*value == 1, Ordering::Relaxed);
+                Some(self.config())
+            }
+            _ => None,
+        }
+    }
+
+    fn worker(&mut self, _group: usize, negotiated: u64) -> io::Result<Box<dyn Worker>> {
+        // § 5.2.6.2: without FLUSH the driver cannot ask for durability, so it always gets it.
+        let always_durable = negotiated & feature::FLUSH == 0;
+        Ok(Box::new(worker::BlockWorker::new(worker::Settings {
+            file: Arc::clone(&self.file),
+            id: self.id,
+            writeback: Arc::clone(&self.writeback),
+            always_durable,
+            ignore_flush: self.cache == Cache::Unsafe,
+        })))
+    }
+
+    fn save(&self) -> Payload {
+        let bytes = vec![self.writeback.load(Ordering::Relaxed).into()];
+        Payload { kind: NAME, version: VERSION, bytes }
+    }
+
+    fn restore(&mut self, payload: &Payload) -> Result<(), RestoreError> {
+        match payload.expect(NAME, VERSION)? {
+            [value @ (0 | 1)] => {
+                self.writeback.store(*value == 1, Ordering::Relaxed);
+                Ok(())
+            }
+            _ => Err(RestoreError::Invalid { kind: NAME, reason: "expected one flag" }),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "blk/tests.rs"]
+mod tests;

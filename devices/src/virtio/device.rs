@@ -260,7 +260,12 @@ pub enum Action {
     /// Read into the buffers.
     Read(IoVecs),
     /// Write the buffers.
-    Write(IoVecs),
+    Write {
+        /// What is written.
+        bufs: IoVecs,
+        /// The data is on the disk when the write ends (`RWF_DSYNC`).
+        durable: bool,
+    },
     /// fdatasync(2) of the whole file.
     Sync,
     /// fallocate(2) with this mode over this many bytes.
@@ -273,7 +278,7 @@ pub enum Action {
 }
 
 /// Buffers in guest RAM, which stays mapped for as long as an operation runs: the worker that
-/// submitted it holds the queue, and the queue holds the memory.
+/// submitted it holds the queue, and the queue holds the memory. Or constant bytes to be written.
 #[derive(Debug)]
 pub struct IoVecs(Vec<iovec>);
 
@@ -284,6 +289,18 @@ impl IoVecs {
     /// Copies the list (not the bytes) out of `buf`.
     pub fn of(buf: &super::iobuf::IoBuf) -> IoVecs {
         IoVecs(buf.iovecs().to_vec())
+    }
+
+    /// `len` bytes of which each is 0: as many references to `zeroes` as that takes.
+    pub fn repeat(zeroes: &'static [u8], len: u64) -> IoVecs {
+        let mut rest = usize::try_from(len).unwrap_or(usize::MAX);
+        let mut list = Vec::new();
+        while rest > 0 {
+            let part = rest.min(zeroes.len());
+            list.push(iovec { iov_base: zeroes.as_ptr().cast_mut().cast(), iov_len: part });
+            rest -= part;
+        }
+        IoVecs(list)
     }
 
     /// The list.

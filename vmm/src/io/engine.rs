@@ -193,15 +193,22 @@ fn entry(operation: &FileOperation) -> squeue::Entry {
             let bufs = bufs.as_slice();
             opcode::Readv::new(fd, bufs.as_ptr(), bufs.len() as u32).offset(offset).build()
         }
-        Action::Write(bufs) => {
+        Action::Write { bufs, durable } => {
             let bufs = bufs.as_slice();
-            opcode::Writev::new(fd, bufs.as_ptr(), bufs.len() as u32).offset(offset).build()
+            opcode::Writev::new(fd, bufs.as_ptr(), bufs.len() as u32)
+                .offset(offset)
+                .rw_flags(write_flags(*durable))
+                .build()
         }
         Action::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
         Action::Allocate { mode, len } => {
             opcode::Fallocate::new(fd, *len).offset(offset).mode(*mode).build()
         }
     }
+}
+
+fn write_flags(durable: bool) -> i32 {
+    if durable { libc::RWF_DSYNC } else { 0 }
 }
 
 type Job = (Origin, FileOperation);
@@ -278,10 +285,10 @@ fn perform(operation: &FileOperation) -> io::Result<u32> {
                 // SAFETY: the list describes guest RAM that stays mapped until completion.
                 unsafe { libc::preadv(*fd, ptr, len, offset) }
             }
-            Action::Write(bufs) => {
+            Action::Write { bufs, durable } => {
                 let (ptr, len) = (bufs.as_slice().as_ptr(), bufs.as_slice().len() as i32);
                 // SAFETY: as above.
-                unsafe { libc::pwritev(*fd, ptr, len, offset) }
+                unsafe { libc::pwritev2(*fd, ptr, len, offset, write_flags(*durable)) }
             }
             Action::Sync => {
                 // SAFETY: no memory is involved.

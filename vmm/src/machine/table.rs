@@ -3,11 +3,12 @@
 
 use std::sync::Arc;
 
+use devices::virtio::blk::{Block, Cache, DiskFile, Options};
 use devices::virtio::device::Device;
 use devices::virtio::rng::Rng;
 
 use super::build::BuildError;
-use crate::config::VmConfig;
+use crate::config::{CacheMode, DiskConfig, VmConfig};
 use crate::console::Output;
 
 type Named = (String, Box<dyn Device>);
@@ -19,8 +20,23 @@ pub(super) fn devices(
     _window: Option<(u16, u16)>,
 ) -> Result<Vec<Named>, BuildError> {
     let mut devices: Vec<Named> = Vec::new();
+    for (n, disk) in config.disk.iter().enumerate() {
+        let name = config.disk_name(n);
+        devices.push((name.clone(), Box::new(block(name, disk)?)));
+    }
     if config.rng {
         devices.push(("rng".into(), Box::new(Rng)));
     }
     Ok(devices)
+}
+
+fn block(name: String, config: &DiskConfig) -> Result<Block, BuildError> {
+    let file = DiskFile::open(&config.path, config.ro, config.direct)
+        .map_err(|err| BuildError::Device { device: name.clone(), source: err.into() })?;
+    let cache = match config.cache {
+        CacheMode::Writeback => Cache::Writeback,
+        CacheMode::Writethrough => Cache::Writethrough,
+        CacheMode::Unsafe => Cache::Unsafe,
+    };
+    Ok(Block::new(Options { file, cache, id: name, queues: config.queues.unwrap_or(1) }))
 }

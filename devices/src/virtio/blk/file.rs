@@ -1,0 +1,189 @@
+//! The file behind a disk: opened, locked, measured.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::SECTOR;
+
+/// Why a file cannot be a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It cannot be opened.
+    #[error("cannot open {} for {access}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// "reading" or "reading and writing".
+        access: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A directory, pipe, socket or character device.
+    #[error("{} is neither a regular file nor a block device", path.display())]
+    Kind {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Its size is 0 or no whole number of blocks.
+    #[error("{} has {size} bytes, which is not a multiple of {block} above 0", path.display())]
+    Size {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        size: u64,
+        /// What it must be a multiple of.
+        block: u64,
+    },
+    /// Somebody else uses it.
+    #[error("{} is in use: another machine has it open{}", path.display(), if *read_only { " for writing" } else { "" })]
+    Locked {
+        /// The file.
+        path: PathBuf,
+        /// It was to be opened read-only.
+        read_only: bool,
+    },
+    /// It cannot be locked or measured.
+    #[error("cannot {what} {}", path.display())]
+    Host {
+        /// "lock" or "measure".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+/// An open, locked disk file. The lock goes with the descriptor.
+#[derive(Debug)]
+pub struct DiskFile {
+    file: File,
+    len: u64,
+    block_size: u32,
+    read_only: bool,
+    direct: bool,
+}
+
+impl DiskFile {
+    /// Opens the raw disk at `path`: read-only, or for writing; past the page cache with `direct`.
+    ///
+    /// A lock on the open file description keeps a second writer, or a reader beside a writer, in
+    /// this and other processes, out.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<DiskFile, OpenError> {
+        let access = if read_only { "reading" } else { "reading and writing" };
+        let open = |source| OpenError::Open { path: path.to_owned(), access, source };
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if direct { libc::O_DIRECT } else { 0 };
+        let mut file = File::options()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(flags)
+            .open(path)
+            .map_err(|source| match source.raw_os_error() {
+                // Opening a directory for writing says so before anything can be looked at.
+                Some(libc::EISDIR) => OpenError::Kind { path: path.to_owned() },
+                _ => open(source),
+            })?;
+        let kind = file.metadata().map_err(open)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(OpenError::Kind { path: path.to_owned() });
+        }
+        lock(&file, read_only).map_err(|source| match source.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => {
+                OpenError::Locked { path: path.to_owned(), read_only }
+            }
+            _ => OpenError::Host { what: "lock", path: path.to_owned(), source },
+        })?;
+        let measure =
+            |source| OpenError::Host { what: "measure", path: path.to_owned(), source };
+        let len = file.seek(SeekFrom::End(0)).map_err(measure)?;
+        let block_size = if kind.is_block_device() {
+            logical_block_size(&file).map_err(measure)?
+        } else if direct {
+            direct_alignment(&file)
+        } else {
+            SECTOR as u32
+        };
+        if len == 0 || !len.is_multiple_of(u64::from(block_size)) {
+            let block = u64::from(block_size);
+            return Err(OpenError::Size { path: path.to_owned(), size: len, block });
+        }
+        Ok(DiskFile { file, len, block_size, read_only, direct })
+    }
+
+    /// Length in bytes, a multiple of the sector size.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Never true: a disk has at least one sector.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Smallest unit of a transfer in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// Nothing is ever written.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Transfers go past the page cache.
+    pub fn direct(&self) -> bool {
+        self.direct
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn lock(file: &File, read_only: bool) -> io::Result<()> {
+    // SAFETY: flock is plain data; all of the file is meant by start and length 0.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = if read_only { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    // SAFETY: one valid flock.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// `BLKSSZGET` of `linux/fs.h`.
+const BLKSSZGET: libc::c_ulong = 0x1268;
+
+fn logical_block_size(file: &File) -> io::Result<u32> {
+    let mut size: libc::c_int = 0;
+    // SAFETY: the call stores one int.
+    if unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut size) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u32::try_from(size).unwrap_or(0).max(SECTOR as u32))
+}
+
+/// Alignment that O_DIRECT needs on this file; 512 where the kernel does not tell (before 6.1).
+fn direct_alignment(file: &File) -> u32 {
+    // SAFETY: statx is plain data; the empty path with AT_EMPTY_PATH means the descriptor.
+    let (result, stat) = unsafe {
+        let mut stat: libc::statx = std::mem::zeroed();
+        let result = libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &mut stat,
+        );
+        (result, stat)
+    };
+    let known = result == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0;
+    if known { stat.stx_dio_offset_align.max(SECTOR as u32) } else { SECTOR as u32 }
+}

@@ -1,0 +1,376 @@
+//! Serves one request queue of a disk.
+//!
+//! A read or write that the page cache can take at once is done here and now
+//! (`preadv2(RWF_NOWAIT)`), which costs one system call. Everything that could wait goes through
+//! [`Reactor::submit`]. Requests complete in any order.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::request::{self, ByteRange, Disk, Kind, Status};
+use super::{DiskFile, ID_LEN, MAX_RANGE_SECTORS, SECTOR};
+use crate::virtio::device::{
+    Action, BATCH, Fault, FileOperation, IoVecs, Reactor, Worker,
+};
+use crate::virtio::iobuf::{GuestByte, IoBuf};
+use crate::virtio::queue::{Chain, Queue, QueueError, QueueState};
+
+/// What a worker is made from.
+pub(super) struct Settings {
+    pub(super) file: Arc<DiskFile>,
+    pub(super) id: [u8; ID_LEN],
+    pub(super) writeback: Arc<AtomicBool>,
+    pub(super) always_durable: bool,
+    pub(super) ignore_flush: bool,
+}
+
+/// The data half of a disk queue.
+pub(super) struct BlockWorker {
+    settings: Settings,
+    queue: Option<Queue>,
+    index: u16,
+    stopping: bool,
+    chain: Chain,
+    /// Requests under way, by the head of their chain.
+    pending: Vec<Option<Pending>>,
+    /// The file system takes RWF_NOWAIT reads; likewise writes. Cleared at the first refusal.
+    nowait_reads: bool,
+    nowait_writes: bool,
+}
+
+struct Pending {
+    status: GuestByte,
+    step: Step,
+}
+
+enum Step {
+    /// The rest of the buffers, where in the file they go on, and what was filled before.
+    Read { rest: IoBuf, offset: u64, done: u32 },
+    Write { rest: IoBuf, offset: u64 },
+    Sync,
+    /// The first range is under way, by this method.
+    Ranges { ranges: VecDeque<ByteRange>, method: Method },
+}
+
+/// Ways to zero or discard a range, from the best to the one that always works.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Method {
+    ZeroRange,
+    PunchHole,
+    /// Written zeroes; bytes done so far.
+    Write(u64),
+}
+
+impl BlockWorker {
+    pub(super) fn new(settings: Settings) -> BlockWorker {
+        let nowait = !settings.file.direct();
+        BlockWorker {
+            settings,
+            queue: None,
+            index: 0,
+            stopping: false,
+            chain: Chain::default(),
+            pending: Vec::new(),
+            nowait_reads: nowait,
+            nowait_writes: nowait,
+        }
+    }
+
+    /// Takes up to a batch of requests. Returns true if more may be waiting.
+    fn serve(&mut self, queue: &mut Queue, reactor: &mut dyn Reactor) -> Result<bool, Fault> {
+        let index = self.index;
+        let ring = |err: QueueError| Fault::Queue(index, err);
+        let disk =
+            Disk { len: self.settings.file.len(), read_only: self.settings.file.read_only() };
+        queue.disable_kicks();
+        for _ in 0..BATCH {
+            let Some(head) = queue.pop(&mut self.chain).map_err(ring)? else {
+                if queue.enable_kicks().map_err(ring)? {
+                    continue;
+                }
+                return Ok(false);
+            };
+            let (status, kind) = match request::parse(&mut self.chain, disk) {
+                Ok(parsed) => parsed,
+                Err(what) => {
+                    queue.complete(head, 0);
+                    return Err(Fault::Request(self.index, what));
+                }
+            };
+            match kind {
+                Ok(Kind::Read(offset)) => self.read(queue, head, status, offset, reactor),
+                Ok(Kind::Write(offset)) => self.write(queue, head, status, offset, reactor),
+                Ok(Kind::GetId) => {
+                    self.chain.writable.write(&self.settings.id);
+                    finish(queue, head, &status, Status::Ok, ID_LEN as u32);
+                }
+                Ok(Kind::Flush) if self.settings.ignore_flush => {
+                    finish(queue, head, &status, Status::Ok, 0);
+                }
+                Ok(Kind::Flush) => self.submit(head, Pending { status, step: Step::Sync }, reactor),
+                Ok(Kind::Ranges(ranges)) => {
+                    let method = first_method(ranges.front());
+                    let step = Step::Ranges { ranges, method };
+                    self.submit(head, Pending { status, step }, reactor);
+                }
+                Err(refused) => finish(queue, head, &status, refused, 0),
+            }
+        }
+        Ok(true)
+    }
+
+    fn read(
+        &mut self,
+        queue: &mut Queue,
+        head: u16,
+        status: GuestByte,
+        offset: u64,
+        reactor: &mut dyn Reactor,
+    ) {
+        let len = self.chain.writable.len();
+        let mut done = 0;
+        if self.nowait_reads {
+            match nowait(libc::preadv2, self.settings.file.fd(), &self.chain.writable, offset) {
+                Ok(read) if read == len => {
+                    return finish(queue, head, &status, Status::Ok, len as u32);
+                }
+                Ok(read) => done = read,
+                Err(err) => self.nowait_reads = err.raw_os_error() != Some(libc::EOPNOTSUPP),
+            }
+        }
+        let mut rest = std::mem::take(&mut self.chain.writable);
+        rest.advance(done);
+        let step = Step::Read { rest, offset: offset + done, done: done as u32 };
+        self.submit(head, Pending { status, step }, reactor);
+    }
+
+    fn write(
+        &mut self,
+        queue: &mut Queue,
+        head: u16,
+        status: GuestByte,
+        offset: u64,
+        reactor: &mut dyn Reactor,
+    ) {
+        let len = self.chain.readable.len();
+        let mut done = 0;
+        // A durable write waits for the disk, so it is never done here.
+        if self.nowait_writes && !self.durable() {
+            match nowait(libc::pwritev2, self.settings.file.fd(), &self.chain.readable, offset) {
+                Ok(written) if written == len => {
+                    return finish(queue, head, &status, Status::Ok, 0);
+                }
+                Ok(written) => done = written,
+                Err(err) => self.nowait_writes = err.raw_os_error() != Some(libc::EOPNOTSUPP),
+            }
+        }
+        let mut rest = std::mem::take(&mut self.chain.readable);
+        rest.advance(done);
+        let step = Step::Write { rest, offset: offset + done };
+        self.submit(head, Pending { status, step }, reactor);
+    }
+
+    fn durable(&self) -> bool {
+        let settings = &self.settings;
+        !settings.ignore_flush
+            && (settings.always_durable || !settings.writeback.load(Ordering::Relaxed))
+    }
+
+    /// Starts the next operation of `pending`, which becomes the request at `head`.
+    fn submit(&mut self, head: u16, pending: Pending, reactor: &mut dyn Reactor) {
+        let fd = self.settings.file.fd();
+        let operation = match &pending.step {
+            Step::Read { rest, offset, .. } => {
+                FileOperation { fd, offset: *offset, action: Action::Read(IoVecs::of(rest)) }
+            }
+            Step::Write { rest, offset } => {
+                let bufs = IoVecs::of(rest);
+                let action = Action::Write { bufs, durable: self.durable() };
+                FileOperation { fd, offset: *offset, action }
+            }
+            Step::Sync => FileOperation { fd, offset: 0, action: Action::Sync },
+            Step::Ranges { ranges, method } => match ranges.front() {
+                Some(range) => range_operation(fd, range, *method),
+                // Not reached: a request with no range left is finished.
+                None => FileOperation { fd, offset: 0, action: Action::Sync },
+            },
+        };
+        let slot = usize::from(head);
+        if self.pending.len() <= slot {
+            self.pending.resize_with(slot + 1, || None);
+        }
+        self.pending[slot] = Some(pending);
+        reactor.submit(u64::from(head), operation);
+    }
+
+    /// What follows when an operation of `pending` ended: its final status and the bytes written
+    /// to guest memory, or `None` if there is another operation to do.
+    fn advance(pending: &mut Pending, result: io::Result<u32>) -> Option<(Status, u32)> {
+        if let Err(err) = &result
+            && matches!(err.raw_os_error(), Some(libc::EAGAIN | libc::EINTR))
+        {
+            return None;
+        }
+        match &mut pending.step {
+            Step::Read { rest, offset, done } => match result {
+                Ok(read) if read > 0 => {
+                    rest.advance(u64::from(read));
+                    *offset += u64::from(read);
+                    *done += read;
+                    rest.is_empty().then_some((Status::Ok, *done))
+                }
+                // 0: the file is shorter than it was when it was opened.
+                _ => Some((Status::IoError, *done)),
+            },
+            Step::Write { rest, offset } => match result {
+                Ok(written) if written > 0 => {
+                    rest.advance(u64::from(written));
+                    *offset += u64::from(written);
+                    rest.is_empty().then_some((Status::Ok, 0))
+                }
+                _ => Some((Status::IoError, 0)),
+            },
+            Step::Sync => {
+                let status = if result.is_ok() { Status::Ok } else { Status::IoError };
+                Some((status, 0))
+            }
+            Step::Ranges { ranges, method } => {
+                let range = ranges.front()?;
+                match (result, *method) {
+                    (Ok(written), Method::Write(done)) => {
+                        let done = done + u64::from(written);
+                        if written == 0 {
+                            return Some((Status::IoError, 0));
+                        }
+                        if done < range.len {
+                            *method = Method::Write(done);
+                            return None;
+                        }
+                    }
+                    (Ok(_), _) => {}
+                    (Err(err), Method::Write(_)) => {
+                        tracing::debug!(%err, "zeroing by writing failed");
+                        return Some((Status::IoError, 0));
+                    }
+                    (Err(err), tried) => match err.raw_os_error() {
+                        // A discard is advice: what the file cannot do is done.
+                        Some(libc::EOPNOTSUPP) if !range.zero => {}
+                        Some(libc::EOPNOTSUPP) => {
+                            *method = match tried {
+                                Method::ZeroRange => Method::PunchHole,
+                                _ => Method::Write(0),
+                            };
+                            return None;
+                        }
+                        _ => return Some((Status::IoError, 0)),
+                    },
+                }
+                ranges.pop_front();
+                *method = first_method(ranges.front());
+                ranges.is_empty().then_some((Status::Ok, 0))
+            }
+        }
+    }
+}
+
+impl Worker for BlockWorker {
+    fn start_queue(&mut self, index: u16, queue: Queue, _reactor: &mut dyn Reactor) {
+        self.index = index;
+        self.stopping = false;
+        self.queue = Some(queue);
+    }
+
+    fn stop_queue(&mut self, _index: u16, _reactor: &mut dyn Reactor) -> Option<QueueState> {
+        self.stopping = true;
+        match self.queue.take_if(|queue| queue.in_flight() == 0) {
+            Some(queue) => Some(queue.state()),
+            None if self.queue.is_none() => Some(QueueState::default()),
+            None => None,
+        }
+    }
+
+    fn on_kick(&mut self, index: u16, reactor: &mut dyn Reactor) {
+        let Some(mut queue) = self.queue.take_if(|_| !self.stopping) else { return };
+        match self.serve(&mut queue, reactor) {
+            Ok(true) => reactor.again(index),
+            Ok(false) => {}
+            Err(fault) => reactor.fault(fault),
+        }
+        queue.notify();
+        self.queue = Some(queue);
+    }
+
+    fn on_completion(&mut self, token: u64, result: io::Result<u32>, reactor: &mut dyn Reactor) {
+        let slot = usize::try_from(token).unwrap_or(usize::MAX);
+        let Some(mut pending) = self.pending.get_mut(slot).and_then(Option::take) else { return };
+        let head = token as u16;
+        let Some((status, written)) = Self::advance(&mut pending, result) else {
+            return self.submit(head, pending, reactor);
+        };
+        let Some(queue) = &mut self.queue else { return };
+        finish(queue, head, &pending.status, status, written);
+        queue.notify();
+        if self.stopping
+            && let Some(queue) = self.queue.take_if(|queue| queue.in_flight() == 0)
+        {
+            reactor.stopped(self.index, queue.state());
+        }
+    }
+}
+
+/// Answers a request: `written` bytes of data, and the status byte.
+fn finish(queue: &mut Queue, head: u16, byte: &GuestByte, status: Status, written: u32) {
+    byte.set(status as u8);
+    queue.complete(head, written + 1);
+}
+
+type Vectored = unsafe extern "C" fn(
+    libc::c_int,
+    *const libc::iovec,
+    libc::c_int,
+    libc::off_t,
+    libc::c_int,
+) -> libc::ssize_t;
+
+/// One vectored read or write that does not wait; returns the bytes done.
+fn nowait(call: Vectored, fd: i32, buf: &IoBuf, offset: u64) -> io::Result<u64> {
+    let iovecs = buf.iovecs();
+    // SAFETY: the list describes guest RAM that is mapped for as long as the queue lives. A chain
+    // has at most as many buffers as the queue (256), below IOV_MAX.
+    let done = unsafe {
+        call(fd, iovecs.as_ptr(), iovecs.len() as i32, offset as libc::off_t, libc::RWF_NOWAIT)
+    };
+    u64::try_from(done).map_err(|_| io::Error::last_os_error())
+}
+
+fn first_method(range: Option<&ByteRange>) -> Method {
+    match range {
+        Some(range) if range.zero && !range.unmap => Method::ZeroRange,
+        _ => Method::PunchHole,
+    }
+}
+
+/// Zeroes to write where nothing better is possible.
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+fn range_operation(fd: i32, range: &ByteRange, method: Method) -> FileOperation {
+    let allocate = |mode| FileOperation {
+        fd,
+        offset: range.offset,
+        action: Action::Allocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, len: range.len },
+    };
+    match method {
+        Method::ZeroRange => allocate(libc::FALLOC_FL_ZERO_RANGE),
+        Method::PunchHole => allocate(libc::FALLOC_FL_PUNCH_HOLE),
+        Method::Write(done) => {
+            let bufs = IoVecs::repeat(&ZEROES, range.len - done);
+            let action = Action::Write { bufs, durable: false };
+            FileOperation { fd, offset: range.offset + done, action }
+        }
+    }
+}
+
+// The list for one range stays below IOV_MAX.
+const _: () = assert!(MAX_RANGE_SECTORS as u64 * SECTOR / ZEROES.len() as u64 <= 1024);

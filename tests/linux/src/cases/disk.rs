@@ -100,6 +100,7 @@ fn flush_reaches_the_file(site: &Site) -> Result<(), Failure> {
 fn discard(site: &Site) -> Result<(), Failure> {
     let image = blank_disk(32)?;
     let mut guest = Machine::new(site)?.disk(image.path(), "").boot()?;
+    guest.run("[ -b /dev/vda ]")?;
     guest.run("dd if=/dev/urandom of=/dev/vda bs=1M count=32 conv=fsync 2>/dev/null")?;
     let full = fs::metadata(image.path())?.blocks();
     check(full * 512 >= 32 * MIB, || format!("only {full} blocks were written"))?;
@@ -141,6 +142,7 @@ fn direct(site: &Site) -> Result<(), Failure> {
     // Not in a tmpfs, which has no O_DIRECT before Linux 6.6.
     let image = blank_disk(16)?;
     let mut guest = Machine::new(site)?.disk(image.path(), ",direct").boot()?;
+    guest.run("[ -b /dev/vda ]")?;
     guest.run("dd if=/dev/urandom of=/tmp/a bs=1M count=8 2>/dev/null")?;
     guest.run("dd if=/tmp/a of=/dev/vda bs=64k conv=fsync 2>/dev/null")?;
     guest.run("echo 3 >/proc/sys/vm/drop_caches")?;

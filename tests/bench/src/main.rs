@@ -14,7 +14,6 @@ mod peers;
 mod report;
 mod sample;
 mod system;
-mod tap;
 
 use clap::{Args, Parser, Subcommand};
 use std::path::{Path, PathBuf};

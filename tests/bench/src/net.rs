@@ -4,10 +4,10 @@ use crate::Result;
 use crate::report::{Bound, Report};
 use crate::sample::{Running, Sample, median, run as run_guest};
 use crate::system::{Guest, Programs, System};
-use crate::tap::{self, Link};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+use testnet::{self as tap, Link};
 
 const SIZES: [usize; 2] = [64, 1514];
 /// Frames on their way at once: a window of a few, as a connection has it, and all that the queue
@@ -29,7 +29,7 @@ pub fn run(
     report: &mut Report,
 ) -> Result<()> {
     let runs = runs.max(3);
-    tap::in_namespace(|| {
+    tap::in_namespace(false, || {
         for (depth, how) in DEPTHS {
             for size in SIZES {
                 eprintln!("net send {size}, {how}: {runs} runs each");
@@ -155,7 +155,7 @@ fn echo(programs: &Programs, system: System) -> Result<f64> {
             match link.receive(&mut buffer)? {
                 None => return Err("an echo did not come back".into()),
                 // The bench hears its own frames too; an echo comes from the guest's address.
-                Some(length) if length >= 22 && buffer[6..12] == [2, 0, 0, 0, 0, 1] => {
+                Some(length) if length >= 22 && buffer[6..12] == tap::GUEST => {
                     if buffer[14..22] == text {
                         break;
                     }

@@ -21,9 +21,13 @@ pub fn hello(_: &Boot) {
 /// Says hello, dirties `dirty=` bytes of memory from 16 MiB on, and loops for ever; with `say=1`
 /// prints a dot each 2^30 ticks.
 pub fn spin(boot: &Boot) {
+    const FIRST: u64 = 16 << 20;
     let dirty = boot.number("dirty", 0);
-    for page in (0..dirty).step_by(4096) {
-        write(0x100_0000 + page, page | 1);
+    for page in (FIRST..FIRST + dirty).step_by(4096) {
+        if page % (1 << 30) == 0 && !machine::map(page, || boot.allocate(4096)) {
+            return;
+        }
+        write(page, page | 1);
     }
     serial::put_all(b"hello\n");
     let say = boot.flag("say");
@@ -79,9 +83,8 @@ pub fn boot_timer(_: &Boot) {
 
 /// Prints the CPUID leaves, a line each: leaf, subleaf, eax, ebx, ecx, edx in hexadecimal.
 pub fn cpuid(_: &Boot) {
-    use core::arch::x86_64::__cpuid_count;
     for base in [0, 0x4000_0000, 0x8000_0000u32] {
-        let last = __cpuid_count(base, 0).eax;
+        let [last, ..] = machine::cpuid(base, 0);
         if last < base || last - base > 0x100 {
             continue;
         }
@@ -91,22 +94,19 @@ pub fn cpuid(_: &Boot) {
                 _ => 1,
             };
             for subleaf in 0..subleaves {
-                let r = __cpuid_count(leaf, subleaf);
-                if subleaf > 0 && r.eax == 0 && r.ebx == 0 && r.edx == 0 {
+                let [eax, ebx, ecx, edx] = machine::cpuid(leaf, subleaf);
+                if subleaf > 0 && eax == 0 && ebx == 0 && edx == 0 {
                     continue;
                 }
-                println!(
-                    "cpuid {leaf:08x} {subleaf} {:08x} {:08x} {:08x} {:08x}",
-                    r.eax, r.ebx, r.ecx, r.edx
-                );
+                println!("cpuid {leaf:08x} {subleaf} {eax:08x} {ebx:08x} {ecx:08x} {edx:08x}");
             }
         }
     }
 }
 
-/// Sends `mib=` MiB to the UART, then `done`.
+/// Sends `size=` bytes to the UART, then `done`.
 pub fn serial_flood(boot: &Boot) {
-    let count = boot.number("mib", 1) << 20;
+    let count = boot.number("size", 1 << 20);
     for index in 0..count {
         serial::put(if index % 64 == 63 { b'\n' } else { b'0' + (index % 64) as u8 });
     }
@@ -135,9 +135,8 @@ pub fn memory(boot: &Boot) {
             if page < machine::end_of_image() || page < first {
                 continue;
             }
-            if page >> 32 != 0 {
-                let Some(table) = boot.allocate(4096) else { return };
-                machine::map(page, table);
+            if !machine::map(page, || boot.allocate(4096)) {
+                return;
             }
             let before: u64 = read(page);
             write(page, !before);

@@ -138,13 +138,10 @@ pub fn processors(boot: &Boot) {
     let start = ticks();
     while ticks() - start < 1 << 26 {}
     print!("result smp cpus={} first={this} others=", machine::processors().len() + 1);
-    let mut ids = [0u8; 256];
-    let up = machine::processors();
-    let ids = &mut ids[..up.len()];
-    ids.copy_from_slice(up);
-    ids.sort_unstable();
-    for (index, id) in ids.iter().enumerate() {
-        print!("{}{id}", if index == 0 { "" } else { "," });
+    let mut first = true;
+    for id in (0..=255).filter(|id| machine::processors().contains(id)) {
+        print!("{}{id}", if first { "" } else { "," });
+        first = false;
     }
     println!("");
 }

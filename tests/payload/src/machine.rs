@@ -19,6 +19,7 @@ unsafe extern "C" {
     static image_end: u8;
     static fault_info: [u64; 4];
     static interrupt_count: AtomicU64;
+    static cpuid_result: [u32; 4];
     static idt: u8;
     static pdpt: u8;
     static trampoline: u8;
@@ -103,17 +104,21 @@ pub fn bytes(address: u64, length: usize) -> &'static [u8] {
     unsafe { core::slice::from_raw_parts(address as *const u8, length) }
 }
 
-/// Maps the GiB around an address above 4 GiB, one to one; `table` is a zeroed page for it.
-pub fn map(address: u64, table: u64) {
+/// Maps the GiB around an address below 512 GiB, one to one, unless it is mapped; `table` gives a
+/// zeroed page for it. False if it has none.
+pub fn map(address: u64, table: impl FnOnce() -> Option<u64>) -> bool {
     const LARGE_USER_WRITABLE_PRESENT: u64 = 0x87;
     let entry = &raw const pdpt as u64 + (address >> 30) % 512 * 8;
-    if read::<u64>(entry) == 0 {
-        for index in 0..512 {
-            let page = (address >> 30 << 30) + (index << 21);
-            write(table + index * 8, page | LARGE_USER_WRITABLE_PRESENT);
-        }
-        write(entry, table | 7);
+    if read::<u64>(entry) != 0 {
+        return true;
     }
+    let Some(table) = table() else { return false };
+    for index in 0..512 {
+        let page = (address >> 30 << 30) + (index << 21);
+        write(table + index * 8, page | LARGE_USER_WRITABLE_PRESENT);
+    }
+    write(entry, table | 7);
+    true
 }
 
 /// Puts the code that other processors start with at `target`, below 1 MiB.
@@ -154,6 +159,13 @@ pub fn halt() {
 /// Reads a model specific register.
 pub fn rdmsr(register: u32) -> u64 {
     call_gate(2, u64::from(register))
+}
+
+/// CPUID as eax, ebx, ecx, edx, asked at level 0: at level 3, PVM lets the host's answer through.
+pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    call_gate(5, u64::from(leaf) | u64::from(subleaf) << 32);
+    // SAFETY: written by the gate before it returns.
+    unsafe { (&raw const cpuid_result).read_volatile() }
 }
 
 /// Turns interrupts on.

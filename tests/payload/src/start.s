@@ -125,6 +125,8 @@ gate_stub:                          # the handler of exception 6
     cmp edi, 3
     jb gate_rdmsr
     je gate_on
+    cmp edi, 5
+    je gate_cpuid
     and dword ptr [rsp + 16], ~0x200    # IF of the flags that iretq restores
     iretq
 gate_on:
@@ -144,6 +146,19 @@ gate_rdmsr:                         # esi = MSR; result in rax
     shl rdx, 32
     mov eax, eax
     or rax, rdx
+    iretq
+
+gate_cpuid:                         # esi = leaf, the upper half of rsi = subleaf
+    push rbx
+    mov eax, esi
+    mov rcx, rsi
+    shr rcx, 32
+    cpuid
+    mov [cpuid_result], eax
+    mov [cpuid_result + 4], ebx
+    mov [cpuid_result + 8], ecx
+    mov [cpuid_result + 12], edx
+    pop rbx
     iretq
 
 # --- Application processors: real mode to long mode, one record each ---------------------------
@@ -233,7 +248,8 @@ bcmp:
     mov eax, ecx
 2:  ret
 
-# --- Page tables: all that lies under 4 GiB, in 2 MiB pages (PVM has no larger ones) ------------
+# --- Page tables in 2 MiB pages (PVM has no larger ones): the first GiB, and the fourth, where -----
+# devices are. The others are filled in as needed: machine::map
 .section .tables, "aw"
 .globl pdpt
 .balign 4096
@@ -241,11 +257,16 @@ pml4:
     .quad pdpt + 7                  # present, writable, user
     .fill 511, 8, 0
 pdpt:
-    .quad pd + 0x0007, pd + 0x1007, pd + 0x2007, pd + 0x3007
-    .fill 508, 8, 0                 # filled in as needed: machine::map
+    .quad pd + 0x0007, 0, 0, pd + 0x1007
+    .fill 508, 8, 0
 pd:
 .set entry, 0
-.rept 2048
+.rept 512
+    .quad (entry << 21) + 0x87
+    .set entry, entry + 1
+.endr
+.set entry, 1536
+.rept 512
     .quad (entry << 21) + 0x87
     .set entry, entry + 1
 .endr
@@ -281,7 +302,7 @@ task_state:
 
 .section .bss
 .balign 4096
-.globl idt, fault_info, interrupt_count, processor_ids, processors_up
+.globl idt, fault_info, interrupt_count, processor_ids, processors_up, cpuid_result
 idt:
     .skip 4096
     .skip 2048
@@ -290,6 +311,8 @@ kernel_stack_top:
 user_stack_top:
 fault_info:
     .skip 32
+cpuid_result:
+    .skip 16
 interrupt_count:
     .skip 8
 processor_slots:

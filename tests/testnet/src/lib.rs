@@ -3,11 +3,13 @@
 //! The namespace belongs to the thread that made it and to the processes started from that thread;
 //! when they are gone, so is everything in it.
 
-use crate::Result;
 use std::fs::OpenOptions;
 use std::io::Error;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
+
+/// Anything that goes wrong, in words.
+pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// The one TAP of the namespace.
 pub const NAME: &str = "tap0";
@@ -16,19 +18,27 @@ pub const ETHERTYPE: u16 = 0x88b5;
 /// `_IOW('T', 202, int)` and its neighbour, linux/if_tun.h.
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 const TUNSETPERSIST: libc::Ioctl = 0x4004_54cb;
+/// The guest's and the host's made-up addresses.
+pub const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
+/// See [`GUEST`].
+pub const HOST: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 fn check(value: libc::c_int) -> Result<libc::c_int> {
     if value < 0 { Err(Error::last_os_error().into()) } else { Ok(value) }
 }
 
-/// Runs `body` on a thread in a new network namespace with a TAP in it.
-pub fn in_namespace<T: Send>(body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+/// Runs `body` on a thread in a new network namespace with a TAP in it, which has several queues if
+/// asked to.
+///
+/// # Errors
+/// Whatever `body` says; or there is no right to make a namespace, or no TAP to be had.
+pub fn in_namespace<T: Send>(queues: bool, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let outcome = std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             let prepared = (|| -> Result<()> {
                 // SAFETY: moves only this thread.
                 check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
-                make_tap()
+                make_tap(queues)
             })();
             prepared.and_then(|()| body()).map_err(|error| error.to_string())
         });
@@ -36,7 +46,7 @@ pub fn in_namespace<T: Send>(body: impl FnOnce() -> Result<T> + Send) -> Result<
     });
     match outcome {
         Ok(outcome) => outcome.map_err(Into::into),
-        Err(_) => Err("the thread of the network bench panicked".into()),
+        Err(_) => Err("the thread in the namespace panicked".into()),
     }
 }
 
@@ -50,11 +60,12 @@ fn interface_request(flags: libc::c_int) -> libc::ifreq {
     request
 }
 
-fn make_tap() -> Result<()> {
+fn make_tap(queues: bool) -> Result<()> {
     // Before the interface is there: nothing but the bench shall send on it.
     std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").ok();
     let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let more = if queues { libc::IFF_MULTI_QUEUE } else { 0 };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
     let request = interface_request(flags);
     let up = interface_request(libc::IFF_UP);
     // SAFETY: `request` and `up` outlive their calls; the third takes a number.
@@ -75,6 +86,9 @@ pub struct Link {
 
 impl Link {
     /// Opens it; a receive waits at most a second.
+    ///
+    /// # Errors
+    /// There is no TAP, or no right to see its frames.
     pub fn open() -> Result<Link> {
         let protocol = ETHERTYPE.to_be();
         let name = std::ffi::CString::new(NAME)?;
@@ -102,6 +116,9 @@ impl Link {
     }
 
     /// Sends a frame; false if there is no room at the moment.
+    ///
+    /// # Errors
+    /// The system's, other than lack of room.
     pub fn send(&self, frame: &[u8]) -> Result<bool> {
         let flags = libc::MSG_DONTWAIT;
         // SAFETY: the buffer outlives the call.
@@ -123,7 +140,10 @@ impl Link {
         }
     }
 
-    /// Receives a frame from the guest; `None` after a second without one.
+    /// Receives a frame; `None` after a second without one. The host's own frames are heard too.
+    ///
+    /// # Errors
+    /// The system's.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Option<usize>> {
         // SAFETY: the buffer outlives the call and is as long as said.
         let length = unsafe {
@@ -143,7 +163,8 @@ impl Link {
 /// A frame of `size` bytes to the guest.
 pub fn frame(size: usize, text: &[u8]) -> Vec<u8> {
     let mut frame = vec![0; size.max(14 + text.len())];
-    frame[..12].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2]);
+    frame[..6].copy_from_slice(&GUEST);
+    frame[6..12].copy_from_slice(&HOST);
     frame[12..14].copy_from_slice(&ETHERTYPE.to_be_bytes());
     frame[14..14 + text.len()].copy_from_slice(text);
     frame

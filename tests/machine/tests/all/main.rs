@@ -1,0 +1,13 @@
+//! Payload guests under Hull: each test is a machine of milliseconds on the real /dev/kvm.
+
+// Marked as tests, so that clippy lets them unwrap.
+#[cfg(test)]
+mod basic;
+#[cfg(test)]
+mod endings;
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod input;
+#[cfg(test)]
+mod rng;

@@ -66,3 +66,14 @@ fn hopeless(outcome: &Outcome) {
 fn entropy_device() {
     hopeless(&all("rng", "", |guest| guest.flag("--rng")));
 }
+
+#[test]
+fn disk() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for more in ["", ",direct"] {
+        let path = folder.path().join("disk.img");
+        std::fs::File::create(&path).unwrap().set_len(4 << 20).unwrap();
+        hopeless(&all("blk", "", |guest| guest.disk(&path, more)));
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 4 << 20);
+    }
+}

@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod basic;
 #[cfg(test)]
+mod blk;
+#[cfg(test)]
 mod endings;
 #[cfg(test)]
 mod hostile;

@@ -90,6 +90,7 @@ pub struct Harness<D: Device> {
     registers: Registers,
     memory: Memory,
     interrupt: Interrupt,
+    irq: EventFd,
     workers: Vec<Started>,
     reactor: TestReactor,
     rings: Vec<Ring>,
@@ -103,6 +104,8 @@ impl<D: Device> Harness<D> {
     pub fn new(device: D) -> Harness<D> {
         let ranges = [(GuestAddress(0), RAM as usize), (GuestAddress(RINGS), RINGS_LEN as usize)];
         let memory = Memory::new(Arc::new(GuestMemory::from_ranges(&ranges).unwrap()));
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let interrupt = Interrupt::new(irq.try_clone().unwrap());
         let registers = Registers::new(
             device.kind() as u32,
             device.features(),
@@ -114,7 +117,8 @@ impl<D: Device> Harness<D> {
             device,
             registers,
             memory,
-            interrupt: Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+            interrupt,
+            irq,
             workers: Vec::new(),
             reactor: TestReactor::new(),
             rings,
@@ -602,11 +606,10 @@ impl<D: Device> Harness<D> {
         Some(written)
     }
 
-    /// True if the interrupt line fired since the last call.
-    pub fn interrupted(&mut self) -> bool {
-        let bits = self.interrupt.status();
+    /// How often the interrupt line fired since the last call.
+    pub fn interrupts(&mut self) -> u64 {
         self.interrupt.acknowledge(u32::MAX);
-        bits != 0
+        self.irq.read().unwrap_or(0)
     }
 }
 

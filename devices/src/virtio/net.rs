@@ -1,1 +1,327 @@
-//! placeholder
+//! Virtio network card (virtio 1.3 § 5.1) on TAP interfaces.
+//!
+//! ```text
+//!   pair k:  queue 2k   receive   <── readv ── TAP descriptor k     rx
+//!            queue 2k+1 transmit  ── writev ──> (the same)          tx
+//!   control: queue 2n, where there are n > 1 pairs                  control
+//! ```
+//!
+//! Frames are never copied here: the kernel reads and writes guest memory, and does the checksums
+//! and the segmentation that either side leaves to the other.
+
+mod control;
+mod rx;
+pub mod tap;
+mod tx;
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use control::ControlWorker;
+use rx::Receiver;
+use tap::Tap;
+use tx::Sender;
+
+use super::Kind;
+use super::device::{Device, Payload, Reactor, RestoreError, Worker};
+use super::queue::{Chain, Queue, QueueState};
+
+const NAME: &str = "virtio-net";
+const VERSION: u16 = 1;
+const QUEUE_SIZE: u16 = 256;
+const CONTROL_QUEUE_SIZE: u16 = 64;
+
+/// Most queue pairs of one card.
+pub const MAX_PAIRS: usize = 16;
+
+/// Bytes of the header in front of each frame (§ 5.1.6), with `num_buffers`.
+pub const HEADER: u64 = 12;
+/// Longest frame in bytes with its header: an IP packet of 65535 bytes, Ethernet header, VLAN tag,
+/// and room to spare.
+const MAX_FRAME: u64 = 65562 + HEADER;
+/// Bytes to be held for a frame that the host has not segmented (§ 5.1.6.3.1).
+const LARGEST_OFFLOADED: u64 = 65562;
+/// Ethernet header with a VLAN tag, in bytes.
+const ETHERNET: u64 = 18;
+
+/// Feature bits (§ 5.1.3).
+mod feature {
+    pub(super) const CSUM: u64 = 1 << 0;
+    pub(super) const GUEST_CSUM: u64 = 1 << 1;
+    pub(super) const MTU: u64 = 1 << 3;
+    pub(super) const MAC: u64 = 1 << 5;
+    pub(super) const GUEST_TSO4: u64 = 1 << 7;
+    pub(super) const GUEST_TSO6: u64 = 1 << 8;
+    pub(super) const GUEST_ECN: u64 = 1 << 9;
+    pub(super) const GUEST_UFO: u64 = 1 << 10;
+    pub(super) const HOST_TSO4: u64 = 1 << 11;
+    pub(super) const HOST_TSO6: u64 = 1 << 12;
+    pub(super) const HOST_ECN: u64 = 1 << 13;
+    pub(super) const HOST_UFO: u64 = 1 << 14;
+    pub(super) const MRG_RXBUF: u64 = 1 << 15;
+    pub(super) const CTRL_VQ: u64 = 1 << 17;
+    pub(super) const MQ: u64 = 1 << 22;
+
+    /// What the kernel does for any TAP: it takes whatever the guest leaves to it, and hands over
+    /// what [`offloads`](super::offloads) says.
+    pub(super) const TAP: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | HOST_UFO | GUEST;
+    const GUEST: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_UFO;
+}
+
+/// What a network card is made of.
+#[derive(Debug)]
+pub struct NetOptions {
+    /// One TAP queue per queue pair, all of the same interface, 1 to [`MAX_PAIRS`].
+    pub taps: Vec<Tap>,
+    /// The guest's Ethernet address.
+    pub mac: [u8; 6],
+    /// Largest packet in bytes without Ethernet header, told to the guest (§ 5.1.4: at least 68).
+    /// Without it the guest assumes 1500.
+    pub mtu: Option<u16>,
+}
+
+/// Why a network card cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// There are too few or too many queue pairs.
+    #[error("{0} queue pairs are not between 1 and {MAX_PAIRS}")]
+    Pairs(usize),
+    /// The MTU is below what virtio allows.
+    #[error("an MTU of {0} bytes is not between 68 and 65535")]
+    Mtu(u16),
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Net {
+    taps: Vec<Tap>,
+    mac: [u8; 6],
+    mtu: Option<u16>,
+    sizes: Vec<u16>,
+    /// Queue pairs that the driver uses: 1 until it asks for more.
+    pairs: Arc<AtomicU16>,
+}
+
+impl Net {
+    /// A network card.
+    ///
+    /// # Errors
+    /// [`NetError`].
+    pub fn new(options: NetOptions) -> Result<Net, NetError> {
+        let NetOptions { taps, mac, mtu } = options;
+        if !(1..=MAX_PAIRS).contains(&taps.len()) {
+            return Err(NetError::Pairs(taps.len()));
+        }
+        if let Some(mtu) = mtu.filter(|&mtu| mtu < 68) {
+            return Err(NetError::Mtu(mtu));
+        }
+        let mut sizes = vec![QUEUE_SIZE; taps.len() * 2];
+        if taps.len() > 1 {
+            sizes.push(CONTROL_QUEUE_SIZE);
+        }
+        Ok(Net { taps, mac, mtu, sizes, pairs: Arc::new(AtomicU16::new(1)) })
+    }
+
+    /// Largest frame with header that the TAP can deliver to a driver that agreed on `negotiated`.
+    fn largest_frame(&self, negotiated: u64) -> u64 {
+        let segments = feature::GUEST_TSO4 | feature::GUEST_TSO6 | feature::GUEST_UFO;
+        if negotiated & segments != 0 {
+            return LARGEST_OFFLOADED;
+        }
+        let mtu = self.taps.iter().map(Tap::mtu).chain(self.mtu).max().unwrap_or_default();
+        HEADER + ETHERNET + u64::from(mtu)
+    }
+
+    /// The pairs that the driver uses, now that it has agreed on `negotiated`.
+    fn used_pairs(&self, negotiated: u64) -> u16 {
+        if negotiated & feature::MQ == 0 { 1 } else { self.pairs.load(Ordering::Relaxed) }
+    }
+}
+
+impl Device for Net {
+    fn kind(&self) -> Kind {
+        Kind::Net
+    }
+
+    fn features(&self) -> u64 {
+        let mtu = if self.mtu.is_some() { feature::MTU } else { 0 };
+        let pairs = if self.taps.len() > 1 { feature::CTRL_VQ | feature::MQ } else { 0 };
+        feature::TAP | feature::MAC | feature::MRG_RXBUF | mtu | pairs
+    }
+
+    fn queues(&self) -> &[u16] {
+        &self.sizes
+    }
+
+    fn groups(&self) -> Vec<Range<u16>> {
+        let count = self.sizes.len() as u16;
+        (0..count).step_by(2).map(|first| first..count.min(first + 2)).collect()
+    }
+
+    fn config(&self) -> Vec<u8> {
+        // § 5.1.4: mac, status, max_virtqueue_pairs, mtu.
+        let mut config = self.mac.to_vec();
+        config.extend([0, 0]);
+        config.extend((self.taps.len() as u16).to_le_bytes());
+        config.extend(self.mtu.unwrap_or_default().to_le_bytes());
+        config
+    }
+
+    fn worker(&mut self, group: usize, negotiated: u64) -> io::Result<Box<dyn Worker>> {
+        let multi_queue = negotiated & feature::MQ != 0;
+        // § 5.1.2: without MQ the control queue comes right after the one pair.
+        let control = if multi_queue { self.taps.len() } else { 1 };
+        let (Some(tap), false) = (self.taps.get(group), group == control) else {
+            return Ok(Box::new(ControlWorker {
+                taps: self.taps.clone(),
+                multi_queue,
+                pairs: Arc::clone(&self.pairs),
+                index: group as u16 * 2,
+                queue: None,
+                chain: Chain::default(),
+            }));
+        };
+        if group == 0 {
+            tap.set_offloads(offloads(negotiated))?;
+            enable_pairs(&self.taps, self.used_pairs(negotiated))?;
+        }
+        Ok(Box::new(PairWorker {
+            tap: tap.clone(),
+            mergeable: negotiated & feature::MRG_RXBUF != 0,
+            largest: self.largest_frame(negotiated),
+            rx: None,
+            tx: None,
+        }))
+    }
+
+    fn reset(&mut self) {
+        self.pairs.store(1, Ordering::Relaxed);
+    }
+
+    fn save(&self) -> Payload {
+        let bytes = self.pairs.load(Ordering::Relaxed).to_le_bytes().to_vec();
+        Payload { kind: NAME, version: VERSION, bytes }
+    }
+
+    fn restore(&mut self, payload: &Payload) -> Result<(), RestoreError> {
+        let invalid = |reason| RestoreError::Invalid { kind: NAME, reason };
+        let bytes = <[u8; 2]>::try_from(payload.expect(NAME, VERSION)?)
+            .map_err(|_| invalid("it is not 2 bytes long"))?;
+        let pairs = u16::from_le_bytes(bytes);
+        if !(1..=self.taps.len()).contains(&usize::from(pairs)) {
+            return Err(invalid("it uses more queue pairs than this card has"));
+        }
+        self.pairs.store(pairs, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Makes the kernel deliver frames to the first `pairs` of `taps` and not to the others, which the
+/// driver does not look at (§ 5.1.6.5.5).
+fn enable_pairs(taps: &[Tap], pairs: u16) -> io::Result<()> {
+    (0..).zip(taps).try_for_each(|(index, tap): (u16, &Tap)| tap.set_enabled(index < pairs))
+}
+
+/// TUN_F_* bits: what the kernel may leave to a driver that agreed on `negotiated`. A bit without
+/// the one that it needs (§ 5.1.3.1) counts as not negotiated.
+fn offloads(negotiated: u64) -> u32 {
+    let bit = |feature: u64, bit: u32| if negotiated & feature != 0 { bit } else { 0 };
+    let segments = bit(feature::GUEST_TSO4, libc::TUN_F_TSO4)
+        | bit(feature::GUEST_TSO6, libc::TUN_F_TSO6)
+        | bit(feature::GUEST_UFO, libc::TUN_F_UFO);
+    let ecn = if segments & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) != 0 {
+        bit(feature::GUEST_ECN, libc::TUN_F_TSO_ECN)
+    } else {
+        0
+    };
+    match bit(feature::GUEST_CSUM, libc::TUN_F_CSUM) {
+        0 => 0,
+        csum => csum | segments | ecn,
+    }
+}
+
+/// Frames that got lost, logged when their number doubles.
+struct Drops {
+    what: &'static str,
+    count: u64,
+}
+
+impl Drops {
+    fn new(what: &'static str) -> Drops {
+        Drops { what, count: 0 }
+    }
+
+    fn count(&mut self, err: &io::Error) {
+        self.count += 1;
+        if self.count.is_power_of_two() {
+            tracing::debug!(%err, what = self.what, dropped = self.count, "frame dropped");
+        }
+    }
+}
+
+/// The worker of one queue pair.
+struct PairWorker {
+    tap: Tap,
+    mergeable: bool,
+    largest: u64,
+    rx: Option<Receiver>,
+    tx: Option<Sender>,
+}
+
+/// Receive queues have even indices, transmit queues odd ones.
+fn is_receive(index: u16) -> bool {
+    index.is_multiple_of(2)
+}
+
+impl Worker for PairWorker {
+    fn start_queue(&mut self, index: u16, queue: Queue, reactor: &mut dyn Reactor) {
+        let tap = self.tap.clone();
+        if is_receive(index) {
+            let (mergeable, largest) = (self.mergeable, self.largest);
+            self.rx = Some(Receiver::new(queue, index, tap, mergeable, largest, reactor));
+        } else {
+            self.tx = Some(Sender::new(queue, index, tap));
+        }
+    }
+
+    fn stop_queue(&mut self, index: u16, reactor: &mut dyn Reactor) -> Option<QueueState> {
+        let state = if is_receive(index) {
+            self.rx.take().map(|rx| rx.stop(reactor))
+        } else {
+            self.tx.take().map(|tx| tx.stop(reactor))
+        };
+        Some(state.unwrap_or_default())
+    }
+
+    fn on_kick(&mut self, index: u16, reactor: &mut dyn Reactor) {
+        if is_receive(index) {
+            if let Some(rx) = &mut self.rx {
+                rx.receive(reactor);
+            }
+        } else if let Some(tx) = &mut self.tx {
+            tx.send(reactor);
+        }
+    }
+
+    fn on_event(&mut self, token: u32, reactor: &mut dyn Reactor) {
+        // The token is the index of the queue that waits.
+        if token.is_multiple_of(2) {
+            if let Some(rx) = &mut self.rx {
+                rx.on_readable(reactor);
+            }
+        } else if let Some(tx) = &mut self.tx {
+            tx.on_writable(reactor);
+        }
+    }
+
+    fn on_timer(&mut self, reactor: &mut dyn Reactor) {
+        if let Some(rx) = &mut self.rx {
+            rx.on_timer(reactor);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -141,10 +141,11 @@ fn perform(operation: &FileOperation) -> io::Result<u32> {
             // SAFETY: the list describes guest RAM, which the harness keeps mapped.
             unsafe { libc::preadv(fd, list, count, offset) }
         }
-        Action::Write(bufs) => {
+        Action::Write { bufs, durable } => {
             let (list, count) = (bufs.as_slice().as_ptr(), bufs.as_slice().len() as i32);
+            let flags = if *durable { libc::RWF_DSYNC } else { 0 };
             // SAFETY: as above.
-            unsafe { libc::pwritev(fd, list, count, offset) }
+            unsafe { libc::pwritev2(fd, list, count, offset, flags) }
         }
         Action::Sync => {
             // SAFETY: no memory is involved.

@@ -1,0 +1,118 @@
+//! Sending: each request is one frame, written to the TAP straight from guest memory.
+
+use std::io;
+
+use super::tap::Tap;
+use super::{Drops, HEADER, MAX_FRAME};
+use crate::virtio::device::{BATCH, Fault, Interest, Reactor};
+use crate::virtio::iobuf::IoBuf;
+use crate::virtio::queue::{Chain, Queue, QueueError, QueueState};
+
+/// The sending half of a queue pair.
+pub(super) struct Sender {
+    queue: Queue,
+    index: u16,
+    tap: Tap,
+    chain: Chain,
+    /// The TAP had no room; readiness is waited for.
+    blocked: bool,
+    drops: Drops,
+}
+
+/// Why sending paused.
+enum Pause {
+    /// Everything is sent.
+    Empty,
+    /// The TAP has no room.
+    Blocked,
+    /// Others have to have their turn.
+    Batch,
+}
+
+impl Sender {
+    pub(super) fn new(queue: Queue, index: u16, tap: Tap) -> Sender {
+        let drops = Drops::new("sent");
+        Sender { queue, index, tap, chain: Chain::default(), blocked: false, drops }
+    }
+
+    /// Frames are sent or not taken, so nothing is in flight.
+    pub(super) fn stop(self, reactor: &mut dyn Reactor) -> QueueState {
+        if self.blocked {
+            reactor.unwatch(self.tap.waiting_fd());
+        }
+        self.queue.state()
+    }
+
+    /// The TAP has room again.
+    pub(super) fn on_writable(&mut self, reactor: &mut dyn Reactor) {
+        if std::mem::take(&mut self.blocked) {
+            // Watched anew when it is full again: that reports room which came in between.
+            reactor.unwatch(self.tap.waiting_fd());
+            self.send(reactor);
+        }
+    }
+
+    /// Sends what the driver has made available, up to a batch.
+    pub(super) fn send(&mut self, reactor: &mut dyn Reactor) {
+        if self.blocked {
+            return;
+        }
+        self.queue.disable_kicks();
+        match self.run() {
+            Ok(Pause::Empty) => {}
+            Ok(Pause::Batch) => reactor.again(self.index),
+            Ok(Pause::Blocked) => {
+                self.blocked = true;
+                let (fd, token) = (self.tap.waiting_fd(), u32::from(self.index));
+                if let Err(err) = reactor.watch(fd, token, Interest::Writable) {
+                    reactor.fault(Fault::Backend(err));
+                }
+            }
+            Err(err) => reactor.fault(Fault::Queue(self.index, err)),
+        }
+        self.queue.notify();
+    }
+
+    fn run(&mut self) -> Result<Pause, QueueError> {
+        for _ in 0..BATCH {
+            let Some(head) = self.queue.pop(&mut self.chain)? else {
+                if self.queue.enable_kicks()? {
+                    continue;
+                }
+                return Ok(Pause::Empty);
+            };
+            match write(&self.tap, &self.chain.readable) {
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => {
+                    self.queue.undo(&[head]);
+                    return Ok(Pause::Blocked);
+                }
+                // The TAP is down or gone, or did not like the header: a frame may get lost.
+                Err(err) => self.drops.count(&err),
+                Ok(()) => {}
+            }
+            self.queue.complete(head, 0);
+        }
+        Ok(Pause::Batch)
+    }
+}
+
+/// Writes one frame. The kernel checks the header's contents.
+fn write(tap: &Tap, frame: &IoBuf) -> io::Result<()> {
+    if !(HEADER..=MAX_FRAME).contains(&frame.len()) {
+        return Err(io::Error::from_raw_os_error(libc::EMSGSIZE));
+    }
+    let buffers = frame.iovecs();
+    loop {
+        // SAFETY: the list describes guest RAM of a chain that is held; a chain has no more
+        // elements than writev(2) takes.
+        let sent =
+            unsafe { libc::writev(tap.fd(), buffers.as_ptr(), buffers.len() as libc::c_int) };
+        if sent >= 0 {
+            return Ok(());
+        }
+        let err = io::Error::last_os_error();
+        if err.kind() != io::ErrorKind::Interrupted {
+            return Err(err);
+        }
+    }
+}

@@ -110,10 +110,12 @@ impl Entry {
             _file: file,
         };
         let text = serde_json::to_string(record).map_err(|err| failed(err.into()))?;
-        file.set_len(0)
-            .and_then(|()| file.seek(SeekFrom::Start(0)))
-            .and_then(|_| file.write_all(text.as_bytes()))
-            .map_err(failed)?;
+        // Cut only what is there: some file systems write a file that was cut to disk at once.
+        let stale = file.metadata().map_err(failed)?.len();
+        if stale > 0 {
+            file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map_err(failed)?;
+        }
+        file.write_all(text.as_bytes()).map_err(failed)?;
         Ok(entry(file))
     }
 

@@ -1,10 +1,13 @@
 //! The host side of the guest's console: output that never stalls the machine's control, and where
 //! input comes from.
 //!
-//! A vCPU (or a console worker) puts bytes into a bounded [`Output`] buffer; `main` writes them
-//! out. When nobody reads the other end the buffer fills, and the *writing* vCPU waits: a guest
-//! that floods its console is slowed to the speed of its reader, and neither memory grows nor is
-//! output lost. A vCPU that is told to pause or stop does not wait.
+//! A vCPU (or a console worker) puts bytes into a bounded [`Output`] buffer. A whole line is written
+//! out by whoever completed it, so that a busy console costs one system call a line and wakes
+//! nobody; what stays without a line end (a prompt) is written by `main` a moment later. The sink
+//! never blocks: when its reader is slow, `main` waits for it to take more. When nobody reads at
+//! all the buffer fills, and the *writing* vCPU waits: a guest that floods its console is slowed to
+//! the speed of its reader, and neither memory grows nor is output lost. A vCPU that is told to
+//! pause or stop does not wait.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -15,6 +18,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 /// Bytes that may wait for the reader before the guest has to.
 const CAPACITY: usize = 64 * 1024;
@@ -22,39 +26,75 @@ const CAPACITY: usize = 64 * 1024;
 /// How long a full buffer makes a vCPU wait before it looks at its orders again.
 const PATIENCE: Duration = Duration::from_millis(10);
 
+/// How long an unfinished line may wait to be written.
+const LINE_DELAY: Duration = Duration::from_millis(2);
+
+/// Unfinished lines are written at once when they get this long, in bytes.
+const LONG_LINE: usize = 512;
+
 /// Bytes on their way from the guest to the host's side of the console.
 #[derive(Debug)]
 pub struct Output {
-    state: Mutex<VecDeque<u8>>,
+    state: Mutex<State>,
     room: Condvar,
     event: EventFd,
+    timer: RawFd,
+}
+
+#[derive(Debug)]
+struct State {
+    bytes: VecDeque<u8>,
+    sink: Sink,
+    /// The sink takes nothing at present; `main` waits for it.
+    blocked: bool,
+    /// The timer runs, and `main` will write what is there when it expires.
+    armed: bool,
+    timer: TimerFd,
+    /// Why the sink was given up, until somebody asks.
+    error: Option<io::Error>,
 }
 
 impl Output {
-    /// An empty buffer.
+    /// An empty buffer that leads nowhere yet.
     ///
     /// # Errors
-    /// The host refused an event descriptor.
+    /// The host refused an event or timer descriptor.
     pub fn new() -> io::Result<Output> {
+        let timer = TimerFd::new()?;
         Ok(Output {
-            state: Mutex::new(VecDeque::new()),
+            timer: timer.as_raw_fd(),
+            state: Mutex::new(State {
+                bytes: VecDeque::new(),
+                sink: Sink::Null,
+                blocked: false,
+                armed: false,
+                timer,
+                error: None,
+            }),
             room: Condvar::new(),
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while holding the lock leaves a valid queue of bytes.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds `byte`; while the buffer is full, waits for room as long as `may_wait` says so. The
-    /// byte is dropped if it may not wait. Returns true if the buffer was empty.
-    pub fn push(&self, byte: u8, may_wait: impl Fn() -> bool) -> bool {
+    /// Sends what comes from now on, and what is there, to `sink`.
+    pub fn set_sink(&self, sink: Sink) {
         let mut state = self.lock();
-        while state.len() >= CAPACITY {
+        state.sink = sink;
+        state.blocked = false;
+    }
+
+    /// Adds `byte`; while the buffer is full, waits for room as long as `may_wait` says so. The
+    /// byte is dropped if it may not wait.
+    pub fn push(&self, byte: u8, may_wait: impl Fn() -> bool) {
+        let mut state = self.lock();
+        while state.bytes.len() >= CAPACITY {
             if !may_wait() {
-                return false;
+                return;
             }
             state = self
                 .room
@@ -62,55 +102,75 @@ impl Output {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
-        let first = state.is_empty();
-        state.push_back(byte);
-        drop(state);
-        if first {
-            // Fails only when the counter is full, and then it is signalled.
-            let _ = self.event.write(1);
+        state.bytes.push_back(byte);
+        self.written(&mut state, byte == b'\n');
+    }
+
+    /// Adds as many of `bytes` as there is room for; returns how many.
+    pub fn push_some(&self, bytes: &[u8]) -> usize {
+        let mut state = self.lock();
+        let room = CAPACITY.saturating_sub(state.bytes.len()).min(bytes.len());
+        state.bytes.extend(&bytes[..room]);
+        if room > 0 {
+            self.written(&mut state, bytes[..room].contains(&b'\n'));
         }
-        first
+        room
     }
 
-    /// Signalled when bytes came into an empty buffer.
-    pub fn event(&self) -> &EventFd {
-        &self.event
+    /// Sees to it that new bytes are written: now, or in a moment.
+    fn written(&self, state: &mut State, line_end: bool) {
+        if state.blocked {
+            // `main` goes on when the sink takes more.
+        } else if line_end || state.bytes.len() >= LONG_LINE {
+            self.flush(state);
+        } else if !state.armed {
+            state.armed = state.timer.reset(LINE_DELAY, None).is_ok();
+        }
     }
 
-    /// Writes what is there to `sink`. Returns true if the buffer is empty now, false if `sink`
-    /// takes no more at present.
-    ///
-    /// # Errors
-    /// The sink failed (its reader is gone, the disk is full); the bytes are kept.
-    pub fn drain(&self, sink: &mut Sink) -> io::Result<bool> {
-        let mut chunk = [0; 4096];
-        loop {
-            let len = {
-                let state = self.lock();
-                let (head, tail) = state.as_slices();
-                let head_len = head.len().min(chunk.len());
-                chunk[..head_len].copy_from_slice(&head[..head_len]);
-                let tail_len = tail.len().min(chunk.len() - head_len);
-                chunk[head_len..head_len + tail_len].copy_from_slice(&tail[..tail_len]);
-                head_len + tail_len
-            };
-            if len == 0 {
-                return Ok(true);
-            }
-            match sink.write(&chunk[..len])? {
-                0 => return Ok(false),
-                written => {
-                    self.lock().drain(..written);
+    /// Writes as much as the sink takes.
+    fn flush(&self, state: &mut State) {
+        while !state.bytes.is_empty() {
+            let (bytes, _) = state.bytes.as_slices();
+            match state.sink.write(bytes) {
+                Ok(0) => {
+                    state.blocked = true;
+                    // Fails only when the counter is full, and then it is signalled.
+                    let _ = self.event.write(1);
+                    return;
+                }
+                Ok(written) => {
+                    state.bytes.drain(..written);
                     self.room.notify_all();
+                }
+                Err(err) => {
+                    state.sink = Sink::Null;
+                    state.error = Some(err);
+                    let _ = self.event.write(1);
                 }
             }
         }
     }
 
-    /// Throws away what is there, when there is nobody to read it any more.
-    pub fn discard(&self) {
-        self.lock().clear();
-        self.room.notify_all();
+    /// Signalled when the sink takes no more, or is given up.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Readable when an unfinished line is to be written.
+    pub fn timer(&self) -> RawFd {
+        self.timer
+    }
+
+    /// Writes what is there. Returns the descriptor to wait at if the sink takes no more at
+    /// present, and why the sink was given up if that is news.
+    pub fn drain(&self) -> (Option<RawFd>, Option<io::Error>) {
+        let mut state = self.lock();
+        state.armed = false;
+        state.blocked = false;
+        self.flush(&mut state);
+        let wait = if state.blocked { state.sink.fd() } else { None };
+        (wait, state.error.take())
     }
 }
 
@@ -242,28 +302,37 @@ mod tests {
     use std::os::fd::AsFd;
     use std::sync::Arc;
 
-    #[test]
-    fn bytes_come_out_in_order_through_a_pipe() {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let mut sink = Sink::for_fd(writer.as_fd()).unwrap();
-        drop(writer);
+    /// An output to a new pipe, and the end to read from.
+    fn piped() -> (Output, io::PipeReader) {
+        let (reader, writer) = io::pipe().unwrap();
         let output = Output::new().unwrap();
-        for byte in b"hello" {
+        output.set_sink(Sink::for_fd(writer.as_fd()).unwrap());
+        (output, reader)
+    }
+
+    fn readable(fd: RawFd, millis: i32) -> bool {
+        let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd.
+        unsafe { libc::poll(&mut poll, 1, millis) == 1 }
+    }
+
+    #[test]
+    fn a_line_is_written_at_once_and_the_rest_when_the_timer_expires() {
+        let (output, mut reader) = piped();
+        for byte in b"line\n$ " {
             output.push(*byte, || true);
         }
-        assert!(output.drain(&mut sink).unwrap());
-        drop(sink);
-        let mut text = String::new();
-        reader.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "hello");
+        let mut bytes = [0; 16];
+        assert_eq!(reader.read(&mut bytes).unwrap(), 5);
+        assert!(readable(output.timer(), 10_000), "the timer was not armed");
+        assert!(matches!(output.drain(), (None, None)));
+        assert_eq!(reader.read(&mut bytes).unwrap(), 2);
     }
 
     #[test]
     fn a_reader_that_does_not_read_neither_blocks_nor_loses_bytes() {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let mut sink = Sink::for_fd(writer.as_fd()).unwrap();
-        drop(writer);
-        let output = Arc::new(Output::new().unwrap());
+        let (output, mut reader) = piped();
+        let output = Arc::new(output);
         let producer = {
             let output = Arc::clone(&output);
             std::thread::spawn(move || {
@@ -272,20 +341,21 @@ mod tests {
                 }
             })
         };
-        while output.drain(&mut sink).unwrap() {
-            std::thread::yield_now();
-        }
-        assert!(output.lock().len() <= CAPACITY);
+        // The pipe and the buffer fill up; the producer waits.
+        assert!(readable(output.event().as_raw_fd(), 10_000));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!producer.is_finished());
+        assert!(output.lock().bytes.len() <= CAPACITY);
         let consumer = std::thread::spawn(move || {
             let mut all = Vec::new();
             reader.read_to_end(&mut all).unwrap();
             all
         });
-        while !producer.is_finished() || !output.lock().is_empty() {
-            output.drain(&mut sink).unwrap();
+        while !producer.is_finished() || !output.lock().bytes.is_empty() {
+            output.drain();
             std::thread::yield_now();
         }
-        drop(sink);
+        drop(Arc::into_inner(output));
         let all = consumer.join().unwrap();
         assert_eq!(all.len(), 300_000);
         assert!(all.iter().zip(0u32..).all(|(&byte, n)| byte == n as u8));
@@ -293,20 +363,32 @@ mod tests {
 
     #[test]
     fn a_full_buffer_drops_when_waiting_is_not_allowed() {
-        let output = Output::new().unwrap();
+        let (output, _reader) = piped();
+        output.lock().blocked = true;
         for _ in 0..CAPACITY + 10 {
             output.push(b'x', || false);
         }
-        assert_eq!(output.lock().len(), CAPACITY);
+        assert_eq!(output.lock().bytes.len(), CAPACITY);
+        assert_eq!(output.push_some(b"more"), 0);
+    }
+
+    #[test]
+    fn a_reader_that_goes_away_is_reported_once_and_output_dropped() {
+        let (output, reader) = piped();
+        drop(reader);
+        output.push_some(b"x\n");
+        assert!(matches!(output.drain(), (None, Some(_))));
+        output.push_some(b"y\n");
+        assert!(matches!(output.drain(), (None, None)));
     }
 
     #[test]
     fn a_regular_file_shares_its_offset() {
         let mut file = tempfile::tempfile().unwrap();
-        let mut sink = Sink::for_fd(file.as_fd()).unwrap();
         let output = Output::new().unwrap();
+        output.set_sink(Sink::for_fd(file.as_fd()).unwrap());
         output.push(b'a', || true);
-        output.drain(&mut sink).unwrap();
+        output.drain();
         file.write_all(b"b").unwrap();
         io::Seek::rewind(&mut file).unwrap();
         let mut text = String::new();

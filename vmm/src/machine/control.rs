@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ use super::event::{Command, Event, ReplyTo, VcpuEvent};
 use super::lifecycle::{self, Ending, Refusal, State, Step};
 use super::slot::Stopping;
 use super::{Machine, RunError, RunOptions};
-use crate::console::{Console, Output, Sink};
+use crate::console::{InputFilter, Output};
 use crate::io::{Command as IoCommand, Report, WorkerId};
 use crate::seccomp::{self, ThreadKind};
 use crate::signals::Meaning;
@@ -59,6 +59,7 @@ enum Source {
     Timer,
     Output,
     SinkReady,
+    LineTimer,
     Input,
     InputDrained,
     Service(u32),
@@ -74,7 +75,8 @@ impl Source {
             Source::SinkReady => 4,
             Source::Input => 5,
             Source::InputDrained => 6,
-            Source::Service(n) => 7 + n,
+            Source::LineTimer => 7,
+            Source::Service(n) => 8 + n,
         }
     }
 
@@ -87,7 +89,8 @@ impl Source {
             4 => Source::SinkReady,
             5 => Source::Input,
             6 => Source::InputDrained,
-            n => Source::Service(n - 7),
+            7 => Source::LineTimer,
+            n => Source::Service(n - 8),
         }
     }
 }
@@ -110,14 +113,16 @@ enum Then {
 
 struct Control {
     machine: Machine,
-    console: Console,
+    input_fd: Option<OwnedFd>,
+    filter: InputFilter,
     options: Services,
     state: State,
     change: Option<Change>,
     timer: TimerFd,
     input: VecDeque<u8>,
     input_watched: bool,
-    sink_watched: bool,
+    /// The sink's descriptor, while it is waited for.
+    sink_watched: Option<RawFd>,
     kernel_file_wanted: bool,
     end: Option<Result<Ending, RunError>>,
 }
@@ -149,16 +154,18 @@ impl Machine {
         let timer = TimerFd::new().map_err(|err| host("cannot make a timer")(err.into()))?;
         seccomp::apply(ThreadKind::Main, self.seccomp)
             .map_err(host("cannot filter the main thread"))?;
+        self.control.output.set_sink(options.console.sink);
         let id = manager.add_subscriber(Control {
             machine: self,
-            console: options.console,
+            input_fd: options.console.input,
+            filter: options.console.filter,
             options: Services { signals: options.signals, services: options.services },
             state: State::Configured,
             change: None,
             timer,
             input: VecDeque::new(),
             input_watched: false,
-            sink_watched: false,
+            sink_watched: None,
             kernel_file_wanted: false,
             end: None,
         });
@@ -192,6 +199,7 @@ impl MutEventSubscriber for Control {
             (parts.wake.as_raw_fd(), Source::Wake, EDGE),
             (self.timer.as_raw_fd(), Source::Timer, EDGE),
             (parts.output.event().as_raw_fd(), Source::Output, EDGE),
+            (parts.output.timer(), Source::LineTimer, EDGE),
         ];
         if let Some(signals) = &self.options.signals {
             fds.push((signals.fd(), Source::Signals, EventSet::IN));
@@ -215,7 +223,7 @@ impl MutEventSubscriber for Control {
             Source::Wake => self.take_events(),
             Source::Signals => self.take_signals(),
             Source::Timer => self.check_deadlines(),
-            Source::Output | Source::SinkReady => self.drain_output(ops),
+            Source::Output | Source::SinkReady | Source::LineTimer => self.drain_output(ops),
             Source::Input => self.read_input(events.event_set(), ops),
             Source::InputDrained => self.feed_input(ops),
             Source::Service(n) => {
@@ -484,7 +492,7 @@ impl Control {
     }
 
     fn resize_console(&mut self) {
-        let Some(input) = &self.console.input else { return };
+        let Some(input) = &self.input_fd else { return };
         let Some((columns, rows)) = crate::console::window_size(input.as_raw_fd()) else { return };
         self.console_message(Message::Resize { columns, rows });
     }
@@ -502,36 +510,30 @@ impl Control {
         }
     }
 
+    /// Writes console output that was left to this thread, and waits for the sink if it is slow.
     fn drain_output(&mut self, ops: &mut EventOps) {
-        let watched = std::mem::take(&mut self.sink_watched);
-        let sink_fd = self.console.sink.fd();
-        let unwatch = |ops: &mut EventOps| {
-            if let Some(fd) = sink_fd.filter(|_| watched) {
-                let _ = ops.remove(Events::empty_raw(fd));
-            }
-        };
-        match self.machine.control.output.drain(&mut self.console.sink) {
-            Ok(true) => unwatch(ops),
-            Ok(false) if watched => self.sink_watched = true,
-            Ok(false) => {
-                if let Some(fd) = sink_fd {
-                    let events = EventSet::OUT | EventSet::EDGE_TRIGGERED;
-                    let source = Source::SinkReady.pack();
-                    self.sink_watched =
-                        ops.add(Events::with_data_raw(fd, source, events)).is_ok();
+        let (wait, error) = self.machine.control.output.drain();
+        if let Some(err) = error {
+            tracing::warn!(%err, "console output is not wanted any more and is dropped");
+        }
+        match (wait, self.sink_watched) {
+            (Some(fd), None) => {
+                let events = EventSet::OUT | EventSet::EDGE_TRIGGERED;
+                let source = Source::SinkReady.pack();
+                if ops.add(Events::with_data_raw(fd, source, events)).is_ok() {
+                    self.sink_watched = Some(fd);
                 }
             }
-            Err(err) => {
-                unwatch(ops);
-                tracing::warn!(%err, "console output is not wanted any more and is dropped");
-                self.console.sink = Sink::Null;
-                self.machine.control.output.discard();
+            (None, Some(fd)) => {
+                let _ = ops.remove(Events::empty_raw(fd));
+                self.sink_watched = None;
             }
+            (Some(_), Some(_)) | (None, None) => {}
         }
     }
 
     fn watch_input(&mut self, ops: &mut EventOps) {
-        let Some(input) = &self.console.input else { return };
+        let Some(input) = &self.input_fd else { return };
         if self.input_watched || self.input.len() >= INPUT_CAPACITY {
             return;
         }
@@ -544,14 +546,14 @@ impl Control {
     }
 
     fn unwatch_input(&mut self, ops: &mut EventOps) {
-        if let Some(input) = self.console.input.as_ref().filter(|_| self.input_watched) {
+        if let Some(input) = self.input_fd.as_ref().filter(|_| self.input_watched) {
             let _ = ops.remove(Events::empty_raw(input.as_raw_fd()));
         }
         self.input_watched = false;
     }
 
     fn read_input(&mut self, events: EventSet, ops: &mut EventOps) {
-        let Some(input) = &self.console.input else { return };
+        let Some(input) = &self.input_fd else { return };
         let mut bytes = [0; 1024];
         let read = if events.contains(EventSet::IN) {
             read_once(input.as_raw_fd(), &mut bytes)
@@ -562,13 +564,11 @@ impl Control {
         match read {
             Ok(0) => {
                 self.unwatch_input(ops);
-                self.console.input = None;
+                self.input_fd = None;
             }
             Ok(len) => {
-                let filtered = (self.console.filter)(&bytes[..len]);
-                for byte in filtered.reply {
-                    self.machine.control.output.push(byte, || false);
-                }
+                let filtered = (self.filter)(&bytes[..len]);
+                self.machine.control.output.push_some(&filtered.reply);
                 if filtered.quit {
                     self.end.get_or_insert(Ok(Ending::Quit));
                 }
@@ -579,7 +579,7 @@ impl Control {
             Err(err) => {
                 tracing::warn!(%err, "console input ended");
                 self.unwatch_input(ops);
-                self.console.input = None;
+                self.input_fd = None;
             }
         }
     }
@@ -629,10 +629,12 @@ impl Control {
 
     fn flush_output(&mut self) {
         let deadline = Instant::now() + FLUSH_DEADLINE;
-        let output = Arc::clone(&self.machine.control.output);
-        while let Ok(false) = output.drain(&mut self.console.sink) {
+        while let (Some(fd), _) = self.machine.control.output.drain() {
             let left = deadline.saturating_duration_since(Instant::now());
-            let Some(fd) = self.console.sink.fd().filter(|_| !left.is_zero()) else { return };
+            if left.is_zero() {
+                tracing::warn!("nobody reads the console; the rest of its output is lost");
+                return;
+            }
             let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
             // SAFETY: one valid pollfd.
             unsafe { libc::poll(&mut poll, 1, left.as_millis() as i32) };

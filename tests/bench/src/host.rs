@@ -14,6 +14,8 @@ pub struct Host {
     pub kvm: String,
     /// /sys/kernel/mm/transparent_hugepage/enabled
     pub transparent_hugepages: String,
+    /// Load average of the last minute, before the run: what it takes, the runs do not get.
+    pub load: f64,
     /// First line of each program's --version.
     pub versions: Vec<String>,
 }
@@ -57,6 +59,11 @@ pub fn describe(programs: &Programs) -> Host {
         processors: std::thread::available_parallelism().map_or(0, usize::from),
         kvm: kvm.to_owned(),
         transparent_hugepages: read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        load: read("/proc/loadavg")
+            .split(' ')
+            .next()
+            .and_then(|load| load.parse().ok())
+            .unwrap_or_default(),
         versions,
     }
 }

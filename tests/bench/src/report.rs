@@ -79,7 +79,11 @@ impl Report {
     pub fn print(&self) {
         let host = &self.host;
         println!("kernel {}, {} × {}", host.kernel, host.processors, host.processor);
-        println!("KVM: {}, THP: {}", host.kvm, host.transparent_hugepages);
+        println!("KVM: {}, THP: {}, load: {}", host.kvm, host.transparent_hugepages, host.load);
+        // A guest that polls, its monitor and the bench are three.
+        if host.load > 0.5 {
+            println!("note: the machine was busy before the run; ticks and times include waiting");
+        }
         host.versions.iter().for_each(|version| println!("{version}"));
         println!();
         let mut table = vec![

@@ -18,10 +18,10 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::Kind;
 use super::device::{Device, Fault, Message, Payload, RestoreError, Worker};
 use super::mmio::{Effect, Registers, reg, status};
 use super::queue::{INTERRUPT_CONFIG, Interrupt, MAX_SIZE, Queue, QueueState};
+use super::{Kind, features};
 use crate::memory::{GuestMemory, Memory};
 
 pub use fuzzing::fuzz;
@@ -61,6 +61,8 @@ struct Ring {
     free: Vec<u16>,
     chains: Vec<Vec<u16>>,
     avail: u16,
+    /// Where `avail` stood when the device's wish for notifications was last looked at.
+    notified: u16,
     used: u16,
 }
 
@@ -72,6 +74,7 @@ impl Ring {
             free: (0..size).rev().collect(),
             chains: vec![Vec::new(); usize::from(size)],
             avail: 0,
+            notified: 0,
             used: 0,
         }
     }
@@ -554,7 +557,26 @@ impl<D: Device> Harness<D> {
         head
     }
 
-    /// Notifies queue `queue`; [`Harness::run`] delivers it.
+    /// Notifies queue `queue` of what was made available since the last call, if the device wants
+    /// that (virtio 1.3 § 2.7.10). Returns whether it did.
+    pub fn notify(&mut self, queue: u16) -> bool {
+        let ring = &mut self.rings[usize::from(queue)];
+        let (old, new) = (std::mem::replace(&mut ring.notified, ring.avail), ring.avail);
+        let used = ring.base + USED;
+        let event_at = used + 4 + 8 * u64::from(ring.size);
+        let word = |at| u16::from_le_bytes(self.read(at, 2).try_into().unwrap());
+        let wanted = if self.registers.negotiated() & features::EVENT_IDX != 0 {
+            new.wrapping_sub(word(event_at)).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            word(used) & 1 == 0
+        };
+        if wanted {
+            self.kick(queue);
+        }
+        wanted
+    }
+
+    /// Notifies queue `queue`, whether the device wants it or not; [`Harness::run`] delivers it.
     pub fn kick(&mut self, queue: u16) {
         self.write_register(reg::QUEUE_NOTIFY, u32::from(queue));
     }
@@ -595,11 +617,11 @@ impl<D: Device> Harness<D> {
         Some((head, written))
     }
 
-    /// Makes a chain available, notifies, runs the device, and returns the bytes that it says it
+    /// Makes a chain available, notifies if that is wanted, runs the device, and returns the bytes that it says it
     /// wrote, or `None` if it did not use the chain.
     pub fn request(&mut self, queue: u16, buffers: &[Buffer]) -> Option<u32> {
         let head = self.offer(queue, buffers);
-        self.kick(queue);
+        self.notify(queue);
         self.run();
         let (used, written) = self.used(queue)?;
         assert_eq!(used, head, "another chain was used");

@@ -6,6 +6,8 @@ use std::io::{self, ErrorKind};
 use vmm::config::ConfigError;
 use vmm::hypervisor::HypervisorError;
 use vmm::kernel::LoadError;
+use vmm::devices::virtio::blk::OpenError;
+use vmm::devices::virtio::net::tap::TapError;
 use vmm::machine::{BuildError, RunError};
 
 use crate::cli::UsageError;
@@ -43,6 +45,16 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
     {
         return Some(hint);
     }
+    if let Some(disk) = find::<OpenError>(err)
+        && let Some(hint) = disk_hint(disk)
+    {
+        return Some(hint);
+    }
+    if let Some(tap) = find::<TapError>(err)
+        && let Some(hint) = tap_hint(tap)
+    {
+        return Some(hint);
+    }
     if let Some(call) = find::<HypervisorError>(err) {
         let hint = match (call.call, call.source.kind()) {
             ("open", ErrorKind::NotFound) => {
@@ -75,6 +87,23 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
     None
 }
 
+fn disk_hint(err: &OpenError) -> Option<String> {
+    let hint = match err {
+        OpenError::Open { source, access: "reading and writing", .. }
+            if matches!(
+                source.kind(),
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem
+            ) =>
+        {
+            "add ,ro to the disk if the guest only reads it"
+        }
+        OpenError::Locked { .. } => "`hull ps` lists the machines; a shared disk must be ,ro in all",
+        OpenError::Size { .. } => "raw disks only: convert others with `qemu-img convert -O raw`",
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
 fn load_hint(err: &LoadError) -> Option<String> {
     let hint = match err {
         LoadError::NoHardware { .. } => {
@@ -92,4 +121,25 @@ fn load_hint(err: &LoadError) -> Option<String> {
         _ => return None,
     };
     Some(hint.to_owned())
+}
+
+fn tap_hint(err: &TapError) -> Option<String> {
+    Some(match err {
+        TapError::Missing { name } => format!(
+            "make it with `ip tuntap add {name} mode tap user $USER`, or write --net tap to have \
+             one made for the life of the machine"
+        ),
+        TapError::Permission { .. } => {
+            "run as root, or make an interface for this user beforehand: `ip tuntap add NAME mode \
+             tap user $USER`, then --net tap=NAME"
+                .to_owned()
+        }
+        TapError::SingleQueue { name, .. } => format!(
+            "leave out queues=, or make it anew with `ip tuntap add {name} mode tap multi_queue`"
+        ),
+        TapError::Tun(source) if source.kind() == ErrorKind::NotFound => {
+            "load the driver with `modprobe tun`".to_owned()
+        }
+        _ => return None,
+    })
 }

@@ -30,10 +30,13 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
         return Ok(Code::SUCCESS);
     }
     logging::start(args.log);
-    let mut session = Session::prepare(config, &args)?;
+    let session = Session::prepare(config, &args)?;
     loop {
         let timings = Arc::new(Timings::new(start));
-        let result = session.run_once(&timings);
+        let result = match session.config.on_reboot {
+            OnReboot::Exit => session.run_once(&timings),
+            OnReboot::Restart => session.run_in_thread(&timings),
+        };
         if let Some(format) = args.timings {
             print_timings(&timings, format)?;
         }
@@ -56,7 +59,7 @@ struct Session {
     config: VmConfig,
     entry: Option<Entry>,
     _pidfile: Option<PidFile>,
-    signals: Option<Signals>,
+    signals: Signals,
 }
 
 impl Session {
@@ -85,10 +88,21 @@ impl Session {
             Err(err) => return Err(err.into()),
         };
         let pidfile = args.pidfile.as_deref().map(PidFile::create).transpose()?;
-        Ok(Session { config, entry, _pidfile: pidfile, signals: Some(signals) })
+        Ok(Session { config, entry, _pidfile: pidfile, signals })
     }
 
-    fn run_once(&mut self, timings: &Arc<Timings>) -> Result<Ending> {
+    /// Runs the machine on a thread of its own. A thread that controlled a machine is filtered for
+    /// good and could not assemble the next one; this one only waits, and no guest reaches it.
+    fn run_in_thread(&self, timings: &Arc<Timings>) -> Result<Ending> {
+        std::thread::scope(|scope| {
+            let control = std::thread::Builder::new()
+                .name("main".into())
+                .spawn_scoped(scope, || self.run_once(timings))?;
+            control.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn run_once(&self, timings: &Arc<Timings>) -> Result<Ending> {
         let hypervisor = Kvm::open(Path::new(DEVICE))?;
         let window = window_size(io::stdin().as_raw_fd());
         let host = Host {
@@ -104,7 +118,8 @@ impl Session {
         }
         // Last, so that an error before it finds the terminal as it was.
         let (console, _raw) = console(&self.config)?;
-        let options = RunOptions { console, signals: self.signals.take(), services };
+        let signals = Some(self.signals.try_clone()?);
+        let options = RunOptions { console, signals, services };
         Ok(machine.run(options)?)
     }
 }

@@ -282,7 +282,7 @@ pub struct DiskConfig {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct NetConfig {
-    /// Existing TAP interface, or the name for one that is made; without a name one is made.
+    /// An existing TAP interface; without a name one is made for the life of the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
     /// Open descriptor of a TAP queue, instead of `tap`.

@@ -21,3 +21,6 @@ pub mod memory;
 pub mod seccomp;
 pub mod signals;
 pub mod timings;
+
+/// The device models, for their error types.
+pub use devices;

@@ -51,6 +51,14 @@ impl Signals {
         }
     }
 
+    /// Another handle on the same signals: each arrives at one of them.
+    ///
+    /// # Errors
+    /// The process has no descriptor left.
+    pub fn try_clone(&self) -> io::Result<Signals> {
+        Ok(Signals { fd: self.fd.try_clone()? })
+    }
+
     /// Readable when a signal has arrived.
     pub fn fd(&self) -> RawFd {
         self.fd.as_raw_fd()

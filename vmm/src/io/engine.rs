@@ -85,6 +85,11 @@ impl Engine {
     }
 }
 
+/// True if a ring can be made.
+pub(super) fn has_io_uring() -> bool {
+    Uring::new().is_ok()
+}
+
 /// An operation under way: the kernel uses its buffers list until submission only, but the
 /// operation is kept to say what a completion belongs to.
 struct InFlight {

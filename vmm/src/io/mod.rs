@@ -156,5 +156,10 @@ impl Drop for IoThread {
     }
 }
 
+/// True if this host gives a process an io_uring that can serve disks.
+pub fn has_io_uring() -> bool {
+    engine::has_io_uring()
+}
+
 /// Stack of Hull's own threads in bytes; only touched pages count.
 pub(crate) const STACK_SIZE: usize = 256 * 1024;

@@ -1,14 +1,18 @@
 //! The device table: which virtio devices a configuration asks for, in the order in which the guest
 //! finds them. A new kind of device is one line here.
 
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use devices::virtio::blk::{Block, Cache, DiskFile, Options};
+use devices::virtio::console::{Console, ConsoleOutput};
 use devices::virtio::device::Device;
+use devices::virtio::net::tap::{Tap, TapError};
+use devices::virtio::net::{Net, NetOptions};
 use devices::virtio::rng::Rng;
 
 use super::build::BuildError;
-use crate::config::{CacheMode, DiskConfig, VmConfig};
+use crate::config::{CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, NetConfig, VmConfig};
 use crate::console::Output;
 
 type Named = (String, Box<dyn Device>);
@@ -16,13 +20,24 @@ type Named = (String, Box<dyn Device>);
 /// Opens the back-ends of all devices of `config`.
 pub(super) fn devices(
     config: &VmConfig,
-    _output: &Arc<Output>,
-    _window: Option<(u16, u16)>,
+    output: &Arc<Output>,
+    window: Option<(u16, u16)>,
 ) -> Result<Vec<Named>, BuildError> {
     let mut devices: Vec<Named> = Vec::new();
+    if config.console.device == ConsoleDevice::Virtio && config.console.mode != ConsoleMode::Off {
+        let output = Arc::clone(output);
+        let sink = move || Box::new(Sink(Arc::clone(&output))) as Box<dyn ConsoleOutput>;
+        devices.push(("console".into(), Box::new(Console::new(Box::new(sink), window))));
+    }
     for (n, disk) in config.disk.iter().enumerate() {
         let name = config.disk_name(n);
         devices.push((name.clone(), Box::new(block(name, disk)?)));
+    }
+    for (n, net) in config.net.iter().enumerate() {
+        let name = format!("net{n}");
+        let device = card(config, n, net)
+            .map_err(|source| BuildError::Device { device: name.clone(), source })?;
+        devices.push((name, Box::new(device)));
     }
     if config.rng {
         devices.push(("rng".into(), Box::new(Rng)));
@@ -39,4 +54,84 @@ fn block(name: String, config: &DiskConfig) -> Result<Block, BuildError> {
         CacheMode::Unsafe => Cache::Unsafe,
     };
     Ok(Block::new(Options { file, cache, id: name, queues: config.queues.unwrap_or(1) }))
+}
+
+/// Name pattern of the interfaces that Hull makes; the kernel puts a number in.
+const TAP_PATTERN: &str = "hull%d";
+
+fn card(
+    config: &VmConfig,
+    n: usize,
+    net: &NetConfig,
+) -> Result<Net, Box<dyn std::error::Error + Send + Sync>> {
+    let queues = net.queues.unwrap_or(1);
+    let taps = match (net.fd, &net.tap) {
+        (Some(fd), _) => vec![inherited(fd)?],
+        (None, Some(name)) => Tap::open(name, queues)?,
+        (None, None) => made(net, queues)?,
+    };
+    let mac = net.mac.map_or_else(|| made_up_mac(config.name.as_deref(), n), |mac| mac.0);
+    Ok(Net::new(NetOptions { taps, mac, mtu: net.mtu })?)
+}
+
+/// A TAP that goes with this process: up, and with the host's address if one is configured.
+fn made(net: &NetConfig, queues: u16) -> Result<Vec<Tap>, TapError> {
+    let mut taps = Tap::create(TAP_PATTERN, queues)?;
+    if let Some(tap) = taps.first_mut() {
+        if let Some(mtu) = net.mtu {
+            tap.set_mtu(mtu)?;
+        }
+        if let Some(host) = net.host {
+            tap.set_address(host.address, host.prefix)?;
+        }
+        tap.bring_up()?;
+    }
+    Ok(taps)
+}
+
+/// A TAP queue that the caller opened. A copy is used, so that a restart finds it again.
+fn inherited(fd: i32) -> Result<Tap, TapError> {
+    // SAFETY: fcntl reports a bad descriptor; a good result is a new descriptor of our own.
+    let copy = unsafe {
+        let copy = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3);
+        if copy < 0 {
+            return Err(TapError::NotTap { name: format!("descriptor {fd}") });
+        }
+        OwnedFd::from_raw_fd(copy)
+    };
+    Tap::from_fd(copy)
+}
+
+/// A locally administered unicast address that stays the same for a machine's name and card.
+fn made_up_mac(name: Option<&str>, card: usize) -> [u8; 6] {
+    let hash = blake3::hash(format!("{}/{card}", name.unwrap_or_default()).as_bytes());
+    let mut mac = [0; 6];
+    for (slot, byte) in mac.iter_mut().zip(hash.as_bytes()) {
+        *slot = *byte;
+    }
+    mac[0] = (mac[0] & !1) | 2;
+    mac
+}
+
+/// The virtio console's way to the machine's console output.
+struct Sink(Arc<Output>);
+
+impl ConsoleOutput for Sink {
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        self.0.push_some(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn made_up_addresses_are_stable_local_and_differ() {
+        let mac = made_up_mac(Some("a"), 0);
+        assert_eq!(mac, made_up_mac(Some("a"), 0));
+        assert_ne!(mac, made_up_mac(Some("a"), 1));
+        assert_ne!(mac, made_up_mac(Some("b"), 0));
+        assert_eq!(mac[0] & 3, 2);
+    }
 }

@@ -361,12 +361,14 @@ fn held_buffers_are_given_back() {
 
 #[test]
 fn more_frames_than_a_batch_all_arrive() {
-    let mut harness = started(PLAIN | feature::MRG_RXBUF);
+    let mut harness = started(PLAIN);
     let mut sent = 0u32;
     while sent < BATCH as u32 + 50 && peer(&harness).send(&frame(60, sent as u8)) {
         sent += 1;
     }
     assert!(sent > BATCH as u32, "the wire holds {sent} frames only");
+    // From here on readiness is not reported again.
+    harness.run();
     let mut received = 0;
     while received < sent {
         let room = harness.free_descriptors(RX);

@@ -59,17 +59,29 @@ pub fn page_tables(page_size: PageSize) -> Vec<u8> {
     let pdpt = layout::PAGE_TABLES + PAGE_SIZE;
     let directories = pdpt + PAGE_SIZE;
 
-    let mut entries = vec![0; ENTRIES];
-    entries[0] = pdpt | TABLE;
-    match page_size {
-        PageSize::Gib1 => entries.extend((0..4).map(|gib| (gib * GIB) | LEAF)),
-        PageSize::Mib2 => {
-            entries.extend((0..4).map(|gib| (directories + gib * PAGE_SIZE) | TABLE));
-            entries.resize(2 * ENTRIES, 0);
-            entries.extend((0..4 * ENTRIES as u64).map(|page| page << 21 | LEAF));
+    let pages = match page_size {
+        PageSize::Gib1 => 2,
+        PageSize::Mib2 => 6,
+    };
+    // Sized beforehand: this is on the way of every start.
+    let mut bytes = vec![0; pages * PAGE_SIZE as usize];
+    let mut put = |table: usize, index: usize, entry: u64| {
+        let at = (table * ENTRIES + index) * 8;
+        bytes[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+    };
+    put(0, 0, pdpt | TABLE);
+    for gib in 0..4 {
+        match page_size {
+            PageSize::Gib1 => put(1, gib, (gib as u64 * GIB) | LEAF),
+            PageSize::Mib2 => {
+                put(1, gib, (directories + gib as u64 * PAGE_SIZE) | TABLE);
+                for page in 0..ENTRIES {
+                    put(2 + gib, page, ((gib * ENTRIES + page) as u64) << 21 | LEAF);
+                }
+            }
         }
     }
-    entries.into_iter().flat_map(u64::to_le_bytes).collect()
+    bytes
 }
 
 /// A flat segment. `type_` is the descriptor's type (Intel SDM vol. 3 § 3.4.5.1).

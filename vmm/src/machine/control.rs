@@ -340,7 +340,7 @@ impl Control {
             slot.stopping = Some(Stopping::Reset { done, deadline });
             self.arm_timer();
         } else {
-            slot.transport.finish_reset();
+            slot.finish_reset();
             let _ = done.send(());
         }
     }
@@ -362,7 +362,7 @@ impl Control {
                     return;
                 }
                 if let Some(Stopping::Reset { done, .. }) = slot.stopping.take() {
-                    slot.transport.finish_reset();
+                    slot.finish_reset();
                     let _ = done.send(());
                 }
                 self.finish_pause_if_drained();

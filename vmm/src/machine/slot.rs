@@ -116,6 +116,12 @@ impl Slot {
         self.running.is_empty()
     }
 
+    /// Puts device and transport back to power-on; no worker runs any more.
+    pub(super) fn finish_reset(&mut self) {
+        self.device.reset();
+        self.transport.finish_reset();
+    }
+
     /// When the stop under way should have ended.
     pub(super) fn deadline(&self) -> Option<Instant> {
         match &self.stopping {

@@ -175,9 +175,13 @@ pub struct Guest {
 impl Guest {
     /// Waits until the console says `needle`; returns what it said before that.
     pub fn wait_for(&mut self, needle: &str, limit: Duration) -> Result<String, Failure> {
-        self.console
-            .wait_for(needle, limit)
-            .ok_or_else(|| self.failure(&format!("{needle:?} did not come within {limit:?}")))
+        self.console.wait_for(needle, limit).ok_or_else(|| {
+            let what = match self.console.lock().ended {
+                true => format!("the console ended before {needle:?}"),
+                false => format!("{needle:?} did not come within {limit:?}"),
+            };
+            self.failure(&what)
+        })
     }
 
     /// Types `text` on the console.

@@ -403,9 +403,23 @@ mod tests {
     #[test]
     fn options_become_a_configuration() {
         let config = config(&[
-            "--cpus", "2", "--memory", "128M", "--disk", "path=a,root", "--disk", "path=b,ro",
-            "--net", "tap", "--net", "tap=t0,queues=2", "--console", "file=/x,device=virtio",
-            "--on-reboot", "restart", "--rng",
+            "--cpus",
+            "2",
+            "--memory",
+            "128M",
+            "--disk",
+            "path=a,root",
+            "--disk",
+            "path=b,ro",
+            "--net",
+            "tap",
+            "--net",
+            "tap=t0,queues=2",
+            "--console",
+            "file=/x,device=virtio",
+            "--on-reboot",
+            "restart",
+            "--rng",
         ])
         .unwrap();
         assert_eq!((config.cpus, config.memory.size), (2, ByteSize(128 << 20)));

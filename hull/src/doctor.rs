@@ -7,8 +7,8 @@ use std::path::Path;
 
 use serde::Serialize;
 use vmm::devices::virtio::net::tap::{Tap, TapError};
-use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::hypervisor::Hypervisor;
+use vmm::hypervisor::kvm::{DEVICE, Kvm};
 
 use crate::cli::{DoctorArgs, Result};
 use crate::exit::Code;

@@ -4,10 +4,10 @@ use std::error::Error;
 use std::io::{self, ErrorKind};
 
 use vmm::config::ConfigError;
-use vmm::hypervisor::HypervisorError;
-use vmm::kernel::LoadError;
 use vmm::devices::virtio::blk::OpenError;
 use vmm::devices::virtio::net::tap::TapError;
+use vmm::hypervisor::HypervisorError;
+use vmm::kernel::LoadError;
 use vmm::machine::{BuildError, RunError};
 
 use crate::cli::UsageError;
@@ -16,7 +16,8 @@ use crate::exit::Code;
 /// Prints `err`, its causes and a hint to standard error.
 pub fn print(err: &(dyn Error + Send + Sync + 'static)) {
     eprintln!("hull: {err}");
-    let causes: Vec<&dyn Error> = std::iter::successors(err.source(), |&err| err.source()).collect();
+    let causes: Vec<&dyn Error> =
+        std::iter::successors(err.source(), |&err| err.source()).collect();
     for (number, cause) in (1..).zip(&causes) {
         eprintln!("  {number}: {cause}");
     }
@@ -97,7 +98,9 @@ fn disk_hint(err: &OpenError) -> Option<String> {
         {
             "add ,ro to the disk if the guest only reads it"
         }
-        OpenError::Locked { .. } => "`hull ps` lists the machines; a shared disk must be ,ro in all",
+        OpenError::Locked { .. } => {
+            "`hull ps` lists the machines; a shared disk must be ,ro in all"
+        }
         OpenError::Size { .. } => "raw disks only: convert others with `qemu-img convert -O raw`",
         _ => return None,
     };

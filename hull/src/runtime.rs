@@ -79,8 +79,7 @@ impl Entry {
     /// # Errors
     /// [`RuntimeError::NameTaken`] or [`RuntimeError::Directory`].
     pub fn create(directory: &Path, record: &Record) -> Result<Entry, RuntimeError> {
-        let failed =
-            |source| RuntimeError::Directory { path: directory.to_owned(), source };
+        let failed = |source| RuntimeError::Directory { path: directory.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
         let path = directory.join(format!("{}.json", record.name));
         let mut file = loop {
@@ -198,11 +197,8 @@ pub fn find(directory: &Path, name: &str) -> Result<Record, RuntimeError> {
         return Ok(record.clone());
     }
     let names: Vec<&str> = records.iter().map(|record| record.name.as_str()).collect();
-    let others = if names.is_empty() {
-        String::new()
-    } else {
-        format!("; there are: {}", names.join(", "))
-    };
+    let others =
+        if names.is_empty() { String::new() } else { format!("; there are: {}", names.join(", ")) };
     Err(RuntimeError::NoSuchMachine { name: name.to_owned(), others })
 }
 

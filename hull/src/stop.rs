@@ -74,13 +74,7 @@ impl Process {
         let none = std::ptr::null::<libc::siginfo_t>();
         // SAFETY: a null siginfo is allowed.
         let result = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.0.as_raw_fd(),
-                libc::SIGKILL,
-                none,
-                0,
-            )
+            libc::syscall(libc::SYS_pidfd_send_signal, self.0.as_raw_fd(), libc::SIGKILL, none, 0)
         };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }

@@ -51,9 +51,10 @@ impl FromStr for ByteSize {
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let unit = Self::UNITS.iter().rev().find(|&&(_, shift)| {
-            self.0 != 0 && self.0.is_multiple_of(1 << shift)
-        });
+        let unit = Self::UNITS
+            .iter()
+            .rev()
+            .find(|&&(_, shift)| self.0 != 0 && self.0.is_multiple_of(1 << shift));
         match unit {
             Some((unit, shift)) => write!(f, "{}{unit}", self.0 >> shift),
             None => write!(f, "{}", self.0),
@@ -514,10 +515,7 @@ impl MemoryConfig {
     }
 }
 
-fn validate_queues(
-    queues: Option<u16>,
-    field: impl FnOnce() -> String,
-) -> Result<(), ConfigError> {
+fn validate_queues(queues: Option<u16>, field: impl FnOnce() -> String) -> Result<(), ConfigError> {
     match queues {
         Some(n) if !(1..=MAX_QUEUES).contains(&n) => {
             error(field(), format!("{n} is not between 1 and {MAX_QUEUES}"))

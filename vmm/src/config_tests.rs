@@ -79,10 +79,7 @@ fn refusals_name_the_field_and_what_is_allowed() {
     let disk = DiskConfig { path: "d".into(), id: Some("x".into()), ..Default::default() };
     assert!(problem(|c| c.disk = vec![disk.clone(), disk.clone()]).contains("used twice"));
     let queues = DiskConfig { queues: Some(17), path: "d".into(), ..Default::default() };
-    assert_eq!(
-        problem(|c| c.disk = vec![queues]),
-        "disk[0].queues: 17 is not between 1 and 16"
-    );
+    assert_eq!(problem(|c| c.disk = vec![queues]), "disk[0].queues: 17 is not between 1 and 16");
     let tap = NetConfig { tap: Some("a-name-that-is-too-long".into()), ..Default::default() };
     assert!(problem(|c| c.net = vec![tap]).starts_with("net[0].tap:"));
 }

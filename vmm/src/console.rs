@@ -96,11 +96,8 @@ impl Output {
             if !may_wait() {
                 return;
             }
-            state = self
-                .room
-                .wait_timeout(state, PATIENCE)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state =
+                self.room.wait_timeout(state, PATIENCE).unwrap_or_else(PoisonError::into_inner).0;
         }
         state.bytes.push_back(byte);
         self.written(&mut state, byte == b'\n');

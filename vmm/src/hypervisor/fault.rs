@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kvm_bindings::{
-    CpuId, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    CpuId, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 use vmm_sys_util::eventfd::EventFd;
 

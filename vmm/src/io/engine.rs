@@ -374,8 +374,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let count = RING_ENTRIES as usize * 3;
         for _ in 0..count {
-            let operation =
-                FileOperation { fd: file.as_raw_fd(), offset: 0, action: Action::Sync };
+            let operation = FileOperation { fd: file.as_raw_fd(), offset: 0, action: Action::Sync };
             engine.submit(ORIGIN, operation);
         }
         engine.flush();

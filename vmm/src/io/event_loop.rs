@@ -127,12 +127,8 @@ impl EventLoop {
             reports,
         };
         let mut manager = EventManager::new_with_capacity(64).map_err(other)?;
-        let id = manager.add_subscriber(Loop {
-            commands,
-            slots: Vec::new(),
-            core,
-            shutdown: false,
-        });
+        let id =
+            manager.add_subscriber(Loop { commands, slots: Vec::new(), core, shutdown: false });
         Ok(EventLoop { manager, id })
     }
 

@@ -71,8 +71,7 @@ fn digest(file: &mut File) -> io::Result<blake3::Hash> {
 
 /// The entry at `path`, if there is one that can be trusted: ours or root's, and not writable.
 fn find(path: &Path) -> Option<Unpacked> {
-    let mut file =
-        File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path).ok()?;
+    let mut file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path).ok()?;
     let metadata = file.metadata().ok()?;
     // SAFETY: geteuid has no arguments and cannot fail.
     let own = metadata.uid() == unsafe { libc::geteuid() } || metadata.uid() == 0;
@@ -94,11 +93,8 @@ fn find(path: &Path) -> Option<Unpacked> {
 fn store(path: &Path, bytes: &[u8]) -> io::Result<File> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    let mut file = File::options()
-        .write(true)
-        .custom_flags(libc::O_TMPFILE)
-        .mode(0o600)
-        .open(directory)?;
+    let mut file =
+        File::options().write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(directory)?;
     file.write_all(bytes)?;
     file.set_permissions(Permissions::from_mode(0o444))?;
     // The data must be there before the name: after a crash of the host an entry is whole.

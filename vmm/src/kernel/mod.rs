@@ -215,8 +215,11 @@ impl Loader<'_> {
         }
         if self.context.root_disk && self.config.initrd.is_none() && elf.is_linux {
             for driver in ["virtio_blk", "virtio_mmio"] {
-                let found = contains(file, driver)
-                    .map_err(|source| LoadError::Read { what: "kernel", path: path(), source })?;
+                let found = contains(file, driver).map_err(|source| LoadError::Read {
+                    what: "kernel",
+                    path: path(),
+                    source,
+                })?;
                 if !found {
                     return Err(LoadError::ModularRoot { path: path(), driver });
                 }
@@ -245,9 +248,8 @@ impl Loader<'_> {
     ) -> Result<Entry, LoadError> {
         // A kernel that was linked to be relocated needs its init_size free, .bss and brk included.
         let kernel = Extent::new("the kernel", elf.start(), elf.end() - elf.start());
-        let reserve = header.map_or(kernel.size, |header| {
-            kernel.size.max(u64::from(header.0.init_size))
-        });
+        let reserve =
+            header.map_or(kernel.size, |header| kernel.size.max(u64::from(header.0.init_size)));
         let keep_free = Extent { size: reserve, ..kernel.clone() };
         let extents: Vec<Extent> = elf
             .segments

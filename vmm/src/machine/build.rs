@@ -265,14 +265,8 @@ impl Wiring<'_> {
         }
         let kind = device.kind();
         let registers = Registers::new(kind as u32, device.features(), queues, device.config());
-        let transport = Arc::new(Transport::new(
-            index,
-            name,
-            registers,
-            interrupt,
-            kicks,
-            self.events.clone(),
-        ));
+        let transport =
+            Arc::new(Transport::new(index, name, registers, interrupt, kicks, self.events.clone()));
         self.buses.add_virtio(place.address, Arc::clone(&transport))?;
         self.slots.push(Slot::new(device, transport, 0));
         Ok(())
@@ -363,8 +357,7 @@ fn start_io_threads(
     if slots.is_empty() {
         return Ok(Vec::new());
     }
-    let options =
-        Options { index: 0, files: !config.disk.is_empty(), seccomp: config.seccomp };
+    let options = Options { index: 0, files: !config.disk.is_empty(), seccomp: config.seccomp };
     let events = events.clone();
     let reports = Box::new(move |report| {
         events.send(Event::Io(report));
@@ -389,9 +382,7 @@ fn command_line(config: &VmConfig, virtio_devices: usize) -> String {
             words.push(if config.disk[n].ro { "ro" } else { "rw" }.into());
         }
     }
-    words.extend(
-        (0..virtio_devices).filter_map(VirtioSlot::new).map(|slot| slot.cmdline_option()),
-    );
+    words.extend((0..virtio_devices).filter_map(VirtioSlot::new).map(|slot| slot.cmdline_option()));
     words.extend(config.kernel.cmdline.clone());
     words.join(" ")
 }
@@ -402,8 +393,7 @@ fn command_line(config: &VmConfig, virtio_devices: usize) -> String {
 /// - `panic=-1`: a kernel that panics resets at once, so that the machine ends;
 /// - `pci=off`, `8250.nr_uarts=1`: no probing of hardware that is not there;
 /// - `random.trust_cpu=on`: a guest without RDRAND trust waits for entropy.
-const DEFAULT_CMDLINE: &str =
-    "quiet reboot=k panic=-1 pci=off 8250.nr_uarts=1 random.trust_cpu=on";
+const DEFAULT_CMDLINE: &str = "quiet reboot=k panic=-1 pci=off 8250.nr_uarts=1 random.trust_cpu=on";
 
 /// Name of the `n`th virtio disk in a Linux guest.
 fn disk_node(n: usize) -> String {

@@ -146,7 +146,9 @@ impl Machine {
         for _ in 0..self.vcpus.len() {
             match self.control.vcpus_ready.recv() {
                 Ok(ready) => ready.map_err(host("cannot filter a vCPU thread"))?,
-                Err(_) => return Err(host("a vCPU thread ended early")(io::ErrorKind::Other.into())),
+                Err(_) => {
+                    return Err(host("a vCPU thread ended early")(io::ErrorKind::Other.into()));
+                }
             }
         }
         let mut manager =

@@ -62,7 +62,10 @@ pub(super) enum VcpuEvent {
     Reset,
     TripleFault,
     /// The vCPU cannot go on; where it was, if that could be read.
-    Failed { failure: Failure, rip: Option<u64> },
+    Failed {
+        failure: Failure,
+        rip: Option<u64>,
+    },
     /// `KVM_RUN` failed.
     RunFailed(crate::hypervisor::HypervisorError),
     /// Out of the guest, with nothing of an exit left to be completed.

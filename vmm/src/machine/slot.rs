@@ -35,14 +35,7 @@ pub(super) struct Slot {
 
 impl Slot {
     pub(super) fn new(device: Box<dyn Device>, transport: Arc<Transport>, io: usize) -> Slot {
-        Slot {
-            device,
-            transport,
-            io,
-            running: BTreeSet::new(),
-            stopping: None,
-            active: false,
-        }
+        Slot { device, transport, io, running: BTreeSet::new(), stopping: None, active: false }
     }
 
     /// Starts the workers of all groups that have ready queues, from the state that the transport

@@ -36,10 +36,8 @@ impl Mapping {
         if huge_pages {
             // Without MAP_NORESERVE, so that a pool that is too small is refused now, not by a
             // SIGBUS later.
-            flags = libc::MAP_PRIVATE
-                | libc::MAP_ANONYMOUS
-                | libc::MAP_HUGETLB
-                | libc::MAP_HUGE_2MB;
+            flags =
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
         }
         let base = map(std::ptr::null_mut(), reserve, flags, -1, 0)?;
         if slack == 0 {
@@ -60,7 +58,8 @@ impl Mapping {
         }
     }
 
-    /// Length in bytes.
+    /// Length in bytes, never 0.
+    #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len
     }

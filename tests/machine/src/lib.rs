@@ -64,6 +64,7 @@ fn build(mut command: Command) -> Vec<u8> {
 pub struct Guest {
     command: Command,
     folder: TempDir,
+    console: Option<String>,
     patience: Duration,
 }
 
@@ -77,7 +78,7 @@ impl Guest {
         let mut command = Command::new(&*HULL);
         command.arg(subcommand).env("XDG_RUNTIME_DIR", folder.path());
         command.env("XDG_CACHE_HOME", ROOT.join("target/machine-tests"));
-        Guest { command, folder, patience: PATIENCE }
+        Guest { command, folder, console: None, patience: PATIENCE }
     }
 
     /// `hull run` of the payload with 128 MiB and a scenario, console on stdio.
@@ -90,7 +91,13 @@ impl Guest {
 
     /// `hull run` with nothing but a console on stdio.
     pub fn bare() -> Guest {
-        Guest::hull("run").option("--console", "stdio")
+        Guest::hull("run").console("stdio")
+    }
+
+    /// Another console.
+    pub fn console(mut self, options: impl Into<String>) -> Guest {
+        self.console = Some(options.into());
+        self
     }
 
     /// An option with a value. Where Hull takes an option once, use [`Guest::bare`].
@@ -129,6 +136,9 @@ impl Guest {
 
     /// Starts it.
     pub fn start(mut self) -> Running {
+        if let Some(console) = &self.console {
+            self.command.arg("--console").arg(console);
+        }
         self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = match self.command.spawn() {
             Ok(child) => child,
@@ -200,10 +210,14 @@ impl Pipe {
     /// Waits until `text` has come; false if it will not, or not in time.
     fn wait_for(&self, text: &str, deadline: Instant) -> bool {
         let mut guard = lock(&self.shared.0);
+        let mut searched = 0;
         loop {
-            if String::from_utf8_lossy(&guard.bytes).contains(text) {
+            let rest = guard.bytes.get(searched..).unwrap_or_default();
+            if text.is_empty() || rest.windows(text.len()).any(|some| some == text.as_bytes()) {
                 return true;
             }
+            // A part of it may be there already.
+            searched = guard.bytes.len().saturating_sub(text.len());
             let left = deadline.saturating_duration_since(Instant::now());
             if guard.over || left.is_zero() {
                 return false;
@@ -231,7 +245,8 @@ impl Running {
     pub fn wait_for(&self, text: &str) {
         assert!(
             self.stdout.wait_for(text, self.deadline),
-            "the guest did not print {text:?}\nstdout: {}\nstderr: {}",
+            "the guest did not print {:?}\nstdout: {}\nstderr: {}",
+            text.chars().take(100).collect::<String>(),
             self.stdout.tail(),
             self.stderr.tail()
         );

@@ -180,14 +180,7 @@ fn a_serial_flood_arrives_whole_and_costs_no_memory() {
 fn console_to_a_file_and_to_nowhere() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("console");
-    let guest = |console: &str| {
-        Guest::hull("run")
-            .option("--kernel", &*machine_tests::PAYLOAD)
-            .option("--memory", "128M")
-            .option("--cmdline", "payload=hello")
-            .option("--console", console)
-            .run()
-    };
+    let guest = |console: &str| Guest::new("hello").console(console).run();
     assert_eq!(guest(&format!("file={}", file.display())).ok(), "");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "hello\n");
     assert_eq!(guest("off").ok(), "");

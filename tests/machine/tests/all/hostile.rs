@@ -77,3 +77,23 @@ fn disk() {
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 4 << 20);
     }
 }
+
+#[test]
+fn network_card() {
+    for queue in ["", "queue=0"] {
+        let outcome = testnet::in_namespace(false, || {
+            let name = format!("tap={}", testnet::NAME);
+            Ok(all("net", queue, |guest| guest.option("--net", &name)))
+        });
+        let outcome = outcome.unwrap();
+        if queue.is_empty() {
+            hopeless(&outcome);
+        }
+    }
+}
+
+#[test]
+fn console() {
+    let outcome = all("console", "", |guest| guest.console("stdio,device=virtio"));
+    hopeless(&outcome);
+}

@@ -169,11 +169,7 @@ fn options_that_nobody_knows() {
     Guest::new("hello").option("--net", "tap=x,mak=1").run().refused(&["`mac`"]);
     Guest::new("hello").option("--disk", "ro").run().refused(&["path"]);
     Guest::new("hello").option("--boot", "grub").run().refused(&["pvh"]);
-    Guest::hull("run")
-        .option("--kernel", &*PAYLOAD)
-        .option("--console", "teletype")
-        .run()
-        .refused(&["teletype"]);
+    Guest::new("hello").console("teletype").run().refused(&["teletype"]);
     Guest::hull("fly").run().refused(&["fly"]);
 }
 
@@ -202,9 +198,5 @@ fn places_that_cannot_be_written() {
     let nowhere = "/proc/nowhere/file";
     Guest::new("hello").option("--pidfile", nowhere).run().refused(&[nowhere]);
     Guest::bare().option("--kernel", &*PAYLOAD).option("--name", "../up").run().refused(&["name"]);
-    Guest::hull("run")
-        .option("--kernel", &*PAYLOAD)
-        .option("--console", format!("file={nowhere}"))
-        .run()
-        .refused(&[nowhere]);
+    Guest::new("hello").console(format!("file={nowhere}")).run().refused(&[nowhere]);
 }

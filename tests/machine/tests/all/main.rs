@@ -6,10 +6,14 @@ mod basic;
 #[cfg(test)]
 mod blk;
 #[cfg(test)]
+mod console;
+#[cfg(test)]
 mod endings;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod input;
+#[cfg(test)]
+mod net;
 #[cfg(test)]
 mod rng;

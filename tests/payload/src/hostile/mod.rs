@@ -19,7 +19,7 @@ use crate::virtio::{
     BLOCK, CONSOLE, ENTROPY, F_EVENT_IDX, F_INDIRECT, F_VERSION_1, NET, NEXT, WRITE, blk, find,
     net as driver,
 };
-use crate::{print, println};
+use crate::{print, println, serial};
 
 /// How long a device has to react to an attack, in ticks: tens of milliseconds.
 const REACTION: u64 = 1 << 27;
@@ -236,6 +236,29 @@ impl Attack {
         self.healthy()
     }
 
+    /// Sends what has been printed through the console that has just been shown to work: where it
+    /// is the machine's console, COM1 is nobody's.
+    fn print_on_console(&mut self) {
+        const LENGTH: usize = 2048;
+        let mut text = [0; LENGTH];
+        let length = serial::mirror(&mut text);
+        if self.kind != CONSOLE || length == 0 {
+            return;
+        }
+        // On a line of its own, after whatever the case has sent.
+        write(self.buffer, b'\n');
+        for (index, byte) in text.iter().enumerate() {
+            write(self.buffer + 1 + index as u64, *byte);
+        }
+        let (device, victim) = (self.device, self.victim);
+        self.victim = 1;
+        self.describe(0, self.buffer, length as u32 + 1, 0, 0);
+        self.queue().offer(0);
+        self.queue().publish(&device);
+        self.queue().wait(PATIENCE);
+        self.victim = victim;
+    }
+
     fn run(&mut self, case: &Case) -> bool {
         let ready = match case.stage {
             Stage::Running => self.start().is_ok(),
@@ -268,6 +291,9 @@ impl Attack {
             Ok(()) => println!("recovered"),
             Err(reason) => println!("broken {reason}"),
         }
+        if outcome.is_ok() {
+            self.print_on_console();
+        }
         outcome.is_ok()
     }
 }
@@ -290,6 +316,8 @@ pub fn scenario(boot: &Boot) {
         println!("the device does not work to begin with: {reason}");
         return;
     }
+    // From here on, and not what came before.
+    attack.print_on_console();
     let (mut count, mut broken) = (0, 0);
     for case in cases().filter(|case| case.kind == 0 || case.kind == kind) {
         if wanted == "all" || wanted == case.name {
@@ -298,4 +326,5 @@ pub fn scenario(boot: &Boot) {
         }
     }
     println!("result hostile cases={count} broken={broken}");
+    attack.print_on_console();
 }

@@ -84,7 +84,7 @@ pub fn write_frame(address: u64, device: &Transport, broadcast: bool) {
     for index in 0..HEADER {
         write(address + index, 0u8);
     }
-    let neighbour = [2, 0, 0, 0, 0, 2];
+    let neighbour = [2u8, 0, 0, 0, 0, 2];
     for index in 0..6u64 {
         let to = if broadcast { 0xff } else { neighbour[index as usize] };
         write(address + HEADER + index, to);
@@ -177,10 +177,12 @@ fn receive(boot: &Boot, reply: bool) {
     rx.publish(&device);
     println!("ready");
 
-    let (mut frames, mut octets, mut pieces, mut foreign) = (0u64, 0u64, 0u64, 0u64);
+    let (mut frames, mut octets, mut foreign) = (0u64, 0u64, 0u64);
     let (mut first, mut last) = (0, ticks());
-    let mut rest = 0u16;
-    while frames < count {
+    let mut pieces = Pieces::default();
+    let mut buffers_used = 0u64;
+    let mut over = false;
+    while frames < count && !over {
         let Some((slot, length)) = rx.poll() else {
             core::hint::spin_loop();
             if ticks() - last > PATIENCE {
@@ -188,54 +190,96 @@ fn receive(boot: &Boot, reply: bool) {
             }
             continue;
         };
-        let at = buffers + buffer * u64::from(slot);
-        pieces += 1;
-        let begins = rest == 0;
-        let mut ends = false;
-        if begins {
+        buffers_used += 1;
+        pieces.add(buffers + buffer * u64::from(slot), length);
+        let head = pieces.head();
+        let wanted = if merged { usize::from(read::<u16>(head + 10)) } else { 1 };
+        if pieces.count >= wanted.clamp(1, Pieces::LIMIT) {
             // A frame of ours, not one that the host's stack sends by itself (IPv6, for one).
-            if read::<[u8; 2]>(at + HEADER + 12) == ETHERTYPE {
+            if read::<[u8; 2]>(head + HEADER + 12) == ETHERTYPE {
                 last = ticks();
                 if frames == 0 {
                     first = last;
                 }
                 frames += 1;
-                octets += u64::from(length).saturating_sub(HEADER);
-                ends = bytes(at + HEADER + 14, 3) == b"end";
+                octets += pieces.bytes().saturating_sub(HEADER);
+                over = bytes(head + HEADER + 14, 3) == b"end";
+                if reply {
+                    echo(&device, &mut tx, &pieces);
+                }
             } else {
                 foreign += 1;
             }
-            rest = if merged { read::<u16>(at + 10).saturating_sub(1) } else { 0 };
-        } else {
-            octets += u64::from(length);
-            rest -= 1;
-        }
-        if reply && begins && read::<[u8; 2]>(at + HEADER + 12) == ETHERTYPE {
-            echo(&device, &mut tx, at, length);
-        }
-        rx.offer(slot);
-        rx.publish(&device);
-        if ends {
-            break;
+            // Not before the echo is out: its memory is theirs.
+            for at in pieces.addresses() {
+                rx.offer(((at - buffers) / buffer) as u16);
+            }
+            rx.publish(&device);
+            pieces = Pieces::default();
         }
     }
     let each = (last - first) / frames.saturating_sub(1).max(1);
     println!(
-        "result net op={} frames={frames} bytes={octets} buffers={pieces} foreign={foreign} \
+        "result net op={} frames={frames} bytes={octets} buffers={buffers_used} foreign={foreign} \
          kicks={} ticks={each}",
         if reply { "ping" } else { "rx" },
         rx.kicks
     );
 }
 
+/// The buffers that one received frame is in: several with mergeable buffers.
+struct Pieces {
+    parts: [(u64, u32); Pieces::LIMIT],
+    count: usize,
+}
+
+impl Default for Pieces {
+    fn default() -> Self {
+        Pieces { parts: [(0, 0); Pieces::LIMIT], count: 0 }
+    }
+}
+
+impl Pieces {
+    const LIMIT: usize = 64;
+
+    fn add(&mut self, address: u64, length: u32) {
+        if let Some(part) = self.parts.get_mut(self.count) {
+            *part = (address, length);
+            self.count += 1;
+        }
+    }
+
+    fn parts(&self) -> &[(u64, u32)] {
+        self.parts.get(..self.count).unwrap_or(&[])
+    }
+
+    /// Where the frame's header is.
+    fn head(&self) -> u64 {
+        self.parts[0].0
+    }
+
+    fn bytes(&self) -> u64 {
+        self.parts().iter().map(|(_, length)| u64::from(*length)).sum()
+    }
+
+    fn addresses(&self) -> impl Iterator<Item = u64> + '_ {
+        self.parts().iter().map(|(address, _)| *address)
+    }
+}
+
 /// Sends a received frame back and waits until it is out.
-fn echo(device: &Transport, tx: &mut Queue, at: u64, length: u32) {
+fn echo(device: &Transport, tx: &mut Queue, frame: &Pieces) {
+    let at = frame.head();
     let to: [u8; 6] = read(at + HEADER);
     let from: [u8; 6] = read(at + HEADER + 6);
     write(at + HEADER, from);
     write(at + HEADER + 6, to);
     write(at, [0u8; HEADER as usize]);
-    tx.describe(0, at, length, 0, 0);
+    for (index, (address, length)) in frame.parts().iter().enumerate() {
+        let next = index as u16 + 1;
+        let flags = if usize::from(next) < frame.count { NEXT } else { 0 };
+        tx.describe(index as u16, *address, *length, flags, next);
+    }
     tx.offer(0);
     tx.publish(device);
     if tx.wait(PATIENCE).is_none() {

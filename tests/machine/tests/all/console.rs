@@ -1,0 +1,41 @@
+//! The virtio console in place of the serial port.
+
+use machine_tests::Guest;
+
+#[test]
+fn input_comes_back() {
+    for more in ["", " noevent=1", " indirect=1"] {
+        let mut guest =
+            Guest::new(&format!("console{more}")).console("stdio,device=virtio").start();
+        guest.wait_for("ready\n");
+        guest.write("first");
+        guest.wait_for("first");
+        let line = "0123456789abcdefghijklmnoprstuvwxyz\n".repeat(100);
+        guest.write(&line);
+        guest.wait_for(&line);
+        guest.write("q");
+        guest.finish().ok();
+    }
+}
+
+#[test]
+fn no_input_is_lost() {
+    // More than any buffer on the way holds: who types has to wait.
+    let mut guest = Guest::new("console").console("stdio,device=virtio").start();
+    guest.wait_for("ready\n");
+    let text: String = (0..20_000).map(|number| format!("{number:07}\n")).collect();
+    guest.write(&text);
+    guest.wait_for(&text);
+    guest.write("q");
+    guest.finish().ok();
+}
+
+#[test]
+fn nobody_reads() {
+    // Output has nowhere to go; the machine can be ended all the same.
+    let guest = Guest::new("hostile dev=console").console("off,device=virtio").start();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    guest.signal(libc::SIGTERM);
+    let outcome = guest.finish();
+    assert!([0, 143].contains(&outcome.code()), "{outcome:?}");
+}

@@ -79,16 +79,14 @@ impl DiskFile {
         let access = if read_only { "reading" } else { "reading and writing" };
         let open = |source| OpenError::Open { path: path.to_owned(), access, source };
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if direct { libc::O_DIRECT } else { 0 };
-        let mut file = File::options()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(|source| match source.raw_os_error() {
-                // Opening a directory for writing says so before anything can be looked at.
-                Some(libc::EISDIR) => OpenError::Kind { path: path.to_owned() },
-                _ => open(source),
-            })?;
+        let mut file =
+            File::options().read(true).write(!read_only).custom_flags(flags).open(path).map_err(
+                |source| match source.raw_os_error() {
+                    // Opening a directory for writing says so before anything can be looked at.
+                    Some(libc::EISDIR) => OpenError::Kind { path: path.to_owned() },
+                    _ => open(source),
+                },
+            )?;
         let kind = file.metadata().map_err(open)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::Kind { path: path.to_owned() });
@@ -99,8 +97,7 @@ impl DiskFile {
             }
             _ => OpenError::Host { what: "lock", path: path.to_owned(), source },
         })?;
-        let measure =
-            |source| OpenError::Host { what: "measure", path: path.to_owned(), source };
+        let measure = |source| OpenError::Host { what: "measure", path: path.to_owned(), source };
         let len = file.seek(SeekFrom::End(0)).map_err(measure)?;
         let block_size = if kind.is_block_device() {
             logical_block_size(&file).map_err(measure)?

@@ -11,9 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::request::{self, ByteRange, Disk, Kind, Status};
 use super::{DiskFile, ID_LEN, MAX_RANGE_SECTORS, SECTOR};
-use crate::virtio::device::{
-    Action, BATCH, Fault, FileOperation, IoVecs, Reactor, Worker,
-};
+use crate::virtio::device::{Action, BATCH, Fault, FileOperation, IoVecs, Reactor, Worker};
 use crate::virtio::iobuf::{GuestByte, IoBuf};
 use crate::virtio::queue::{Chain, Queue, QueueError, QueueState};
 
@@ -47,11 +45,21 @@ struct Pending {
 
 enum Step {
     /// The rest of the buffers, where in the file they go on, and what was filled before.
-    Read { rest: IoBuf, offset: u64, done: u32 },
-    Write { rest: IoBuf, offset: u64 },
+    Read {
+        rest: IoBuf,
+        offset: u64,
+        done: u32,
+    },
+    Write {
+        rest: IoBuf,
+        offset: u64,
+    },
     Sync,
     /// The first range is under way, by this method.
-    Ranges { ranges: VecDeque<ByteRange>, method: Method },
+    Ranges {
+        ranges: VecDeque<ByteRange>,
+        method: Method,
+    },
 }
 
 /// Ways to zero or discard a range, from the best to the one that always works.

@@ -41,7 +41,8 @@ fn find<'a, T: Error + 'static>(err: &'a (dyn Error + 'static)) -> Option<&'a T>
 
 /// What a person can do about `err`.
 fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
-    if let Some(load) = find::<LoadError>(err)
+    // `BuildError::Load` shows itself as the error inside, which is then not in the chain.
+    if let Some(BuildError::Load(load)) = find::<BuildError>(err)
         && let Some(hint) = load_hint(load)
     {
         return Some(hint);

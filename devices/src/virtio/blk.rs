@@ -170,6 +170,10 @@ impl Device for Block {
         })))
     }
 
+    fn reset(&mut self) {
+        self.writeback.store(self.cache != Cache::Writethrough, Ordering::Relaxed);
+    }
+
     fn save(&self) -> Payload {
         let bytes = vec![self.writeback.load(Ordering::Relaxed).into()];
         Payload { kind: NAME, version: VERSION, bytes }

@@ -20,7 +20,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Kind;
-use super::device::{Device, Fault, Message, Payload, RestoreError, Worker};
+use super::device::{Device, Fault, FileOperation, Message, Payload, RestoreError, Worker};
 use super::mmio::{Effect, Registers, status};
 use super::queue::{INTERRUPT_CONFIG, Interrupt, MAX_SIZE, Queue, QueueState};
 use crate::memory::{GuestMemory, Memory};
@@ -135,6 +135,7 @@ impl<D: Device> Harness<D> {
             Effect::Reset => {
                 self.stop();
                 self.device.reset();
+                self.registers.publish_config(self.device.config());
                 self.registers.finish_reset();
                 self.interrupt.acknowledge(u32::MAX);
                 self.faulted = false;
@@ -283,6 +284,11 @@ impl<D: Device> Harness<D> {
     /// File operations that were submitted and have not ended.
     pub fn operations(&self) -> usize {
         self.reactor.operations.len()
+    }
+
+    /// The oldest file operation that has not ended.
+    pub fn oldest_operation(&self) -> Option<&FileOperation> {
+        self.reactor.operations.front().map(|op| &op.operation)
     }
 
     /// Performs the oldest file operation. Returns false if there is none.

@@ -112,6 +112,7 @@ impl Slot {
     /// Puts device and transport back to power-on; no worker runs any more.
     pub(super) fn finish_reset(&mut self) {
         self.device.reset();
+        self.transport.registers().publish_config(self.device.config());
         self.transport.finish_reset();
     }
 

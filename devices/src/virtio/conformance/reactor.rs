@@ -15,7 +15,7 @@ use crate::virtio::queue::QueueState;
 pub(super) struct Operation {
     pub(super) group: usize,
     pub(super) token: u64,
-    operation: FileOperation,
+    pub(super) operation: FileOperation,
 }
 
 struct Watch {

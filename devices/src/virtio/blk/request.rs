@@ -93,11 +93,12 @@ fn kind(typ: u32, sector: u64, chain: &mut Chain, disk: Disk) -> Result<Kind, St
     }
 }
 
-/// Byte offset of `len` bytes from `sector` on, if they are whole sectors on the disk.
+/// Byte offset of `len` bytes from `sector` on, if they are whole sectors on the disk, and no more
+/// than a used entry can tell (§ 2.7.8): a hostile chain may refer to one buffer many times.
 fn span(sector: u64, len: u64, disk: Disk) -> Result<u64, Status> {
     let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
     let end = offset.checked_add(len).ok_or(Status::IoError)?;
-    if len == 0 || !len.is_multiple_of(SECTOR) || end > disk.len {
+    if len == 0 || !len.is_multiple_of(SECTOR) || end > disk.len || len >= u64::from(u32::MAX) {
         return Err(Status::IoError);
     }
     Ok(offset)

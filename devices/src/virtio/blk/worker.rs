@@ -214,8 +214,13 @@ impl BlockWorker {
     }
 
     /// What follows when an operation of `pending` ended: its final status and the bytes written
-    /// to guest memory, or `None` if there is another operation to do.
-    fn advance(pending: &mut Pending, result: io::Result<u32>) -> Option<(Status, u32)> {
+    /// to guest memory, or `None` if there is another operation to do. With `durable`, zeroes are
+    /// on the disk before they are reported.
+    fn advance(
+        pending: &mut Pending,
+        result: io::Result<u32>,
+        durable: bool,
+    ) -> Option<(Status, u32)> {
         if let Err(err) = &result
             && matches!(err.raw_os_error(), Some(libc::EAGAIN | libc::EINTR))
         {
@@ -275,8 +280,13 @@ impl BlockWorker {
                         _ => return Some((Status::IoError, 0)),
                     },
                 }
+                let zeroed = range.zero;
                 ranges.pop_front();
                 *method = first_method(ranges.front());
+                if ranges.is_empty() && zeroed && durable {
+                    pending.step = Step::Sync;
+                    return None;
+                }
                 ranges.is_empty().then_some((Status::Ok, 0))
             }
         }
@@ -314,7 +324,7 @@ impl Worker for BlockWorker {
         let slot = usize::try_from(token).unwrap_or(usize::MAX);
         let Some(mut pending) = self.pending.get_mut(slot).and_then(Option::take) else { return };
         let head = token as u16;
-        let Some((status, written)) = Self::advance(&mut pending, result) else {
+        let Some((status, written)) = Self::advance(&mut pending, result, self.durable()) else {
             return self.submit(head, pending, reactor);
         };
         let Some(queue) = &mut self.queue else { return };

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// What stands behind `/dev/kvm`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,8 +18,14 @@ pub enum KvmKind {
 }
 
 impl KvmKind {
-    /// Looks at the loaded modules.
+    /// What the loaded modules say. Looked up once, by the time a machine is made: later the thread
+    /// that reports an error may not look at files any more.
     pub fn detect() -> KvmKind {
+        static KIND: OnceLock<KvmKind> = OnceLock::new();
+        *KIND.get_or_init(KvmKind::look_up)
+    }
+
+    fn look_up() -> KvmKind {
         let loaded = |module: &str| Path::new("/sys/module").join(module).exists();
         if loaded("kvm_pvm") {
             KvmKind::Pvm

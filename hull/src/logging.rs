@@ -1,10 +1,17 @@
-//! Log lines on standard error. They end in CR LF while the terminal is in raw mode.
+//! Log lines on standard error: `hull: LEVEL message key=value …`. They end in CR LF while the
+//! terminal is in raw mode.
+//!
+//! A subscriber of our own instead of a crate's: it needs no registry of spans (32 KiB of private
+//! memory in each machine), and Hull has none.
 
-use std::io::{self, Write};
+use std::fmt::{self, Write as _};
+use std::io::Write as _;
 
 use clap::ValueEnum;
-use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::fmt;
+use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
 
 use crate::terminal;
 
@@ -28,7 +35,7 @@ pub enum Level {
 
 /// Starts logging.
 pub fn start(level: Level) {
-    let filter = match level {
+    let max = match level {
         Level::Off => return,
         Level::Error => LevelFilter::ERROR,
         Level::Warn => LevelFilter::WARN,
@@ -36,30 +43,59 @@ pub fn start(level: Level) {
         Level::Debug => LevelFilter::DEBUG,
         Level::Trace => LevelFilter::TRACE,
     };
-    fmt()
-        .with_max_level(filter)
-        .with_writer(|| Stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .without_time()
-        .init();
+    // Fails only if logging was started before.
+    let _ = tracing::subscriber::set_global_default(Log { max });
 }
 
-struct Stderr;
+struct Log {
+    max: LevelFilter,
+}
 
-impl Write for Stderr {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let text = if terminal::is_raw() {
-            String::from_utf8_lossy(bytes).replace('\n', "\r\n").into_bytes()
-        } else {
-            bytes.to_vec()
-        };
-        io::stderr().write_all(b"hull: ")?;
-        io::stderr().write_all(&text)?;
-        Ok(bytes.len())
+impl Subscriber for Log {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event() && *metadata.level() <= self.max
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(self.max)
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let mut line = Line::default();
+        event.record(&mut line);
+        let end = if terminal::is_raw() { "\r\n" } else { "\n" };
+        let level = event.metadata().level();
+        let text = format!("hull: {level} {}{}{end}", line.message, line.fields);
+        // One write a line, so that lines of different threads stay whole.
+        let _ = std::io::stderr().write_all(text.as_bytes());
+    }
+
+    // There are no spans.
+    fn new_span(&self, _attributes: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _span: &Id, _values: &Record<'_>) {}
+
+    fn record_follows_from(&self, _span: &Id, _follows: &Id) {}
+
+    fn enter(&self, _span: &Id) {}
+
+    fn exit(&self, _span: &Id) {}
+}
+
+#[derive(Default)]
+struct Line {
+    message: String,
+    fields: String,
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        // Writing to a String cannot fail.
+        let _ = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -104,7 +104,7 @@ impl Session {
 
     fn run_once(&self, timings: &Arc<Timings>) -> Result<Ending> {
         let hypervisor = Kvm::open(Path::new(DEVICE))?;
-        let window = window_size(io::stdin().as_raw_fd());
+        let window = window_size(libc::STDIN_FILENO);
         let host = Host {
             hypervisor: &hypervisor,
             pvm: KvmKind::detect() == KvmKind::Pvm,
@@ -125,6 +125,12 @@ impl Session {
     }
 }
 
+/// A standard stream without the buffer that std would put on it.
+fn inherited(fd: RawFd) -> BorrowedFd<'static> {
+    // SAFETY: nothing in this program closes a standard stream.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
 /// Returns what reading options and assembling the machine needed and freed: a machine runs for long
 /// and is one of many.
 fn give_back_heap() {
@@ -134,8 +140,7 @@ fn give_back_heap() {
 
 /// Opens the host side of the console.
 fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
-    let stdin = io::stdin();
-    let stdout = io::stdout();
+    let (stdin, stdout) = (inherited(libc::STDIN_FILENO), inherited(libc::STDOUT_FILENO));
     let mode = match config.console.mode {
         ConsoleMode::Auto if stdin.is_terminal() => ConsoleMode::Tty,
         ConsoleMode::Auto => ConsoleMode::Stdio,
@@ -143,8 +148,8 @@ fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
     };
     let stdio = || -> io::Result<Console> {
         Ok(Console {
-            sink: Sink::for_fd(stdout.as_fd())?,
-            input: Some(stdin.as_fd().try_clone_to_owned()?),
+            sink: Sink::for_fd(stdout)?,
+            input: Some(stdin.try_clone_to_owned()?),
             filter: Box::new(plain),
         })
     };
@@ -153,7 +158,7 @@ fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
             let mut console = stdio()?;
             let mut escapes = Escapes::default();
             console.filter = Box::new(move |typed| escapes.filter(typed));
-            let raw = RawMode::enter(stdin.as_fd()).map_err(NoTerminal)?;
+            let raw = RawMode::enter(stdin).map_err(NoTerminal)?;
             Ok((console, Some(raw)))
         }
         ConsoleMode::Stdio | ConsoleMode::Auto => Ok((stdio()?, None)),

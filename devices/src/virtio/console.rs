@@ -25,8 +25,8 @@ const TX: u16 = 1;
 /// VIRTIO_CONSOLE_F_SIZE: the configuration space says how large the window is.
 const F_SIZE: u64 = 1 << 0;
 
-/// Input that waits for the guest, in bytes. What comes beyond that is dropped, as a terminal does
-/// whose reader does not read.
+/// Input that waits for the guest, in bytes. The machine sends less than this before it hears of
+/// [`Reactor::consumed`]; what comes beyond it is dropped.
 const INPUT_MAX: usize = 64 * 1024;
 
 /// Bytes that are offered to the sink at once.
@@ -217,7 +217,7 @@ impl ConsoleWorker {
     fn receive(&mut self, reactor: &mut dyn Reactor) {
         let Some(mut queue) = self.rx.take() else { return };
         queue.disable_kicks();
-        match self.deliver(&mut queue) {
+        match self.deliver(&mut queue, reactor) {
             Ok(true) => reactor.again(RX),
             Ok(false) => {}
             Err(fault) => reactor.fault(fault),
@@ -227,7 +227,7 @@ impl ConsoleWorker {
     }
 
     /// Gives the guest input as long as it has buffers. Returns true if more can be given.
-    fn deliver(&mut self, queue: &mut Queue) -> Result<bool, Fault> {
+    fn deliver(&mut self, queue: &mut Queue, reactor: &mut dyn Reactor) -> Result<bool, Fault> {
         let broken = |err| Fault::Queue(RX, err);
         for _ in 0..BATCH {
             if self.input.is_empty() {
@@ -241,6 +241,7 @@ impl ConsoleWorker {
             };
             let written = self.chain.writable.write(self.input.make_contiguous());
             self.input.drain(..written);
+            reactor.consumed(written);
             queue.complete(head, written as u32);
             if written == 0 {
                 return Err(Fault::Request(RX, "a receive buffer cannot be written to"));

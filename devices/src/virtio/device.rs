@@ -218,6 +218,10 @@ pub trait Reactor {
     /// Queue `index` has nothing in flight any more and stopped in `state`.
     fn stopped(&mut self, index: u16, state: QueueState);
 
+    /// `bytes` of the [`Message::Input`]s sent so far have been passed on to the guest, so that as
+    /// many may follow.
+    fn consumed(&mut self, bytes: usize);
+
     /// The driver broke the protocol: the device needs a reset.
     fn fault(&mut self, fault: Fault);
 }

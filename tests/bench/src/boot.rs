@@ -18,13 +18,13 @@ pub fn cpu_time(
     report: &mut Report,
 ) -> Result<()> {
     eprintln!("boot: {runs} runs each");
-    let guest = Guest::new("payload=hello");
+    // The floor ends at the guest's first port write, so the guest makes no other.
+    let guest = Guest::new("payload=hello bare=1");
     let mut cpu = vec![Vec::new(); systems.len()];
     let mut first = vec![Vec::new(); systems.len()];
     for run_number in 0..=runs {
         for (place, system) in systems.iter().enumerate() {
-            let text = if *system == System::Floor { "h" } else { HELLO };
-            let sample = run(programs, *system, &guest, text)?;
+            let sample = run(programs, *system, &guest, "\n")?;
             // The first run warms the caches.
             if run_number > 0 {
                 cpu[place].push(sample.cpu.as_secs_f64() * 1e3);

@@ -125,6 +125,8 @@ impl Guest {
     }
 
     fn hull(&self, command: &mut Command, kernel: &Path) {
+        // In memory, as /run is on any host with systemd; a test machine may have it on a disk.
+        command.env("XDG_RUNTIME_DIR", "/dev/shm");
         command.args(["run", "--cpus", "1", "--console", "stdio"]);
         command.arg("--memory").arg(format!("{MEMORY_MIB}M"));
         command.arg("--kernel").arg(kernel).arg("--cmdline").arg(&self.command_line);

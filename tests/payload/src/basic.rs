@@ -14,8 +14,11 @@ const VM_CLOCK: u64 = 0xcfff_f000;
 const UNUSED_PORT: u16 = 0x80;
 
 /// Says hello.
-pub fn hello(_: &Boot) {
-    serial::put_all(b"hello\n");
+///
+/// With `bare=1` it is a line end alone: a guest that does as little as the floor does, one port
+/// write and the end.
+pub fn hello(boot: &Boot) {
+    serial::put_all(if boot.number("bare", 0) == 1 { b"\n" } else { b"hello\n" });
 }
 
 /// Says hello, dirties `dirty=` bytes of memory from 16 MiB on, and loops for ever; with `say=1`

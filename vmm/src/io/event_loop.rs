@@ -419,6 +419,10 @@ impl Reactor for SlotReactor<'_, '_> {
         }
     }
 
+    fn consumed(&mut self, bytes: usize) {
+        (self.core.reports)(Report::Consumed { id: self.entry.id, bytes });
+    }
+
     fn fault(&mut self, fault: Fault) {
         if !std::mem::replace(&mut self.entry.faulted, true) {
             (self.core.reports)(Report::Fault { id: self.entry.id, fault });

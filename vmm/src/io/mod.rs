@@ -75,6 +75,13 @@ pub enum Report {
         /// Index and state of each queue.
         queues: Vec<(u16, QueueState)>,
     },
+    /// A worker passed input on to the guest.
+    Consumed {
+        /// Its name.
+        id: WorkerId,
+        /// How many bytes.
+        bytes: usize,
+    },
     /// A worker found that its device needs a reset. Its queues are not served until then.
     Fault {
         /// Its name.

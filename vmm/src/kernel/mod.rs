@@ -281,7 +281,9 @@ impl Loader<'_> {
                 };
                 Ok(pvh::write_boot(self.ram.memory().guest().as_ref(), &boot)?)
             }
-            BootMode::Auto | BootMode::Bzimage => self.write_linux(elf.entry, initrd, header),
+            BootMode::Auto | BootMode::Bzimage => {
+                self.write_linux(elf.entry, &keep_free, initrd, header)
+            }
         }
     }
 
@@ -291,12 +293,13 @@ impl Loader<'_> {
             Extent::new("the kernel", image.load_address, image.init_size.max(image.code_size));
         let initrd = self.place_initrd(Some(&image.header), &kernel, vec![kernel.clone()])?;
         self.copy(file, image.code_offset, image.load_address, image.code_size, "kernel")?;
-        self.write_linux(image.entry(), initrd, Some(&image.header))
+        self.write_linux(image.entry(), &kernel, initrd, Some(&image.header))
     }
 
     fn write_linux(
         &self,
         entry: u64,
+        kernel: &Extent,
         initrd: Option<Initrd>,
         header: Option<&SetupHeader>,
     ) -> Result<Entry, LoadError> {
@@ -307,6 +310,7 @@ impl Loader<'_> {
             initrd,
             header,
             rsdp: Some(self.context.rsdp),
+            kernel_end: kernel.start + kernel.size,
             page_size: self.context.page_size,
         };
         Ok(linux64::write_boot(self.ram.memory().guest().as_ref(), &boot)?)

@@ -39,6 +39,9 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
 /// Typed bytes that may wait for the guest before no more are read.
 const INPUT_CAPACITY: usize = 4096;
 
+/// Typed bytes that a virtio console may hold before it has passed them on.
+const CONSOLE_WINDOW: usize = 4096;
+
 /// What assembly prepares for the control loop.
 pub(super) struct Parts {
     pub(super) events: mpsc::Receiver<Event>,
@@ -120,6 +123,8 @@ struct Control {
     change: Option<Change>,
     timer: TimerFd,
     input: VecDeque<u8>,
+    /// Bytes that the virtio console holds.
+    console_holds: usize,
     input_watched: bool,
     /// The sink's descriptor, while it is waited for.
     sink_watched: Option<RawFd>,
@@ -166,6 +171,7 @@ impl Machine {
             change: None,
             timer,
             input: VecDeque::new(),
+            console_holds: 0,
             input_watched: false,
             sink_watched: None,
             kernel_file_wanted: false,
@@ -222,7 +228,13 @@ impl MutEventSubscriber for Control {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match Source::unpack(events.data()) {
-            Source::Wake => self.take_events(),
+            Source::Wake => {
+                self.take_events();
+                // A console may have started, or passed on what it held.
+                if !self.input.is_empty() {
+                    self.feed_input(ops);
+                }
+            }
             Source::Signals => self.take_signals(),
             Source::Timer => self.check_deadlines(),
             Source::Output | Source::SinkReady | Source::LineTimer => self.drain_output(ops),
@@ -274,7 +286,7 @@ impl Control {
         let step = match command {
             Command::Status => return reply(Ok(self.state.clone())),
             Command::Quit => {
-                self.end.get_or_insert(Ok(Ending::Quit));
+                self.end_by_will(Ending::Quit);
                 return reply(Ok(State::Stopped));
             }
             Command::Pause => Step::Pause,
@@ -302,6 +314,14 @@ impl Control {
                 self.machine.control.acpi.raise(AcpiEvent::PowerButton);
                 reply(Ok(self.state.clone()));
             }
+        }
+    }
+
+    /// Ends the machine because somebody outside wants it. A guest's reset that came just before
+    /// does not count: the machine must not start over.
+    fn end_by_will(&mut self, ending: Ending) {
+        if matches!(self.end, None | Some(Ok(Ending::Reset))) {
+            self.end = Some(Ok(ending));
         }
     }
 
@@ -335,6 +355,9 @@ impl Control {
     }
 
     fn reset(&mut self, device: usize, done: mpsc::SyncSender<()>) {
+        if self.machine.control.console == Some(device) {
+            self.console_holds = 0;
+        }
         let Some(slot) = self.machine.slots.get_mut(device) else { return };
         slot.active = false;
         if slot.stop(device, &self.machine.io) {
@@ -349,6 +372,9 @@ impl Control {
 
     fn take_report(&mut self, report: Report) {
         match report {
+            Report::Consumed { bytes, .. } => {
+                self.console_holds = self.console_holds.saturating_sub(bytes);
+            }
             Report::Fault { id: WorkerId { device, group }, fault } => {
                 if let Some(slot) = self.machine.slots.get(device)
                     && slot.running.contains(&group)
@@ -458,9 +484,7 @@ impl Control {
     fn take_signals(&mut self) {
         while let Some(meaning) = self.options.signals.as_ref().and_then(|s| s.take()) {
             match meaning {
-                Meaning::End(number) => {
-                    self.end.get_or_insert(Ok(Ending::Signal(number)));
-                }
+                Meaning::End(number) => self.end_by_will(Ending::Signal(number)),
                 Meaning::WindowChanged => self.resize_console(),
                 Meaning::LeaseBreak => {
                     self.kernel_file_wanted = true;
@@ -572,7 +596,7 @@ impl Control {
                 let filtered = (self.filter)(&bytes[..len]);
                 self.machine.control.output.push_some(&filtered.reply);
                 if filtered.quit {
-                    self.end.get_or_insert(Ok(Ending::Quit));
+                    self.end_by_will(Ending::Quit);
                 }
                 self.input.extend(filtered.bytes);
                 self.feed_input(ops);
@@ -588,9 +612,12 @@ impl Control {
 
     /// Passes typed bytes on as far as the guest takes them.
     fn feed_input(&mut self, ops: &mut EventOps) {
-        if self.machine.control.console.is_some() {
-            let bytes: Vec<u8> = self.input.drain(..).collect();
+        if let Some(device) = self.machine.control.console {
+            let runs = self.machine.slots.get(device).is_some_and(|slot| !slot.running.is_empty());
+            let room = if runs { CONSOLE_WINDOW.saturating_sub(self.console_holds) } else { 0 };
+            let bytes: Vec<u8> = self.input.drain(..room.min(self.input.len())).collect();
             if !bytes.is_empty() {
+                self.console_holds += bytes.len();
                 self.console_message(Message::Input(bytes));
             }
         } else if let Some(serial) = &self.machine.control.serial {

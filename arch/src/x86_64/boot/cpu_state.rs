@@ -50,8 +50,9 @@ impl PageSize {
     }
 }
 
-/// The page tables that map the first 4 GiB one to one, for [`layout::PAGE_TABLES`].
-pub fn page_tables(page_size: PageSize) -> Vec<u8> {
+/// The page tables for [`layout::PAGE_TABLES`], which map memory one to one up to `end` at least: 1
+/// to 4 whole GiB. Every GiB costs a guest page, and a kernel replaces them at once.
+pub fn page_tables(page_size: PageSize, end: u64) -> Vec<u8> {
     const GIB: u64 = 1 << 30;
     const ENTRIES: usize = 512;
     const TABLE: u64 = PTE_PRESENT | PTE_WRITABLE;
@@ -59,9 +60,10 @@ pub fn page_tables(page_size: PageSize) -> Vec<u8> {
     let pdpt = layout::PAGE_TABLES + PAGE_SIZE;
     let directories = pdpt + PAGE_SIZE;
 
+    let gibs = end.div_ceil(GIB).clamp(1, 4) as usize;
     let pages = match page_size {
         PageSize::Gib1 => 2,
-        PageSize::Mib2 => 6,
+        PageSize::Mib2 => 2 + gibs,
     };
     // Sized beforehand: this is on the way of every start.
     let mut bytes = vec![0; pages * PAGE_SIZE as usize];
@@ -70,7 +72,7 @@ pub fn page_tables(page_size: PageSize) -> Vec<u8> {
         bytes[at..at + 8].copy_from_slice(&entry.to_le_bytes());
     };
     put(0, 0, pdpt | TABLE);
-    for gib in 0..4 {
+    for gib in 0..gibs {
         match page_size {
             PageSize::Gib1 => put(1, gib, (gib as u64 * GIB) | LEAF),
             PageSize::Mib2 => {

@@ -36,6 +36,9 @@ pub struct LinuxBoot<'a> {
     pub header: Option<&'a SetupHeader>,
     /// Guest-physical address of the ACPI RSDP, if there are ACPI tables.
     pub rsdp: Option<u64>,
+    /// First address behind all that the kernel needs of memory before it has page tables of its
+    /// own.
+    pub kernel_end: u64,
     /// Size of the pages that the initial page tables map.
     pub page_size: PageSize,
 }
@@ -61,7 +64,7 @@ pub fn write_boot<M: GuestMemoryBackend>(
     write_cmdline(memory, boot.cmdline, cmdline_max)?;
     write(memory, "the zero page", ZeroPage::new(boot).as_slice(), layout::ZERO_PAGE)?;
     write(memory, "the GDT", &cpu_state::gdt(EntryMode::Long), layout::GDT)?;
-    let tables = cpu_state::page_tables(boot.page_size);
+    let tables = cpu_state::page_tables(boot.page_size, boot.kernel_end);
     write(memory, "the page tables", &tables, layout::PAGE_TABLES)?;
     Ok(Entry { mode: EntryMode::Long, address: boot.entry, info: layout::ZERO_PAGE })
 }

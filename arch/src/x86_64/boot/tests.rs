@@ -38,6 +38,7 @@ fn linux(cmdline: &[u8]) -> LinuxBoot<'_> {
         initrd: Some(Initrd { address: 0x700_0000, size: 0x1234 }),
         header: None,
         rsdp: Some(layout::ACPI_START),
+        kernel_end: 32 * MIB,
         page_size: PageSize::Mib2,
     }
 }
@@ -177,11 +178,13 @@ fn translate(tables: &[u8], address: u64) -> Option<u64> {
 }
 
 #[test]
-fn four_gib_are_mapped_one_to_one() {
-    for size in [PageSize::Mib2, PageSize::Gib1] {
-        let tables = cpu_state::page_tables(size);
+fn what_a_kernel_needs_is_mapped_one_to_one() {
+    let ends = [0, 32 * MIB, 1 << 30, (1 << 30) + 1, 3 << 30, 4 << 30, u64::MAX];
+    for (size, end) in [PageSize::Mib2, PageSize::Gib1].iter().flat_map(|s| ends.map(|e| (*s, e))) {
+        let tables = cpu_state::page_tables(size, end);
         assert!(tables.len() <= 6 * 4096);
-        for address in [0, 0x7123, 16 * MIB, (1 << 30) + 5, (3 << 30) - 1, (4 << 30) - 1] {
+        let last = end.clamp(1 << 30, 4 << 30) - 1;
+        for address in [0, 0x7123, 16 * MIB, (1 << 30) - 1, last] {
             assert_eq!(translate(&tables, address), Some(address), "{size:?} {address:#x}");
         }
         assert_eq!(translate(&tables, 4 << 30), None);

@@ -125,6 +125,8 @@ impl Reactor for TestReactor {
         self.stopped.push((index, state));
     }
 
+    fn consumed(&mut self, _bytes: usize) {}
+
     fn fault(&mut self, fault: Fault) {
         self.faults.push(fault);
     }

@@ -112,7 +112,6 @@ impl Session {
             window,
         };
         let machine = Machine::new(&self.config, &host)?;
-        give_back_heap();
         let mut services: Vec<Box<dyn Service>> = Vec::new();
         if let Some(entry) = &self.entry {
             services.push(Box::new(entry.control_socket()?));
@@ -129,13 +128,6 @@ impl Session {
 fn inherited(fd: RawFd) -> BorrowedFd<'static> {
     // SAFETY: nothing in this program closes a standard stream.
     unsafe { BorrowedFd::borrow_raw(fd) }
-}
-
-/// Returns what reading options and assembling the machine needed and freed: a machine runs for long
-/// and is one of many.
-fn give_back_heap() {
-    // SAFETY: malloc_trim may be called at any time.
-    unsafe { libc::malloc_trim(0) };
 }
 
 /// Opens the host side of the console.

@@ -177,6 +177,7 @@ impl Machine {
             kernel_file_wanted: false,
             end: None,
         });
+        give_back_heap();
         if let Ok(control) = manager.subscriber_mut(id) {
             control.start();
         }
@@ -194,6 +195,13 @@ impl Machine {
             Err(err) => Err(host("the control loop is gone")(other(err))),
         }
     }
+}
+
+/// Returns what reading options and assembling the machine needed and freed: a machine runs for long
+/// and is one of many.
+fn give_back_heap() {
+    // SAFETY: malloc_trim may be called at any time.
+    unsafe { libc::malloc_trim(0) };
 }
 
 fn other(err: event_manager::Error) -> io::Error {

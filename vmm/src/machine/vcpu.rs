@@ -154,6 +154,17 @@ impl Drop for VcpuThread {
     }
 }
 
+/// What came of entering the guest once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// An exit that was handled, and that the next entry completes.
+    Exit,
+    /// The guest was left with nothing to be completed.
+    Interrupted,
+    /// The guest is at its end, or cannot go on.
+    Over,
+}
+
 struct Runner<'a> {
     index: usize,
     orders: &'a Orders,
@@ -177,21 +188,22 @@ impl Runner<'_> {
         loop {
             match self.orders.get() {
                 Order::Run => {
-                    if !self.step(vcpu) {
-                        // It cannot go on; it stays out of the guest until it is told to end.
-                        while self.orders.get() != Order::End {
-                            std::thread::park();
-                        }
-                        return;
+                    if self.step(vcpu) == Step::Over {
+                        return self.stay_out();
                     }
                 }
                 Order::Park => {
-                    // SAFETY: the byte belongs to this thread's vCPU.
-                    unsafe { immediate_exit.write_volatile(1) };
-                    let completed = vcpu.run().is_ok();
-                    if completed {
-                        self.report(VcpuEvent::Parked);
+                    // An access that takes several exits is completed by as many entries.
+                    loop {
+                        // SAFETY: the byte belongs to this thread's vCPU.
+                        unsafe { immediate_exit.write_volatile(1) };
+                        match self.step(vcpu) {
+                            Step::Exit => {}
+                            Step::Interrupted => break,
+                            Step::Over => return self.stay_out(),
+                        }
                     }
+                    self.report(VcpuEvent::Parked);
                     while self.orders.get() == Order::Park {
                         std::thread::park();
                     }
@@ -203,30 +215,37 @@ impl Runner<'_> {
         }
     }
 
-    /// Runs the guest up to its next exit and handles that. Returns false if it cannot go on.
-    fn step(&self, vcpu: &mut dyn Vcpu) -> bool {
+    /// Waits to be told to end, with a vCPU that cannot go on.
+    fn stay_out(&self) {
+        while self.orders.get() != Order::End {
+            std::thread::park();
+        }
+    }
+
+    /// Runs the guest up to its next exit and handles that. What ends the guest is reported.
+    fn step(&self, vcpu: &mut dyn Vcpu) -> Step {
         let buses = &self.shared.buses;
         let event = match vcpu.run() {
             Ok(Exit::PortOut { port, size, data }) => {
                 match buses.port_out(port, size, data, || self.orders.get() == Order::Run) {
-                    Outcome::Continue => return true,
+                    Outcome::Continue => return Step::Exit,
                     Outcome::PowerOff => VcpuEvent::PowerOff,
                     Outcome::Reset => VcpuEvent::Reset,
                 }
             }
             Ok(Exit::PortIn { port, size, data }) => {
                 buses.port_in(port, size, data);
-                return true;
+                return Step::Exit;
             }
             Ok(Exit::MmioRead { gpa, data }) => {
                 buses.mmio_read(gpa, data);
-                return true;
+                return Step::Exit;
             }
             Ok(Exit::MmioWrite { gpa, data }) => {
                 buses.mmio_write(gpa, data);
-                return true;
+                return Step::Exit;
             }
-            Ok(Exit::Interrupted) => return true,
+            Ok(Exit::Interrupted) => return Step::Interrupted,
             Ok(Exit::Shutdown) => VcpuEvent::TripleFault,
             Ok(Exit::Reset) => VcpuEvent::Reset,
             Ok(Exit::Failed(failure)) => {
@@ -236,6 +255,6 @@ impl Runner<'_> {
             Err(err) => VcpuEvent::RunFailed(err),
         };
         self.report(event);
-        false
+        Step::Over
     }
 }

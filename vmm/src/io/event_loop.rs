@@ -32,6 +32,9 @@ enum Source {
     Ready { slot: usize, token: u32 },
 }
 
+/// Events taken from the kernel at a time; the rest comes with the next look.
+const READY_EVENTS: usize = 32;
+
 const TOKEN_BITS: u32 = 12;
 const TOKEN_MASK: u32 = (1 << TOKEN_BITS) - 1;
 const KIND_SHIFT: u32 = 30;
@@ -126,7 +129,7 @@ impl EventLoop {
             again: VecDeque::new(),
             reports,
         };
-        let mut manager = EventManager::new_with_capacity(64).map_err(other)?;
+        let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(other)?;
         let id =
             manager.add_subscriber(Loop { commands, slots: Vec::new(), core, shutdown: false });
         Ok(EventLoop { manager, id })

@@ -39,6 +39,9 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
 /// Typed bytes that may wait for the guest before no more are read.
 const INPUT_CAPACITY: usize = 4096;
 
+/// Events taken from the kernel at a time; the rest comes with the next look.
+const READY_EVENTS: usize = 16;
+
 /// Typed bytes that a virtio console may hold before it has passed them on.
 const CONSOLE_WINDOW: usize = 4096;
 
@@ -156,8 +159,8 @@ impl Machine {
                 }
             }
         }
-        let mut manager =
-            EventManager::new().map_err(|err| host("cannot wait for events")(other(err)))?;
+        let mut manager = EventManager::new_with_capacity(READY_EVENTS)
+            .map_err(|err| host("cannot wait for events")(other(err)))?;
         let timer = TimerFd::new().map_err(|err| host("cannot make a timer")(err.into()))?;
         seccomp::apply(ThreadKind::Main, self.seccomp)
             .map_err(host("cannot filter the main thread"))?;

@@ -10,7 +10,7 @@
 use std::cell::Cell;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
@@ -23,22 +23,44 @@ use crate::timings::{Milestone, Timings};
 
 /// The word a vCPU thread obeys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
+#[repr(u32)]
 enum Order {
     Park,
     Run,
     End,
 }
 
-struct Orders(AtomicU8);
+/// The current order, and how many came before it: a vCPU that was told to run and to park again
+/// before it looked must still report that it is parked.
+struct Orders(AtomicU32);
 
-impl Orders {
-    fn get(&self) -> Order {
-        match self.0.load(Ordering::Acquire) {
+/// A value of [`Orders`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Word(u32);
+
+impl Word {
+    fn order(self) -> Order {
+        match self.0 & 3 {
             1 => Order::Run,
             2 => Order::End,
             _ => Order::Park,
         }
+    }
+}
+
+impl Orders {
+    fn word(&self) -> Word {
+        Word(self.0.load(Ordering::Acquire))
+    }
+
+    fn get(&self) -> Order {
+        self.word().order()
+    }
+
+    /// Replaces the order. Only `main` does.
+    fn set(&self, order: Order) {
+        let count = (self.word().0 >> 2).wrapping_add(1);
+        self.0.store(count << 2 | order as u32, Ordering::Release);
     }
 }
 
@@ -98,7 +120,7 @@ impl VcpuThread {
         shared: Arc<Shared>,
         ready: mpsc::Sender<io::Result<()>>,
     ) -> io::Result<VcpuThread> {
-        let orders = Arc::new(Orders(AtomicU8::new(Order::Park as u8)));
+        let orders = Arc::new(Orders(AtomicU32::new(Order::Park as u32)));
         let own = Arc::clone(&orders);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {index}"))
@@ -118,7 +140,7 @@ impl VcpuThread {
     }
 
     fn order(&self, order: Order) {
-        self.orders.0.store(order as u8, Ordering::Release);
+        self.orders.set(order);
         if let Some(thread) = &self.thread {
             use std::os::unix::thread::JoinHandleExt;
             thread.thread().unpark();
@@ -179,14 +201,16 @@ impl Runner<'_> {
     fn run(&self, vcpu: &mut dyn Vcpu) {
         let immediate_exit = vcpu.immediate_exit();
         // A vCPU is parked when it is made; only later parking is reported.
-        while self.orders.get() == Order::Park {
+        let made = Word(Order::Park as u32);
+        while self.orders.word() == made {
             std::thread::park();
         }
         if self.index == 0 {
             self.shared.timings.mark(Milestone::FirstInstruction);
         }
         loop {
-            match self.orders.get() {
+            let word = self.orders.word();
+            match word.order() {
                 Order::Run => {
                     if self.step(vcpu) == Step::Over {
                         return self.stay_out();
@@ -204,7 +228,7 @@ impl Runner<'_> {
                         }
                     }
                     self.report(VcpuEvent::Parked);
-                    while self.orders.get() == Order::Park {
+                    while self.orders.word() == word {
                         std::thread::park();
                     }
                 }

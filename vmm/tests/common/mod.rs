@@ -7,6 +7,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io::{PipeReader, Read};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, mpsc};
@@ -30,21 +31,24 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Set in a process that runs one test alone.
 const ALONE: &str = "HULL_TEST_ALONE";
 
-/// Runs `body` in a process in which nothing else happens, on its first thread: for tests that
-/// count descriptors and threads, or that need signals. `name` is the calling test's.
+/// Runs `body` in a process in which nothing else happens, with the signals of a machine blocked in
+/// all threads: for tests that count descriptors and threads, or that need signals. `name` is the
+/// calling test's.
 pub fn alone(name: &str, body: impl FnOnce()) {
     if std::env::var_os(ALONE).is_some() {
         return body();
     }
     let log = tempfile::tempfile().unwrap();
-    let mut child = Command::new(std::env::current_exe().unwrap())
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
         .args([name, "--exact", "--nocapture", "--test-threads=1"])
         .env(ALONE, "1")
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
-        .stderr(log.try_clone().unwrap())
-        .spawn()
-        .unwrap();
+        .stderr(log.try_clone().unwrap());
+    // SAFETY: between fork and exec it makes system calls only.
+    unsafe { command.pre_exec(|| Signals::block().map(drop)) };
+    let mut child = command.spawn().unwrap();
     let deadline = Instant::now() + PATIENCE;
     let status = loop {
         match child.try_wait().unwrap() {

@@ -41,6 +41,8 @@ enum Action {
         /// The later run.
         after: PathBuf,
     },
+    /// Fetches Firecracker into the cache and prints where it is.
+    Peers,
 }
 
 /// What to measure, and how often.
@@ -79,6 +81,10 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Action::Run(options) => run(&options),
         Action::Compare { before, after } => compare::print(&before, &after),
+        Action::Peers => std::env::current_dir()
+            .map_err(Into::into)
+            .and_then(|root| peers::firecracker(&root.join(".cache/peers")))
+            .map(|path| println!("{}", path.display())),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

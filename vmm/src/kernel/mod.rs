@@ -257,7 +257,8 @@ impl Loader<'_> {
             .map(|segment| Extent::new("the kernel", segment.gpa, segment.mem_size))
             .collect();
         let initrd = self.place_initrd(header, &keep_free, extents)?;
-        let map = lease.is_some() && self.ram.maps_files();
+        let large = elf.segments.iter().any(|segment| segment.file_size >= MAP_THRESHOLD);
+        let map = large && lease.is_some() && self.ram.maps_files();
         let mut mapped = Vec::new();
         for segment in &elf.segments {
             let range = (segment.file_offset, segment.gpa, segment.file_size);

@@ -122,9 +122,12 @@ impl GuestRam {
         &self.memory
     }
 
-    /// True if files can be mapped over this RAM: its pages are 4 KiB.
+    /// True if files are best mapped over this RAM: its pages are 4 KiB. Where the host gives it
+    /// 2 MiB pages, asked for or transparently, a mapped file would cut them up, and each of its
+    /// pages would cost the guest a fault of its own: a stock kernel then boots slower by more than
+    /// copying it takes.
     pub fn maps_files(&self) -> bool {
-        !self.huge_pages
+        !self.huge_pages && !transparent_huge_pages()
     }
 
     /// Total bytes of RAM.
@@ -202,6 +205,12 @@ impl GuestRam {
                 .ok_or_else(|| error(io::Error::from_raw_os_error(libc::EFAULT)))?;
         mapping.detach(gpa - start.raw_value(), len).map_err(error)
     }
+}
+
+/// True if the host backs anonymous memory with 2 MiB pages without being asked.
+fn transparent_huge_pages() -> bool {
+    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")
+        .is_ok_and(|modes| modes.contains("[always]"))
 }
 
 /// The range that holds all of `gpa..gpa + len`.

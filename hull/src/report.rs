@@ -9,6 +9,7 @@ use vmm::devices::virtio::net::tap::TapError;
 use vmm::hypervisor::HypervisorError;
 use vmm::kernel::LoadError;
 use vmm::machine::{BuildError, RunError};
+use vmm::memory::MemoryError;
 
 use crate::cli::UsageError;
 use crate::exit::Code;
@@ -80,6 +81,11 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
              `hull doctor` says more"
                 .to_owned(),
         );
+    }
+    if let Some(MemoryError::Map { huge, .. }) = find::<MemoryError>(err)
+        && !huge.is_empty()
+    {
+        return Some("fill the host's pool: `sysctl vm.nr_hugepages=N`, N pages of 2 MiB".into());
     }
     if let Some(io) = find::<io::Error>(err)
         && io.raw_os_error() == Some(libc::ENOMEM)

@@ -464,6 +464,11 @@ impl VmConfig {
             if net.fd.is_some() && net.queues.unwrap_or(1) > 1 {
                 return error(format!("net[{n}].queues"), "one descriptor is one queue pair");
             }
+            if net.host.is_some() && (net.tap.is_some() || net.fd.is_some()) {
+                let problem =
+                    "is for an interface that Hull makes; give yours its address by `ip addr`";
+                return error(format!("net[{n}].host"), problem);
+            }
             if net.mtu.is_some_and(|mtu| mtu < 68) {
                 return error(format!("net[{n}].mtu"), "is not between 68 and 65535");
             }

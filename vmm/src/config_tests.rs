@@ -82,6 +82,12 @@ fn refusals_name_the_field_and_what_is_allowed() {
     assert_eq!(problem(|c| c.disk = vec![queues]), "disk[0].queues: 17 is not between 1 and 16");
     let tap = NetConfig { tap: Some("a-name-that-is-too-long".into()), ..Default::default() };
     assert!(problem(|c| c.net = vec![tap]).starts_with("net[0].tap:"));
+    let host = NetConfig {
+        tap: Some("tap0".into()),
+        host: Some("10.0.0.1/24".parse().unwrap()),
+        ..Default::default()
+    };
+    assert!(problem(|c| c.net = vec![host]).starts_with("net[0].host:"));
 }
 
 #[test]

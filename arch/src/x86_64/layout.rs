@@ -44,9 +44,9 @@ pub const HOLE_END: u64 = 0x1_0000_0000;
 
 /// The least RAM a machine can have: the tables below 1 MiB, and as much again for a kernel.
 pub const MIN_RAM: u64 = 2 << 20;
-/// The most RAM the map has room for. What the CPU can address may be less, and is the caller's to
-/// check.
-pub const MAX_RAM: u64 = 1 << 44;
+/// The most RAM a machine can have: KVM takes just under 2^31 pages in a slot. What the CPU can
+/// address may be less, and is the caller's to check.
+pub const MAX_RAM: u64 = 1 << 43;
 
 /// The Global Descriptor Table that vCPU 0 starts with.
 pub const GDT: u64 = 0x500;

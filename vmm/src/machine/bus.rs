@@ -1,7 +1,7 @@
 //! Where port and MMIO exits go. Built while the machine is assembled; vCPUs look things up without
 //! a lock.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arch::{interrupts, layout};
@@ -102,7 +102,6 @@ pub(super) struct Buses {
     ports: Bus<PortDevice>,
     mmio: Bus<MmioDevice>,
     timings: Arc<Timings>,
-    unclaimed: AtomicU64,
     wrote_console: AtomicBool,
 }
 
@@ -112,7 +111,6 @@ impl Buses {
             ports: Bus::default(),
             mmio: Bus::default(),
             timings,
-            unclaimed: AtomicU64::new(0),
             wrote_console: AtomicBool::new(false),
         }
     }
@@ -144,7 +142,6 @@ impl Buses {
     pub(super) fn port_in(&self, port: u16, size: u8, data: &mut [u8]) {
         data.fill(0xff);
         let Some((device, offset)) = self.ports.find(u64::from(port)) else {
-            self.unclaimed.fetch_add(1, Ordering::Relaxed);
             return;
         };
         for element in data.chunks_mut(usize::from(size.max(1))) {
@@ -169,7 +166,6 @@ impl Buses {
         may_wait: impl Fn() -> bool,
     ) -> Outcome {
         let Some((device, offset)) = self.ports.find(u64::from(port)) else {
-            self.unclaimed.fetch_add(1, Ordering::Relaxed);
             return Outcome::Continue;
         };
         for element in data.chunks(usize::from(size.max(1))) {
@@ -205,10 +201,7 @@ impl Buses {
         match self.mmio.find(gpa) {
             Some((MmioDevice::Virtio(transport), offset)) => transport.read(offset, data),
             Some((MmioDevice::BootTimer, _)) => data.fill(0),
-            None => {
-                self.unclaimed.fetch_add(1, Ordering::Relaxed);
-                data.fill(0xff);
-            }
+            None => data.fill(0xff),
         }
     }
 
@@ -219,10 +212,7 @@ impl Buses {
             Some((MmioDevice::BootTimer, 0)) if data.first() == Some(&layout::BOOT_TIMER_VALUE) => {
                 self.timings.mark(Milestone::Userspace);
             }
-            Some((MmioDevice::BootTimer, _)) => {}
-            None => {
-                self.unclaimed.fetch_add(1, Ordering::Relaxed);
-            }
+            Some((MmioDevice::BootTimer, _)) | None => {}
         }
     }
 }

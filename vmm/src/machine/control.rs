@@ -280,12 +280,13 @@ impl Control {
                 Event::Command(command, reply) => self.execute(command, reply),
                 Event::Activate { device } => self.activate(device),
                 Event::Reset { device, done } => self.reset(device, done),
-                Event::ConfigWrite { device, offset, data } => {
+                Event::ConfigWrite { device, offset, data, done } => {
                     if let Some(slot) = self.machine.slots.get_mut(device)
                         && let Some(config) = slot.device.write_config(offset, &data)
                     {
                         slot.transport.publish_config(config);
                     }
+                    let _ = done.send(());
                 }
                 Event::Io(report) => self.take_report(report),
                 Event::Vcpu { index, event } => self.take_vcpu_event(index, event),

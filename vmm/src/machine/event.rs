@@ -42,11 +42,13 @@ pub(super) enum Event {
         device: usize,
         done: mpsc::SyncSender<()>,
     },
-    /// The driver of a device wrote its configuration space.
+    /// The driver of a device wrote its configuration space; the vCPU waits for the message, so
+    /// that a guest cannot fill the channel.
     ConfigWrite {
         device: usize,
         offset: u64,
         data: Vec<u8>,
+        done: mpsc::SyncSender<()>,
     },
     Io(Report),
     Vcpu {

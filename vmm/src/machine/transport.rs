@@ -104,22 +104,25 @@ impl Transport {
             Effect::Activate => {
                 self.events.send(Event::Activate { device });
             }
-            Effect::Reset => {
-                let (done, wait) = mpsc::sync_channel(1);
-                if self.events.send(Event::Reset { device, done }) {
-                    // Fails when the machine ends first; the vCPU then sees its order to stop.
-                    let _ = wait.recv();
-                }
-            }
+            Effect::Reset => self.send_and_wait(|done| Event::Reset { device, done }),
             Effect::Notify(queue) => {
                 if let Some(kick) = self.kick_event(queue) {
                     let _ = kick.write(1);
                 }
             }
             Effect::Config { offset, data } => {
-                self.events.send(Event::ConfigWrite { device, offset, data });
+                self.send_and_wait(|done| Event::ConfigWrite { device, offset, data, done });
             }
             Effect::Ignored(what) => self.misdeed(what),
+        }
+    }
+
+    /// Sends an event to the control thread and holds the vCPU until it is dealt with.
+    fn send_and_wait(&self, event: impl FnOnce(mpsc::SyncSender<()>) -> Event) {
+        let (done, wait) = mpsc::sync_channel(1);
+        if self.events.send(event(done)) {
+            // Fails when the machine ends first; the vCPU then sees its order to stop.
+            let _ = wait.recv();
         }
     }
 

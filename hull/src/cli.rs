@@ -39,10 +39,8 @@ pub enum Command {
     /// Check this host: KVM, permissions, TAP, io_uring, limits
     Doctor(DoctorArgs),
     /// Print shell completions
-    #[command(hide = true)]
     Completions(CompletionsArgs),
     /// Print the manual page
-    #[command(hide = true)]
     Man,
 }
 

@@ -16,7 +16,7 @@ fuzz_target!(|data: &[u8]| {
         let offset = u64::from(u16::from_le_bytes([step[0], step[1]]));
         // Mostly a register, now and then anything.
         let offset = if step[2] < 200 { offset % 64 * 4 } else { offset * 0x10_0001 };
-        let len = if step[3] < 200 { 4 } else { usize::from(step[3]) % 9 };
+        let len = if step[3] < 200 { 4 } else { 1 + usize::from(step[3]) % 8 };
         let mut bytes = [0xaa; 8];
         registers.read(offset, &mut bytes[..len]);
         match registers.write(offset, &step[4..4 + len]) {

@@ -39,6 +39,10 @@ pub struct Serial {
     registers: Registers<Flag, NoEvents, Vec<u8>>,
     // Shared with the model's trigger only; atomic so that the whole value can change threads.
     interrupt: Arc<AtomicBool>,
+    /// Interrupt enable register, as the driver wrote it.
+    enabled: u8,
+    /// Registers 0 and 1 are the divisor latch.
+    divisor_latch: bool,
 }
 
 impl Default for Serial {
@@ -55,7 +59,7 @@ impl Serial {
     pub fn new() -> Serial {
         let interrupt = Arc::new(AtomicBool::new(false));
         let registers = Registers::new(Flag(Arc::clone(&interrupt)), Vec::new());
-        Serial { registers, interrupt }
+        Serial { registers, interrupt, enabled: 0, divisor_latch: false }
     }
 
     /// Reads a register. Accesses wider than a byte read ones above it, as on an 8-bit bus.
@@ -65,6 +69,14 @@ impl Serial {
         if let (Ok(offset), Some(byte)) = (u8::try_from(offset), data.first_mut()) {
             let had_input = self.registers.fifo_capacity() < FIFO_LEN;
             *byte = self.registers.read(offset);
+            // A UART goes on saying "data available" while there is data; the model says it once
+            // after each arrival. A driver that takes its leave in between, as Linux does after
+            // 256 bytes, would never come back for the rest.
+            let pending =
+                self.enabled & ENABLE_RECEIVED != 0 && self.registers.fifo_capacity() < FIFO_LEN;
+            if offset == IDENTIFICATION && *byte & 0x0f == IDENTIFY_NONE && pending {
+                *byte = *byte & 0xf0 | IDENTIFY_RECEIVED;
+            }
             effect.input_drained = had_input && self.registers.fifo_capacity() == FIFO_LEN;
         }
         effect.interrupt = self.take_interrupt();
@@ -74,6 +86,11 @@ impl Serial {
     /// Writes a register.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
         if let (Ok(offset), Some(&byte)) = (u8::try_from(offset), data.first()) {
+            match offset {
+                1 if !self.divisor_latch => self.enabled = byte,
+                LINE_CONTROL => self.divisor_latch = byte & 0x80 != 0,
+                _ => {}
+            }
             // The error cases are a failing trigger (infallible here), a failing writer (a Vec does
             // not fail) and a full receive FIFO in loopback mode, where the byte is lost as it
             // would be on a real UART.
@@ -111,6 +128,15 @@ impl Serial {
 /// Receive FIFO of the model in bytes.
 const FIFO_LEN: usize = 0x40;
 
+/// Interrupt identification register (read), and its values "none" and "received data available".
+const IDENTIFICATION: u8 = 2;
+const IDENTIFY_NONE: u8 = 1;
+const IDENTIFY_RECEIVED: u8 = 4;
+/// Line control register.
+const LINE_CONTROL: u8 = 3;
+/// "Received data available", in the interrupt enable register.
+const ENABLE_RECEIVED: u8 = 1;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -135,6 +161,29 @@ mod tests {
             let effect = serial.read(0, &mut byte);
             assert_eq!(effect.input_drained, serial.input_room() == FIFO_LEN);
         }
+    }
+
+    #[test]
+    fn data_stays_announced_while_there_is_some() {
+        let mut serial = Serial::new();
+        serial.write(1, &[1]);
+        serial.input(b"abc");
+        let mut byte = [0];
+        for _ in 0..3 {
+            // Asked twice on purpose: the answer does not depend on having been given.
+            for _ in 0..2 {
+                serial.read(2, &mut byte);
+                assert_eq!(byte[0] & 0x0f, 4);
+            }
+            serial.read(0, &mut byte);
+        }
+        serial.read(2, &mut byte);
+        assert_eq!(byte[0] & 0x0f, 1);
+        serial.input(b"d");
+        serial.write(1, &[0]);
+        serial.read(2, &mut byte);
+        serial.read(2, &mut byte);
+        assert_eq!(byte[0] & 0x0f, 1, "the interrupt is not enabled");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use devices::virtio::device::{Action, FileOperation};
 use io_uring::{IoUring, Probe, opcode, register::Restriction, squeue, types};
@@ -190,6 +191,33 @@ impl Uring {
     }
 }
 
+/// How long the end of an io thread waits for operations under way.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+
+impl Drop for Uring {
+    /// Waits for what is under way: the kernel may write to guest RAM until then, and the memory at
+    /// those addresses may be the next machine's a moment later.
+    fn drop(&mut self) {
+        let deadline = Instant::now() + DRAIN_DEADLINE;
+        self.waiting.clear();
+        loop {
+            while self.reap().is_some() {}
+            if self.in_flight.iter().all(Option::is_none) {
+                return;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                tracing::error!("a file operation does not end; its back-end hangs");
+                return;
+            }
+            let timeout = types::Timespec::from(left);
+            let args = types::SubmitArgs::new().timespec(&timeout);
+            // An error is a timeout or a signal; the loop looks at the clock.
+            let _ = self.ring.submitter().submit_with_args(1, &args);
+        }
+    }
+}
+
 fn entry(operation: &FileOperation) -> squeue::Entry {
     let fd = types::Fd(operation.fd);
     let offset = operation.offset;
@@ -366,6 +394,31 @@ mod tests {
     #[test]
     fn ring_runs_operations() {
         exercise(Engine::Uring(Box::new(Uring::new().unwrap())));
+    }
+
+    #[test]
+    fn a_ring_waits_for_what_is_under_way() {
+        static ZEROES: [u8; 4096] = [0; 4096];
+        // A full pipe: another write ends only when somebody reads.
+        const FULL: usize = 64 * 1024;
+        let (mut reader, mut writer) = io::pipe().unwrap();
+        writer.write_all(&[1; FULL]).unwrap();
+        let mut engine = Engine::Uring(Box::new(Uring::new().unwrap()));
+        let bufs = devices::virtio::device::IoVecs::repeat(&ZEROES, 4096);
+        let action = Action::Write { bufs, durable: false };
+        engine.submit(ORIGIN, FileOperation { fd: writer.as_raw_fd(), offset: u64::MAX, action });
+        engine.flush();
+        assert!(engine.reap().is_none());
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            let mut all = Vec::new();
+            io::Read::read_to_end(&mut reader, &mut all).unwrap();
+            all.len()
+        });
+        drop(engine);
+        // Had the ring not waited, closing the pipe here would lose the write.
+        drop(writer);
+        assert_eq!(late.join().unwrap(), FULL + 4096);
     }
 
     #[test]

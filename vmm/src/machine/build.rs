@@ -377,6 +377,10 @@ fn command_line(config: &VmConfig, virtio_devices: usize) -> String {
             (_, ConsoleDevice::Virtio) => words.push("console=hvc0".into()),
         }
         words.extend(DEFAULT_CMDLINE.split_whitespace().map(str::to_owned));
+        if !config.i8042 {
+            // ACPI says that there is none, and Linux probes the ports all the same.
+            words.extend(["i8042.noaux".into(), "i8042.nokbd".into()]);
+        }
         if let Some(n) = config.disk.iter().position(|disk| disk.root) {
             words.push(format!("root=/dev/{}", disk_node(n)));
             words.push(if config.disk[n].ro { "ro" } else { "rw" }.into());
@@ -409,7 +413,8 @@ mod tests {
     #[test]
     fn the_command_line_is_default_extended_or_replaced() {
         let mut config = VmConfig::default();
-        assert_eq!(command_line(&config, 0), format!("console=ttyS0 {DEFAULT_CMDLINE}"));
+        let no_i8042 = "i8042.noaux i8042.nokbd";
+        assert_eq!(command_line(&config, 0), format!("console=ttyS0 {DEFAULT_CMDLINE} {no_i8042}"));
         config.kernel.cmdline = Some("single -- arg".into());
         config.disk = vec![DiskConfig::default(), DiskConfig { root: true, ..Default::default() }];
         let line = command_line(&config, 2);

@@ -15,18 +15,25 @@ use crate::guest::Failure;
 pub struct Site {
     /// The `hull` binary.
     pub hull: PathBuf,
+    /// The processor is emulated by software (`EMULATED` is set): the lab.
+    pub emulated: bool,
     guests: PathBuf,
     networks: AtomicU8,
 }
 
 impl Site {
-    /// Reads `HULL` and `GUESTS`.
+    /// Reads `HULL`, `GUESTS` and `EMULATED`.
     pub fn from_environment() -> Result<Site, Failure> {
         let path = |name: &str| {
             let value = env::var_os(name).ok_or(format!("{name} is not set; see tests/run"))?;
             std::fs::canonicalize(&value).map_err(|error| format!("{name}={value:?}: {error}"))
         };
-        Ok(Site { hull: path("HULL")?, guests: path("GUESTS")?, networks: AtomicU8::new(0) })
+        Ok(Site {
+            hull: path("HULL")?,
+            emulated: env::var_os("EMULATED").is_some(),
+            guests: path("GUESTS")?,
+            networks: AtomicU8::new(0),
+        })
     }
 
     /// The path of a kernel or an image.

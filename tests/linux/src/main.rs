@@ -18,9 +18,9 @@ use libtest_mimic::{Arguments, Trial};
 
 /// Runs a case; in the lab once more if its guest crashed by a triple fault.
 ///
-/// QEMU's emulation now and then runs a stale translation of code that a guest's other vCPU has just
-/// patched, as Linux does while it boots; seen about once in a hundred boots, mostly with many
-/// vCPUs. Where KVM has hardware nothing is forgiven, and neither is a second crash.
+/// Seen about once in a hundred boots. The suspicion, not proven, is that QEMU's emulation runs a
+/// stale translation of code that a guest's other vCPU has just patched, as Linux does while it
+/// boots. Where KVM has hardware nothing is forgiven, and neither is a second crash.
 fn run(name: &str, case: cases::Case, site: &site::Site) -> Result<(), guest::Failure> {
     match case(site) {
         Err(error) if site.emulated && error.to_string().contains("triple fault") => {

@@ -18,7 +18,7 @@ use libtest_mimic::{Arguments, Trial};
 
 /// Runs a case; in the lab once more if its guest crashed by a triple fault.
 ///
-/// Seen about once in a hundred boots. The suspicion, not proven, is that QEMU's emulation runs a
+/// Seen twice in some 250 boots, by a rough count. The suspicion, not proven, is that QEMU's emulation runs a
 /// stale translation of code that a guest's other vCPU has just patched, as Linux does while it
 /// boots. Where KVM has hardware nothing is forgiven, and neither is a second crash.
 fn run(name: &str, case: cases::Case, site: &site::Site) -> Result<(), guest::Failure> {

@@ -15,22 +15,31 @@ use crate::guest::Failure;
 pub struct Site {
     /// The `hull` binary.
     pub hull: PathBuf,
-    /// The processor is emulated by software (`EMULATED` is set): the lab.
-    pub emulated: bool,
+    /// Of `parts` parts of the tests, this program runs the one of index `part`.
+    pub part: usize,
+    /// At least 1.
+    pub parts: usize,
     guests: PathBuf,
     networks: AtomicU8,
 }
 
 impl Site {
-    /// Reads `HULL`, `GUESTS` and `EMULATED`.
+    /// Reads `HULL`, `GUESTS` and `PART`.
     pub fn from_environment() -> Result<Site, Failure> {
         let path = |name: &str| {
             let value = env::var_os(name).ok_or(format!("{name} is not set; see tests/run"))?;
             std::fs::canonicalize(&value).map_err(|error| format!("{name}={value:?}: {error}"))
         };
+        let part = env::var("PART").unwrap_or_else(|_| "1/1".to_owned());
+        let (part, parts) = part
+            .split_once('/')
+            .and_then(|(part, parts)| Some((part.parse().ok()?, parts.parse().ok()?)))
+            .filter(|&(part, parts): &(usize, usize)| (1..=parts).contains(&part))
+            .ok_or_else(|| format!("PART={part}: not a part like 1/3"))?;
         Ok(Site {
             hull: path("HULL")?,
-            emulated: env::var_os("EMULATED").is_some(),
+            part: part - 1,
+            parts,
             guests: path("GUESTS")?,
             networks: AtomicU8::new(0),
         })

@@ -213,6 +213,8 @@ impl<D: Device> Harness<D> {
                     .finish_operation(Some(started.group))
                     .expect("a queue waits to be stopped with nothing in flight");
                 started.worker.on_completion(token, result, &mut self.reactor);
+                started.worker.on_settled(&mut self.reactor);
+                started.worker.on_settled(&mut self.reactor);
             }
             states.append(&mut self.reactor.stopped);
             assert!(
@@ -300,6 +302,7 @@ impl<D: Device> Harness<D> {
         self.reactor.group = group;
         if let Some(started) = self.workers.iter_mut().find(|w| w.group == group) {
             started.worker.on_completion(token, result, &mut self.reactor);
+            started.worker.on_settled(&mut self.reactor);
         }
         self.note_faults();
         true
@@ -313,6 +316,7 @@ impl<D: Device> Harness<D> {
         if let Some(started) = self.workers.iter_mut().find(|w| w.group == group) {
             let err = std::io::Error::from_raw_os_error(errno);
             started.worker.on_completion(operation.token, Err(err), &mut self.reactor);
+            started.worker.on_settled(&mut self.reactor);
         }
         self.note_faults();
         true

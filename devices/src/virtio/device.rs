@@ -162,6 +162,10 @@ pub trait Worker: Send {
     fn on_completion(&mut self, _token: u64, _result: io::Result<u32>, _reactor: &mut dyn Reactor) {
     }
 
+    /// What this worker submitted was started, and what had ended was handed to
+    /// [`Worker::on_completion`]: the moment to tell the driver, and to submit more.
+    fn on_settled(&mut self, _reactor: &mut dyn Reactor) {}
+
     /// The timer set by [`Reactor::set_timer`] expired.
     fn on_timer(&mut self, _reactor: &mut dyn Reactor) {}
 
@@ -208,6 +212,10 @@ pub trait Reactor {
 
     /// Starts a file operation that may block; its end arrives at [`Worker::on_completion`].
     fn submit(&mut self, token: u64, operation: FileOperation);
+
+    /// True if operations submitted together cost less than a system call each, and end at once
+    /// where they need not wait: an io_uring.
+    fn batches(&self) -> bool;
 
     /// Calls [`Worker::on_kick`] for queue `index` again after the others had their turn.
     fn again(&mut self, index: u16);
@@ -284,15 +292,26 @@ pub enum Action {
 /// Buffers in guest RAM, which stays mapped for as long as an operation runs: the worker that
 /// submitted it holds the queue, and the queue holds the memory. Or constant bytes to be written.
 #[derive(Debug)]
-pub struct IoVecs(Vec<iovec>);
+pub struct IoVecs(List);
+
+// Most requests have one buffer, which needs no allocation.
+#[derive(Debug)]
+enum List {
+    One(iovec),
+    Many(Vec<iovec>),
+}
 
 // SAFETY: the pointers refer to guest RAM, valid in every thread of the process.
 unsafe impl Send for IoVecs {}
 
 impl IoVecs {
     /// Copies the list (not the bytes) out of `buf`.
+    #[inline]
     pub fn of(buf: &super::iobuf::IoBuf) -> IoVecs {
-        IoVecs(buf.iovecs().to_vec())
+        match buf.iovecs() {
+            &[one] => IoVecs(List::One(one)),
+            many => IoVecs(List::Many(many.to_vec())),
+        }
     }
 
     /// `len` bytes of which each is 0: as many references to `zeroes` as that takes.
@@ -304,11 +323,15 @@ impl IoVecs {
             list.push(iovec { iov_base: zeroes.as_ptr().cast_mut().cast(), iov_len: part });
             rest -= part;
         }
-        IoVecs(list)
+        IoVecs(List::Many(list))
     }
 
     /// The list.
+    #[inline]
     pub fn as_slice(&self) -> &[iovec] {
-        &self.0
+        match &self.0 {
+            List::One(one) => std::slice::from_ref(one),
+            List::Many(many) => many,
+        }
     }
 }

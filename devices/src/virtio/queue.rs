@@ -278,6 +278,14 @@ impl Queue {
         Ok(self.avail_index()? != self.next_avail)
     }
 
+    /// Requests that the driver has made available and that are not taken yet.
+    ///
+    /// # Errors
+    /// [`QueueError::AvailJump`].
+    pub fn available(&self) -> Result<u16, QueueError> {
+        Ok((self.avail_index()? - self.next_avail).0)
+    }
+
     /// Takes the next request: its buffers replace what is in `chain`, its head is returned.
     ///
     /// The head must go back by [`Queue::complete`] (or [`Queue::undo`]).

@@ -78,6 +78,8 @@ struct Slot {
     stopping: Option<Stopping>,
     /// Set by a fault: kicks are ignored until the device is reset.
     faulted: bool,
+    /// Something was submitted or ended since [`Worker::on_settled`].
+    unsettled: bool,
 }
 
 struct Stopping {
@@ -187,11 +189,28 @@ impl Loop {
         loop {
             let Some(engine) = &mut self.core.engine else { return };
             engine.flush();
-            let Some(Completion { origin, result }) = engine.reap() else { return };
-            let Some(slot) = self.find(origin.worker) else { continue };
-            self.with(slot, ops, |worker, reactor| {
-                worker.on_completion(origin.token, result, reactor);
-            });
+            while let Some(Completion { origin, result }) =
+                self.core.engine.as_mut().and_then(Engine::reap)
+            {
+                let Some(slot) = self.find(origin.worker) else { continue };
+                self.with(slot, ops, |worker, reactor| {
+                    worker.on_completion(origin.token, result, reactor);
+                });
+                if let Some(slot) = &mut self.slots[slot] {
+                    slot.unsettled = true;
+                }
+            }
+            let mut idle = true;
+            for slot in 0..self.slots.len() {
+                let entry = self.slots[slot].as_mut();
+                if entry.is_some_and(|entry| std::mem::take(&mut entry.unsettled)) {
+                    idle = false;
+                    self.with(slot, ops, |worker, reactor| worker.on_settled(reactor));
+                }
+            }
+            if idle {
+                return;
+            }
         }
     }
 
@@ -272,6 +291,7 @@ impl Loop {
             watched: Vec::new(),
             stopping: None,
             faulted: false,
+            unsettled: false,
         });
         let mut indices = Vec::new();
         for StartedQueue { index, queue, kick } in queues {
@@ -395,10 +415,15 @@ impl Reactor for SlotReactor<'_, '_> {
 
     fn submit(&mut self, token: u64, operation: FileOperation) {
         let origin = Origin { worker: self.entry.id, token };
+        self.entry.unsettled = true;
         match &mut self.core.engine {
             Some(engine) => engine.submit(origin, operation),
             None => tracing::error!("a device without files submitted a file operation"),
         }
+    }
+
+    fn batches(&self) -> bool {
+        matches!(self.core.engine, Some(Engine::Uring(_)))
     }
 
     fn again(&mut self, index: u16) {

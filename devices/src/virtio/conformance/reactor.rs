@@ -109,6 +109,10 @@ impl Reactor for TestReactor {
         self.operations.push_back(Operation { group: self.group, token, operation });
     }
 
+    fn batches(&self) -> bool {
+        true
+    }
+
     fn again(&mut self, index: u16) {
         if !self.again.contains(&index) {
             self.again.push(index);

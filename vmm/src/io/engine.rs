@@ -145,11 +145,18 @@ impl Uring {
     }
 
     fn submit(&mut self, origin: Origin, operation: FileOperation) {
-        if self.waiting.is_empty() && !self.ring.submission().is_full() {
+        if self.waiting.is_empty() && self.has_room() {
             self.push(origin, operation);
         } else {
             self.waiting.push_back((origin, operation));
         }
+    }
+
+    /// True if another operation fits, here and in the completion queue: the kernel keeps what does
+    /// not fit there to itself until asked.
+    fn has_room(&mut self) -> bool {
+        let under_way = self.in_flight.len() - self.free.len();
+        under_way < self.ring.params().cq_entries() as usize && !self.ring.submission().is_full()
     }
 
     /// Puts an operation into the submission queue, which has room.
@@ -168,20 +175,23 @@ impl Uring {
     }
 
     fn flush(&mut self) {
-        while !self.ring.submission().is_empty() || !self.waiting.is_empty() {
-            while !self.ring.submission().is_full() {
+        loop {
+            while self.has_room() {
                 let Some((origin, operation)) = self.waiting.pop_front() else { break };
                 self.push(origin, operation);
             }
+            if self.ring.submission().is_empty() {
+                return;
+            }
             match self.ring.submit() {
-                Ok(0) => break,
+                Ok(0) => return,
                 Ok(_) => {}
                 Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
-                // The kernel is out of resources or the completion ring is full: what is queued
-                // stays in the ring and goes with the next flush, after completions were reaped.
+                // The kernel is out of resources: what is queued stays in the ring and goes with the
+                // next flush, after completions were reaped.
                 Err(err) => {
                     tracing::warn!(%err, "io_uring submission deferred");
-                    break;
+                    return;
                 }
             }
         }

@@ -335,8 +335,21 @@ impl Pool {
 }
 
 impl Drop for Pool {
+    /// Waits for what is under way, as for a ring.
     fn drop(&mut self) {
         self.jobs = None;
+        let deadline = Instant::now() + DRAIN_DEADLINE;
+        // Each thread holds a sender: the channel closes with the last of them.
+        loop {
+            match self.done.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(_) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    tracing::error!("a file operation does not end; its back-end hangs");
+                    return;
+                }
+            }
+        }
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }

@@ -214,7 +214,6 @@ impl<D: Device> Harness<D> {
                     .expect("a queue waits to be stopped with nothing in flight");
                 started.worker.on_completion(token, result, &mut self.reactor);
                 started.worker.on_settled(&mut self.reactor);
-                started.worker.on_settled(&mut self.reactor);
             }
             states.append(&mut self.reactor.stopped);
             assert!(
@@ -281,6 +280,11 @@ impl<D: Device> Harness<D> {
     /// them in [`Harness::run`].
     pub fn hold_operations(&mut self, hold: bool) {
         self.reactor.hold = hold;
+    }
+
+    /// Whether the device has its io thread to itself.
+    pub fn set_alone(&mut self, alone: bool) {
+        self.reactor.alone = alone;
     }
 
     /// File operations that were submitted and have not ended.
@@ -356,6 +360,9 @@ impl<D: Device> Harness<D> {
                 started.worker.on_event(token, &mut self.reactor);
                 self.note_faults();
             }
+        }
+        while std::mem::take(&mut self.reactor.unsettled) {
+            self.each_worker(|worker, reactor| worker.on_settled(reactor));
         }
         if !self.reactor.hold {
             while self.finish_operation() {

@@ -140,8 +140,8 @@ pub trait Device: Send {
 
 /// The data half of a virtio device: serves its group's queues on one io thread.
 ///
-/// No method may block: a call that could wait goes through [`Reactor::submit`]. None may loop
-/// for as long as a guest pleases: after about [`BATCH`] requests a worker says
+/// No method may block: a call that could wait goes through [`Reactor::submit`], unless the device
+/// has the thread to itself ([`Reactor::alone`]) and waits are short. None may loop for as long as a guest pleases: after about [`BATCH`] requests a worker says
 /// [`Reactor::again`] and returns.
 pub trait Worker: Send {
     /// Starts to serve queue `index`. What the driver made available before is taken as well: the
@@ -216,6 +216,9 @@ pub trait Reactor {
     /// True if operations submitted together cost less than a system call each, and end at once
     /// where they need not wait: an io_uring.
     fn batches(&self) -> bool;
+
+    /// True if no other device is served by this thread: a call that waits holds up nobody else.
+    fn alone(&self) -> bool;
 
     /// Calls [`Worker::on_kick`] for queue `index` again after the others had their turn.
     fn again(&mut self, index: u16);

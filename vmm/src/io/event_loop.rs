@@ -95,6 +95,7 @@ struct Core {
     deadlines: Vec<(Instant, usize)>,
     again: VecDeque<(usize, u16)>,
     reports: ReportSink,
+    alone: bool,
 }
 
 /// The subscriber that serves all descriptors of an io thread.
@@ -130,6 +131,7 @@ impl EventLoop {
             deadlines: Vec::new(),
             again: VecDeque::new(),
             reports,
+            alone: options.alone,
         };
         let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(other)?;
         let id =
@@ -424,6 +426,10 @@ impl Reactor for SlotReactor<'_, '_> {
 
     fn batches(&self) -> bool {
         matches!(self.core.engine, Some(Engine::Uring(_)))
+    }
+
+    fn alone(&self) -> bool {
+        self.core.alone
     }
 
     fn again(&mut self, index: u16) {

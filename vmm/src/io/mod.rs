@@ -20,6 +20,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use devices::virtio::device::{Fault, Message, Worker};
 use devices::virtio::queue::{Queue, QueueState};
@@ -100,6 +101,8 @@ pub struct Options {
     pub index: usize,
     /// The thread serves files: it gets an io_uring or a pool.
     pub files: bool,
+    /// The thread serves one device only.
+    pub alone: bool,
     /// Filter of the thread and its pool.
     pub seccomp: seccomp::Mode,
 }
@@ -109,7 +112,13 @@ pub struct IoThread {
     commands: mpsc::Sender<Command>,
     wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
+    /// Closed when the thread ends.
+    ended: mpsc::Receiver<()>,
 }
+
+/// How long the end of a machine waits for an io thread: longer than that thread waits for what it
+/// has under way.
+const END_DEADLINE: Duration = Duration::from_secs(15);
 
 impl IoThread {
     /// Starts a thread that reports to `reports`. Returns once it serves commands under its
@@ -121,11 +130,13 @@ impl IoThread {
         let (commands, receiver) = mpsc::channel();
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let (ready, started) = mpsc::sync_channel(1);
+        let (ending, ended) = mpsc::sync_channel(1);
         let loop_wake = Arc::clone(&wake);
         let thread = std::thread::Builder::new()
             .name(format!("io {}", options.index))
             .stack_size(STACK_SIZE)
             .spawn(move || {
+                let _ending: mpsc::SyncSender<()> = ending;
                 let result = event_loop::EventLoop::new(&options, receiver, loop_wake, reports)
                     .and_then(|event_loop| {
                         seccomp::apply(ThreadKind::Io, options.seccomp)?;
@@ -141,7 +152,7 @@ impl IoThread {
                     }
                 }
             })?;
-        let io_thread = IoThread { commands, wake, thread: Some(thread) };
+        let io_thread = IoThread { commands, wake, thread: Some(thread), ended };
         started.recv().map_err(|_| io::Error::other("io thread ended while starting"))??;
         Ok(io_thread)
     }
@@ -157,6 +168,11 @@ impl IoThread {
 impl Drop for IoThread {
     fn drop(&mut self) {
         self.send(Command::Shutdown);
+        // A device alone on its thread may be in a call to a file system that hangs.
+        if self.ended.recv_timeout(END_DEADLINE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            tracing::error!("an io thread does not end; what it waits for hangs");
+            return;
+        }
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

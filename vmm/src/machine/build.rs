@@ -16,26 +16,27 @@ use arch::layout::{self, VirtioSlot};
 use arch::{interrupts, mptable, msr};
 use devices::bus::BusError;
 use devices::virtio::Kind;
-use devices::virtio::device::Device;
 use devices::virtio::mmio::{Registers, reg};
 use devices::virtio::queue::Interrupt;
 use kvm_bindings::CpuId;
 use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::Machine;
 use super::bus::{AcpiPort, Buses, SerialPort};
 use super::control::Parts;
 use super::event::{Event, Sender};
 use super::slot::Slot;
+use super::table::{self, BackEnd, Entry};
 use super::transport::Transport;
 use super::vcpu::{Shared, VcpuThread, install_kick_handler};
-use super::{Machine, table};
 use crate::config::{ConfigError, ConsoleDevice, ConsoleMode, VmConfig};
 use crate::console::Output;
 use crate::hypervisor::{Hypervisor, HypervisorError, Vcpu, Vm};
 use crate::io::{IoThread, Options};
 use crate::kernel::{self, Context, LoadError};
 use crate::memory::{GuestRam, MemoryError};
+use crate::seccomp;
 use crate::timings::{Milestone, Timings};
 
 /// Why a machine could not be made.
@@ -138,14 +139,16 @@ impl Machine {
             events: events.clone(),
             buses: Buses::new(Arc::clone(&host_side.timings)),
             slots: Vec::new(),
+            io: Vec::new(),
+            seccomp: config.seccomp,
         };
         let serial = wiring.serial(config, &output)?;
         let acpi_port = wiring.acpi()?;
-        let console = devices.iter().position(|(_, device)| device.kind() == Kind::Console);
-        for (name, device) in devices {
-            wiring.virtio(name, device)?;
+        let console = devices.iter().position(|entry| entry.device.kind() == Kind::Console);
+        for entry in devices {
+            wiring.virtio(entry)?;
         }
-        let Wiring { buses, slots, .. } = wiring;
+        let Wiring { buses, slots, io: io_threads, .. } = wiring;
         host_side.timings.mark(Milestone::VmCreated);
 
         let cpuid = Cpuid::new(
@@ -172,7 +175,7 @@ impl Machine {
         }
         host_side.timings.mark(Milestone::KernelLoaded);
 
-        let io = start_io_threads(config, &slots, &events)?;
+        let io = start_io_threads(io_threads, &events)?;
         let shared = Arc::new(Shared {
             buses,
             events,
@@ -215,6 +218,9 @@ struct Wiring<'a> {
     events: Sender,
     buses: Buses,
     slots: Vec<Slot>,
+    /// The io threads that the devices need.
+    io: Vec<Options>,
+    seccomp: seccomp::Mode,
 }
 
 impl Wiring<'_> {
@@ -245,7 +251,22 @@ impl Wiring<'_> {
         Ok(port)
     }
 
-    fn virtio(&mut self, name: String, device: Box<dyn Device>) -> Result<(), BuildError> {
+    /// Index of the io thread for a device with this back-end: the one that all share, or one of
+    /// its own.
+    fn io_thread(&mut self, back_end: BackEnd) -> usize {
+        let alone = back_end == BackEnd::CachedWrites;
+        let shared = self.io.iter().position(|options| !alone && !options.alone);
+        let index = shared.unwrap_or_else(|| {
+            let index = self.io.len();
+            self.io.push(Options { index, files: false, alone, seccomp: self.seccomp });
+            index
+        });
+        self.io[index].files |= back_end != BackEnd::Polled;
+        index
+    }
+
+    fn virtio(&mut self, entry: Entry) -> Result<(), BuildError> {
+        let Entry { name, device, back_end } = entry;
         let index = self.slots.len();
         let place = VirtioSlot::new(index).ok_or_else(|| ConfigError {
             field: name.clone(),
@@ -268,7 +289,8 @@ impl Wiring<'_> {
         let transport =
             Arc::new(Transport::new(index, name, registers, interrupt, kicks, self.events.clone()));
         self.buses.add_virtio(place.address, Arc::clone(&transport))?;
-        self.slots.push(Slot::new(device, transport, 0));
+        let io = self.io_thread(back_end);
+        self.slots.push(Slot::new(device, transport, io));
         Ok(())
     }
 }
@@ -349,20 +371,15 @@ fn random(bytes: &mut [u8]) -> io::Result<()> {
     if got == bytes.len() as isize { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn start_io_threads(
-    config: &VmConfig,
-    slots: &[Slot],
-    events: &Sender,
-) -> Result<Vec<IoThread>, BuildError> {
-    if slots.is_empty() {
-        return Ok(Vec::new());
-    }
-    let options = Options { index: 0, files: !config.disk.is_empty(), seccomp: config.seccomp };
-    let events = events.clone();
-    let reports = Box::new(move |report| {
-        events.send(Event::Io(report));
-    });
-    Ok(vec![IoThread::start(options, reports).map_err(host("an io thread"))?])
+fn start_io_threads(threads: Vec<Options>, events: &Sender) -> Result<Vec<IoThread>, BuildError> {
+    let start = |options| {
+        let events = events.clone();
+        let reports = Box::new(move |report| {
+            events.send(Event::Io(report));
+        });
+        IoThread::start(options, reports).map_err(host("an io thread"))
+    };
+    threads.into_iter().map(start).collect()
 }
 
 /// The kernel command line: what saves a guest time at boot, where its console, disks and devices

@@ -15,32 +15,53 @@ use super::build::BuildError;
 use crate::config::{CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, NetConfig, VmConfig};
 use crate::console::Output;
 
-type Named = (String, Box<dyn Device>);
+/// A device to be wired.
+pub(super) struct Entry {
+    pub(super) name: String,
+    pub(super) device: Box<dyn Device>,
+    pub(super) back_end: BackEnd,
+}
+
+/// What an io thread has to offer a device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum BackEnd {
+    /// Readiness of descriptors that never block.
+    Polled,
+    /// File operations that wait away from the thread.
+    File,
+    /// As above, and writes through the page cache, which may wait: a thread to itself.
+    CachedWrites,
+}
 
 /// Opens the back-ends of all devices of `config`.
 pub(super) fn devices(
     config: &VmConfig,
     output: &Arc<Output>,
     window: Option<(u16, u16)>,
-) -> Result<Vec<Named>, BuildError> {
-    let mut devices: Vec<Named> = Vec::new();
+) -> Result<Vec<Entry>, BuildError> {
+    let mut devices = Vec::new();
+    let mut add = |name: String, device: Box<dyn Device>, back_end| {
+        devices.push(Entry { name, device, back_end });
+    };
     if config.console.device == ConsoleDevice::Virtio && config.console.mode != ConsoleMode::Off {
         let output = Arc::clone(output);
         let sink = move || Box::new(Sink(Arc::clone(&output))) as Box<dyn ConsoleOutput>;
-        devices.push(("console".into(), Box::new(Console::new(Box::new(sink), window))));
+        add("console".into(), Box::new(Console::new(Box::new(sink), window)), BackEnd::Polled);
     }
     for (n, disk) in config.disk.iter().enumerate() {
         let name = config.disk_name(n);
-        devices.push((name.clone(), Box::new(block(name, disk)?)));
+        let cached_writes = !disk.ro && !disk.direct;
+        let back_end = if cached_writes { BackEnd::CachedWrites } else { BackEnd::File };
+        add(name.clone(), Box::new(block(name, disk)?), back_end);
     }
     for (n, net) in config.net.iter().enumerate() {
         let name = format!("net{n}");
         let device = card(config, n, net)
             .map_err(|source| BuildError::Device { device: name.clone(), source })?;
-        devices.push((name, Box::new(device)));
+        add(name, Box::new(device), BackEnd::Polled);
     }
     if config.rng {
-        devices.push(("rng".into(), Box::new(Rng)));
+        add("rng".into(), Box::new(Rng), BackEnd::Polled);
     }
     Ok(devices)
 }

@@ -358,6 +358,48 @@ fn a_flush_waits_for_the_file() {
 }
 
 #[test]
+fn a_disk_alone_on_its_thread_writes_and_flushes_there() {
+    let mut harness = started(disk());
+    harness.set_alone(true);
+    // The first may find out that the file system wants a thread that can wait.
+    let write = begin(&mut harness, OUT, 2, &[0x5a; SECTOR as usize], 0);
+    harness.finish_operation();
+    assert_eq!(answer_to(&mut harness, &write), Some(only_status(OK)));
+    let write = begin(&mut harness, OUT, 3, &[0x5a; SECTOR as usize], 0);
+    assert_eq!(harness.operations(), 0);
+    assert_eq!(answer_to(&mut harness, &write), Some(only_status(OK)));
+    assert_eq!(on_file(&harness, 3, 1), [0x5a; SECTOR as usize]);
+    // The write may have been slow, which makes the flush an operation.
+    let flush = begin(&mut harness, FLUSH, 0, &[], 0);
+    harness.finish_operation();
+    assert_eq!(answer_to(&mut harness, &flush), Some(only_status(OK)));
+}
+
+#[test]
+fn reads_that_wait_together_are_submitted_together() {
+    let mut harness = started(disk());
+    harness.hold_operations(true);
+    let requests: Vec<Request> = (0..20)
+        .map(|sector| {
+            let request = Request::new(&mut harness, IN, sector, &[], SECTOR as u32);
+            harness.offer(0, &request.buffers);
+            request
+        })
+        .collect();
+    harness.kick(0);
+    harness.run();
+    assert_eq!(harness.operations(), requests.len());
+    harness.hold_operations(false);
+    harness.run();
+    assert_eq!(harness.operations(), 0);
+    for (sector, request) in requests.iter().enumerate() {
+        let answer = answer_to(&mut harness, request).unwrap();
+        assert_eq!(answer.status, OK);
+        assert_eq!(answer.data, on_file(&harness, sector as u64, 1));
+    }
+}
+
+#[test]
 fn a_flush_does_nothing_where_durability_is_not_wanted() {
     let mut harness = started(disk_with(Cache::Unsafe, false, 1));
     let request = begin(&mut harness, FLUSH, 0, &[], 0);

@@ -2,13 +2,15 @@
 //!
 //! A read or write that the page cache can take at once is done here and now
 //! (`preadv2(RWF_NOWAIT)`), which costs one system call. Where several reads wait and the io thread
-//! has an io_uring, they are submitted together, which costs less. Everything that could wait goes
-//! through [`Reactor::submit`]. Requests complete in any order.
+//! has an io_uring, they are submitted together, which costs less. A disk that has its io thread to
+//! itself makes short waits there too. Everything else goes through [`Reactor::submit`]. Requests
+//! complete in any order.
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::request::{self, ByteRange, Disk, Kind, Status};
 use super::{DiskFile, ID_LEN, MAX_RANGE_SECTORS, SECTOR};
@@ -43,7 +45,15 @@ pub(super) struct BlockWorker {
     /// The file system takes RWF_NOWAIT reads; likewise writes. Cleared at the first refusal.
     nowait_reads: bool,
     nowait_writes: bool,
+    /// Until then writes and flushes are done elsewhere, because one of them took long.
+    slow_until: Option<Instant>,
 }
+
+/// A buffered write or a flush that takes longer than this waited for a slow or busy disk.
+const SLOW_CALL: Duration = Duration::from_millis(1);
+
+/// After a slow call, writes and flushes go through the io_uring for this long.
+const SLOW_SPELL: Duration = Duration::from_millis(500);
 
 /// As many reads go to the io_uring together: enough to share the cost of entering the kernel, few
 /// enough that the driver works on the first while the next are read.
@@ -110,6 +120,7 @@ impl BlockWorker {
             more: false,
             nowait_reads: nowait,
             nowait_writes: nowait,
+            slow_until: None,
         }
     }
 
@@ -156,6 +167,9 @@ impl BlockWorker {
                 Ok(Kind::Flush) if self.settings.ignore_flush => {
                     finish(queue, head, &status, Status::Ok, 0);
                 }
+                Ok(Kind::Flush) if queue.in_flight() == 1 && self.may_wait(reactor) => {
+                    self.flush(queue, head, &status);
+                }
                 Ok(Kind::Flush) => self.submit(head, Pending { status, step: Step::Sync }, reactor),
                 Ok(Kind::Ranges(ranges)) => {
                     let method = first_method(ranges.front());
@@ -191,10 +205,11 @@ impl BlockWorker {
         offset: u64,
         reactor: &mut dyn Reactor,
     ) {
+        let fd = self.settings.file.fd();
         let len = self.chain.writable.len();
         let mut done = 0;
         if self.nowait_reads {
-            match nowait(libc::preadv2, self.settings.file.fd(), &self.chain.writable, offset) {
+            match transfer(libc::preadv2, fd, &self.chain.writable, offset, libc::RWF_NOWAIT) {
                 Ok(read) if read == len => {
                     return finish(queue, head, &status, Status::Ok, len as u32);
                 }
@@ -229,16 +244,21 @@ impl BlockWorker {
         offset: u64,
         reactor: &mut dyn Reactor,
     ) {
+        let fd = self.settings.file.fd();
         let len = self.chain.readable.len();
         let mut done = 0;
         // A durable write waits for the disk, so it is never done here.
-        if self.nowait_writes && !self.durable() {
-            match nowait(libc::pwritev2, self.settings.file.fd(), &self.chain.readable, offset) {
+        if !self.durable() && (self.nowait_writes || self.may_wait(reactor)) {
+            let flags = if self.nowait_writes { libc::RWF_NOWAIT } else { 0 };
+            let start = Instant::now();
+            match transfer(libc::pwritev2, fd, &self.chain.readable, offset, flags) {
                 Ok(written) if written == len => {
-                    return finish(queue, head, &status, Status::Ok, 0);
+                    finish(queue, head, &status, Status::Ok, 0);
+                    self.note_time(start);
+                    return;
                 }
                 Ok(written) => done = written,
-                Err(err) => self.nowait_writes = err.raw_os_error() != Some(libc::EOPNOTSUPP),
+                Err(err) => self.nowait_writes &= err.raw_os_error() != Some(libc::EOPNOTSUPP),
             }
         }
         let spare = self.spare.pop().unwrap_or_default();
@@ -246,6 +266,29 @@ impl BlockWorker {
         rest.advance(done);
         let step = Step::Write { rest, offset: offset + done };
         self.submit(head, Pending { status, step }, reactor);
+    }
+
+    /// With nothing else under way, and on a disk that answers within a millisecond.
+    fn flush(&mut self, queue: &mut Queue, head: u16, status: &GuestByte) {
+        let start = Instant::now();
+        // SAFETY: no memory is involved.
+        let done = unsafe { libc::fdatasync(self.settings.file.fd()) };
+        finish(queue, head, status, if done == 0 { Status::Ok } else { Status::IoError }, 0);
+        self.note_time(start);
+    }
+
+    /// True if a call that usually is quick may be made here although it can wait: a buffered write on
+    /// a file system that does not know RWF_NOWAIT for it (ext4 is one), a flush. An io_uring
+    /// would hand each to another thread, which costs more than the write. After a call that
+    /// did wait they go through the io_uring for a while, so that reads pass them.
+    fn may_wait(&mut self, reactor: &dyn Reactor) -> bool {
+        let buffered = reactor.alone() && !self.settings.file.direct();
+        buffered && self.slow_until.is_none_or(|until| Instant::now() >= until)
+    }
+
+    fn note_time(&mut self, start: Instant) {
+        let end = Instant::now();
+        self.slow_until = (end - start > SLOW_CALL).then_some(end + SLOW_SPELL);
     }
 
     fn durable(&self) -> bool {
@@ -428,14 +471,13 @@ type Vectored = unsafe extern "C" fn(
     libc::c_int,
 ) -> libc::ssize_t;
 
-/// One vectored read or write that does not wait; returns the bytes done.
-fn nowait(call: Vectored, fd: i32, buf: &IoBuf, offset: u64) -> io::Result<u64> {
+/// One vectored read or write; returns the bytes done.
+fn transfer(call: Vectored, fd: i32, buf: &IoBuf, offset: u64, flags: i32) -> io::Result<u64> {
     let iovecs = buf.iovecs();
     // SAFETY: the list describes guest RAM that is mapped for as long as the queue lives. A chain
     // has at most as many buffers as the queue (256), below IOV_MAX.
-    let done = unsafe {
-        call(fd, iovecs.as_ptr(), iovecs.len() as i32, offset as libc::off_t, libc::RWF_NOWAIT)
-    };
+    let done =
+        unsafe { call(fd, iovecs.as_ptr(), iovecs.len() as i32, offset as libc::off_t, flags) };
     u64::try_from(done).map_err(|_| io::Error::last_os_error())
 }
 

@@ -29,6 +29,9 @@ pub(super) struct TestReactor {
     pub(super) group: usize,
     pub(super) operations: VecDeque<Operation>,
     pub(super) hold: bool,
+    pub(super) alone: bool,
+    /// Something was submitted since workers were last told that all was started.
+    pub(super) unsettled: bool,
     pub(super) again: Vec<u16>,
     pub(super) timers: Vec<usize>,
     pub(super) stopped: Vec<(u16, QueueState)>,
@@ -43,6 +46,8 @@ impl TestReactor {
             group: 0,
             operations: VecDeque::new(),
             hold: false,
+            alone: false,
+            unsettled: false,
             again: Vec::new(),
             timers: Vec::new(),
             stopped: Vec::new(),
@@ -106,11 +111,16 @@ impl Reactor for TestReactor {
     }
 
     fn submit(&mut self, token: u64, operation: FileOperation) {
+        self.unsettled = true;
         self.operations.push_back(Operation { group: self.group, token, operation });
     }
 
     fn batches(&self) -> bool {
         true
+    }
+
+    fn alone(&self) -> bool {
+        self.alone
     }
 
     fn again(&mut self, index: u16) {

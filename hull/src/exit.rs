@@ -1,7 +1,5 @@
 //! Exit codes of `hull run`.
 
-use std::process::ExitCode;
-
 use vmm::machine::Ending;
 
 /// What the process ends with.
@@ -34,9 +32,9 @@ impl From<&Ending> for Code {
     }
 }
 
-impl From<Code> for ExitCode {
-    fn from(code: Code) -> ExitCode {
-        ExitCode::from(code.0)
+impl From<Code> for i32 {
+    fn from(code: Code) -> i32 {
+        i32::from(code.0)
     }
 }
 

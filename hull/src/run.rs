@@ -119,9 +119,28 @@ impl Session {
         // Last, so that an error before it finds the terminal as it was.
         let (console, _raw) = console(&self.config)?;
         let signals = Some(self.signals.try_clone()?);
-        let options = RunOptions { console, signals, services };
+        let last = self.config.on_reboot == OnReboot::Exit;
+        if last {
+            give_back_stack();
+        }
+        let options = RunOptions { console, signals, services, last };
         Ok(machine.run(options)?)
     }
+}
+
+/// Returns the pages of the main thread's stack that only reading options needed. The machine runs for
+/// long and is one of many. To be called on the main thread only: what lies below its stack is
+/// free by the kernel's layout, below another thread's may be anything.
+fn give_back_stack() {
+    const PAGE: usize = 4096;
+    /// Far below what option parsing reaches; the stack may grow to 8 MiB.
+    const DEPTH: usize = 256 * 1024;
+    let marker = 0u8;
+    // A page stays between here and what goes, for the frames of the call itself.
+    let end = (&raw const marker as usize & !(PAGE - 1)) - PAGE;
+    // SAFETY: nothing below the stack pointer is in use. Pages that the stack never reached are not
+    // mapped, which is an error of no consequence.
+    unsafe { libc::madvise((end - DEPTH) as *mut libc::c_void, DEPTH, libc::MADV_DONTNEED) };
 }
 
 /// A standard stream without the buffer that std would put on it.

@@ -5,15 +5,14 @@
 //!
 //! ```text
 //!             0 ┌──────────────────────────────────────────┐
-//!         0x500 │ GDT                                      │
 //!        0x6000 │ PVH start info, memory map, module list  │
 //!        0x7000 │ zero page (struct boot_params)           │
 //!        0x8ff0 │ initial stack, growing down              │  RAM
 //!        0x9000 │ initial page tables, 6 pages             │
-//!      0x2_0000 │ kernel command line, 2048 bytes          │
+//!      0x2_0000 │ GDT, kernel command line (2048 bytes)    │
 //!      0x9_fc00 ├──────────────────────────────────────────┤
-//!      0xe_0000 │ ACPI: RSDP, then the tables              │  RAM, reserved
-//!      0xf_0000 │ MP floating pointer and table            │  in e820
+//!      0xf_0000 │ MP floating pointer and table            │  RAM, reserved
+//!      0xf_0700 │ ACPI: RSDP, then the tables              │  in e820
 //!     0x10_0000 ├──────────────────────────────────────────┤
 //!               │ kernel, from 1 MiB up                    │  RAM
 //!               │ … initrd, as high as possible            │
@@ -49,7 +48,7 @@ pub const MIN_RAM: u64 = 2 << 20;
 pub const MAX_RAM: u64 = 1 << 43;
 
 /// The Global Descriptor Table that vCPU 0 starts with.
-pub const GDT: u64 = 0x500;
+pub const GDT: u64 = 0x2_0000;
 /// `struct hvm_start_info` of the PVH protocol; its memory map and module list follow it.
 pub const PVH_START_INFO: u64 = 0x6000;
 /// `struct boot_params` of the Linux boot protocol, one page.
@@ -58,22 +57,24 @@ pub const ZERO_PAGE: u64 = 0x7000;
 pub const BOOT_STACK: u64 = 0x8FF0;
 /// The page tables vCPU 0 starts with in long mode: PML4, PDPT, and up to four page directories.
 pub const PAGE_TABLES: u64 = 0x9000;
-/// The kernel command line, NUL-terminated.
-pub const CMDLINE: u64 = 0x2_0000;
+/// The kernel command line, NUL-terminated. In the page of the GDT: each page that is touched here is
+/// a page of every machine.
+pub const CMDLINE: u64 = 0x2_0100;
 /// Room for the command line in bytes, its NUL included: `COMMAND_LINE_SIZE` of Linux on x86.
 pub const CMDLINE_SIZE: usize = 2048;
 
 /// End of the conventional memory that a kernel may use below 1 MiB. A PC keeps its extended BIOS
 /// data area from here on.
 pub const LOW_RAM_END: u64 = 0x9_FC00;
-/// The ACPI RSDP, where a kernel that was not told its address also looks for it.
-pub const ACPI_START: u64 = 0xE_0000;
-/// End of the room for ACPI tables.
-pub const ACPI_END: u64 = 0xF_0000;
 /// The MP floating pointer, at the start of the BIOS area that kernels scan for it.
 pub const MP_TABLE: u64 = 0xF_0000;
 /// End of the room for the MP table.
-pub const MP_TABLE_END: u64 = 0x10_0000;
+pub const MP_TABLE_END: u64 = 0xF_0700;
+/// The ACPI RSDP, where a kernel that was not told its address also looks for it. A small machine's
+/// tables share a page with its MP table.
+pub const ACPI_START: u64 = MP_TABLE_END;
+/// End of the room for ACPI tables.
+pub const ACPI_END: u64 = 0x10_0000;
 /// The lowest address for anything a user supplies: kernel and initrd.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
@@ -196,7 +197,8 @@ impl VirtioSlot {
 
 // The fixed places must not run into each other.
 const _: () = {
-    assert!(PAGE_TABLES + 6 * PAGE_SIZE <= CMDLINE);
+    assert!(PAGE_TABLES + 6 * PAGE_SIZE <= GDT);
+    assert!(GDT + 0x100 <= CMDLINE);
     assert!(CMDLINE + CMDLINE_SIZE as u64 <= LOW_RAM_END);
     assert!(PVH_START_INFO + PAGE_SIZE <= ZERO_PAGE);
     assert!(ZERO_PAGE + PAGE_SIZE <= BOOT_STACK);

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -132,6 +133,7 @@ struct Control {
     /// The sink's descriptor, while it is waited for.
     sink_watched: Option<RawFd>,
     kernel_file_wanted: bool,
+    last: bool,
     end: Option<Result<Ending, RunError>>,
 }
 
@@ -178,6 +180,7 @@ impl Machine {
             input_watched: false,
             sink_watched: None,
             kernel_file_wanted: false,
+            last: options.last,
             end: None,
         });
         give_back_heap();
@@ -665,7 +668,11 @@ impl Control {
         self.machine.io.clear();
         self.machine.timings().mark(Milestone::End);
         self.flush_output();
-        self.end.unwrap_or(Ok(Ending::Quit))
+        let end = self.end.take().unwrap_or(Ok(Ending::Quit));
+        if self.last {
+            let _ = ManuallyDrop::new(self);
+        }
+        end
     }
 
     fn flush_output(&mut self) {

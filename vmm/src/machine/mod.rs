@@ -111,4 +111,7 @@ pub struct RunOptions {
     pub signals: Option<crate::signals::Signals>,
     /// Descriptors to be served.
     pub services: Vec<Box<dyn Service>>,
+    /// The process ends with this machine: what the kernel frees with a process is left to it, which
+    /// is quicker than unmapping and closing it piece by piece.
+    pub last: bool,
 }

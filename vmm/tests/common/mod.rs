@@ -146,7 +146,7 @@ pub fn run(
     let host = Host { hypervisor, pvm: false, timings, window: None };
     let machine = Machine::new(config, &host).map_err(|err| chain(&err))?;
     started(machine.handle());
-    let options = RunOptions { console, signals, services: Vec::new() };
+    let options = RunOptions { console, signals, services: Vec::new(), last: false };
     machine.run(options).map_err(|err| chain(&err))
 }
 

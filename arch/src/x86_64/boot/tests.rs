@@ -122,7 +122,7 @@ fn entries_above_four_gib_are_refused() {
 fn missing_memory_is_an_error_that_names_the_table() {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap();
     let error = linux64::write_boot(&memory, &linux(b"")).unwrap_err();
-    assert_eq!(error.to_string(), "cannot write the command line at 0x20000");
+    assert_eq!(error.to_string(), "cannot write the command line at 0x20100");
 }
 
 /// Offsets from Xen's `start_info.h`.

@@ -82,7 +82,7 @@ impl Entry {
         let failed = |source| RuntimeError::Directory { path: directory.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
         let path = directory.join(format!("{}.json", record.name));
-        let mut file = loop {
+        let (mut file, stale) = loop {
             let file = OpenOptions::new()
                 .read(true)
                 .write(true)
@@ -96,11 +96,10 @@ impl Entry {
                 return Err(RuntimeError::NameTaken(record.name.clone()));
             }
             // Between opening and locking its last owner may have removed it.
-            let same = fs::metadata(&path).is_ok_and(|now| {
-                file.metadata().is_ok_and(|ours| (ours.dev(), ours.ino()) == (now.dev(), now.ino()))
-            });
-            if same {
-                break file;
+            let ours = file.metadata().map_err(failed)?;
+            let same = |now: fs::Metadata| (ours.dev(), ours.ino()) == (now.dev(), now.ino());
+            if fs::metadata(&path).is_ok_and(same) {
+                break (file, ours.len());
             }
         };
         let entry = |file| Entry {
@@ -110,7 +109,6 @@ impl Entry {
         };
         let text = serde_json::to_string(record).map_err(|err| failed(err.into()))?;
         // Cut only what is there: some file systems write a file that was cut to disk at once.
-        let stale = file.metadata().map_err(failed)?.len();
         if stale > 0 {
             file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map_err(failed)?;
         }
@@ -124,12 +122,14 @@ impl Entry {
     /// The socket cannot be made.
     pub fn control_socket(&self) -> io::Result<ControlSocket> {
         let path = socket_path(&self.directory, &self.name);
-        // Ours by the lock: a socket that is there belonged to a machine that is gone.
-        match fs::remove_file(&path) {
-            Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
-            _ => {}
-        }
-        let socket = UnixDatagram::bind(&path)?;
+        let socket = match UnixDatagram::bind(&path) {
+            Err(err) if err.kind() == io::ErrorKind::AddrInUse => {
+                // Ours by the lock: a socket that is there belonged to a machine that is gone.
+                fs::remove_file(&path)?;
+                UnixDatagram::bind(&path)?
+            }
+            bound => bound?,
+        };
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
         socket.set_nonblocking(true)?;
         Ok(ControlSocket { socket })

@@ -133,7 +133,6 @@ struct Control {
     /// The sink's descriptor, while it is waited for.
     sink_watched: Option<RawFd>,
     kernel_file_wanted: bool,
-    last: bool,
     end: Option<Result<Ending, RunError>>,
 }
 
@@ -180,7 +179,6 @@ impl Machine {
             input_watched: false,
             sink_watched: None,
             kernel_file_wanted: false,
-            last: options.last,
             end: None,
         });
         give_back_heap();
@@ -196,10 +194,14 @@ impl Machine {
                 return Err(host("cannot wait for events")(other(err)));
             }
         }
-        match manager.remove_subscriber(id) {
+        let end = match manager.subscriber_mut(id) {
             Ok(control) => control.finish(),
-            Err(err) => Err(host("the control loop is gone")(other(err))),
+            Err(err) => return Err(host("the control loop is gone")(other(err))),
+        };
+        if options.last {
+            let _ = ManuallyDrop::new(manager);
         }
+        end
     }
 }
 
@@ -654,7 +656,7 @@ impl Control {
     }
 
     /// Stops all threads, writes out what the console still holds, and says how it ended.
-    fn finish(mut self) -> Result<Ending, RunError> {
+    fn finish(&mut self) -> Result<Ending, RunError> {
         for vcpu in &self.machine.vcpus {
             vcpu.end();
         }
@@ -668,11 +670,7 @@ impl Control {
         self.machine.io.clear();
         self.machine.timings().mark(Milestone::End);
         self.flush_output();
-        let end = self.end.take().unwrap_or(Ok(Ending::Quit));
-        if self.last {
-            let _ = ManuallyDrop::new(self);
-        }
-        end
+        self.end.take().unwrap_or(Ok(Ending::Quit))
     }
 
     fn flush_output(&mut self) {

@@ -169,7 +169,9 @@ impl VcpuThread {
 
 impl Drop for VcpuThread {
     fn drop(&mut self) {
-        self.end();
+        if self.orders.get() != Order::End {
+            self.end();
+        }
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

@@ -27,7 +27,7 @@ use crate::exit::Code;
 
 /// The entry point as C knows it. Before a Rust `main`, std would read `/proc/self/maps` for the place
 /// of the main thread's stack and give every thread a second one, only to say a few words more when
-/// a stack overflows: 2 % of what booting a small machine costs. The rest of what it does is here.
+/// a stack overflows. A machine that lives for milliseconds notices. The rest of what std does is here.
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub extern "C" fn main(_arguments: c_int, _vector: *const *const c_char) -> c_int {
     // The first thing of all: `--timings` counts from here.

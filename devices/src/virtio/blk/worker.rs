@@ -59,7 +59,7 @@ const SLOW_SPELL: Duration = Duration::from_millis(500);
 /// enough that the driver works on the first while the next are read.
 const READS_TOGETHER: usize = 16;
 
-/// With fewer requests waiting, a system call for each read is quicker.
+/// With fewer requests waiting, a system call for each read costs no more.
 const WORTH_A_BATCH: u16 = 4;
 
 /// Why [`BlockWorker::serve`] stopped taking requests.
@@ -251,11 +251,11 @@ impl BlockWorker {
         if !self.durable() && (self.nowait_writes || self.may_wait(reactor)) {
             let flags = if self.nowait_writes { libc::RWF_NOWAIT } else { 0 };
             let start = Instant::now();
-            match transfer(libc::pwritev2, fd, &self.chain.readable, offset, flags) {
+            let result = transfer(libc::pwritev2, fd, &self.chain.readable, offset, flags);
+            self.note_time(start);
+            match result {
                 Ok(written) if written == len => {
-                    finish(queue, head, &status, Status::Ok, 0);
-                    self.note_time(start);
-                    return;
+                    return finish(queue, head, &status, Status::Ok, 0);
                 }
                 Ok(written) => done = written,
                 Err(err) => self.nowait_writes &= err.raw_os_error() != Some(libc::EOPNOTSUPP),
@@ -279,8 +279,7 @@ impl BlockWorker {
 
     /// True if a call that usually is quick may be made here although it can wait: a buffered write on
     /// a file system that does not know RWF_NOWAIT for it (ext4 is one), a flush. An io_uring
-    /// would hand each to another thread, which costs more than the write. After a call that
-    /// did wait they go through the io_uring for a while, so that reads pass them.
+    /// would hand each to another thread and wait for its answer. After a call that did wait they go through the io_uring for a while, so that reads pass them.
     fn may_wait(&mut self, reactor: &dyn Reactor) -> bool {
         let buffered = reactor.alone() && !self.settings.file.direct();
         buffered && self.slow_until.is_none_or(|until| Instant::now() >= until)

@@ -5,28 +5,29 @@
 //! exception: when somebody wants to write the kernel file that the guest maps, the machine is
 //! paused and the mapped pages are copied.
 
-use std::collections::VecDeque;
-use std::io::{self, Read};
+mod console;
+
+use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use devices::acpi::Event as AcpiEvent;
-use devices::virtio::device::Message;
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
+use self::console::ConsoleIo;
 use super::bus::{AcpiPort, SerialPort};
 use super::event::{Command, Event, ReplyTo, VcpuEvent};
 use super::lifecycle::{self, Ending, Refusal, State, Step};
 use super::slot::Stopping;
 use super::{Machine, RunError, RunOptions};
-use crate::console::{InputFilter, Output};
-use crate::io::{Command as IoCommand, Report, WorkerId};
+use crate::console::Output;
+use crate::io::{Report, WorkerId};
 use crate::seccomp::{self, ThreadKind};
 use crate::signals::Meaning;
 use crate::timings::Milestone;
@@ -34,17 +35,8 @@ use crate::timings::Milestone;
 /// How long a device may take to finish what is in flight when it is stopped.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long the end of a machine waits for the reader of its console.
-const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
-
-/// Typed bytes that may wait for the guest before no more are read.
-const INPUT_CAPACITY: usize = 4096;
-
 /// Events taken from the kernel at a time; the rest comes with the next look.
 const READY_EVENTS: usize = 16;
-
-/// Typed bytes that a virtio console may hold before it has passed them on.
-const CONSOLE_WINDOW: usize = 4096;
 
 /// What assembly prepares for the control loop.
 pub(super) struct Parts {
@@ -120,18 +112,11 @@ enum Then {
 
 struct Control {
     machine: Machine,
-    input_fd: Option<OwnedFd>,
-    filter: InputFilter,
+    console: ConsoleIo,
     options: Services,
     state: State,
     change: Option<Change>,
     timer: TimerFd,
-    input: VecDeque<u8>,
-    /// Bytes that the virtio console holds.
-    console_holds: usize,
-    input_watched: bool,
-    /// The sink's descriptor, while it is waited for.
-    sink_watched: Option<RawFd>,
     kernel_file_wanted: bool,
     end: Option<Result<Ending, RunError>>,
 }
@@ -168,16 +153,11 @@ impl Machine {
         self.control.output.set_sink(options.console.sink);
         let id = manager.add_subscriber(Control {
             machine: self,
-            input_fd: options.console.input,
-            filter: options.console.filter,
+            console: ConsoleIo::new(options.console.input, options.console.filter),
             options: Services { signals: options.signals, services: options.services },
             state: State::Configured,
             change: None,
             timer,
-            input: VecDeque::new(),
-            console_holds: 0,
-            input_watched: false,
-            sink_watched: None,
             kernel_file_wanted: false,
             end: None,
         });
@@ -247,7 +227,7 @@ impl MutEventSubscriber for Control {
             Source::Wake => {
                 self.take_events();
                 // A console may have started, or passed on what it held.
-                if !self.input.is_empty() {
+                if self.console.has_typed() {
                     self.feed_input(ops);
                 }
             }
@@ -373,7 +353,7 @@ impl Control {
 
     fn reset(&mut self, device: usize, done: mpsc::SyncSender<()>) {
         if self.machine.control.console == Some(device) {
-            self.console_holds = 0;
+            self.console.reset();
         }
         let Some(slot) = self.machine.slots.get_mut(device) else { return };
         slot.active = false;
@@ -389,9 +369,7 @@ impl Control {
 
     fn take_report(&mut self, report: Report) {
         match report {
-            Report::Consumed { bytes, .. } => {
-                self.console_holds = self.console_holds.saturating_sub(bytes);
-            }
+            Report::Consumed { bytes, .. } => self.console.consumed(bytes),
             Report::Fault { id: WorkerId { device, group }, fault } => {
                 if let Some(slot) = self.machine.slots.get(device)
                     && slot.running.contains(&group)
@@ -534,127 +512,6 @@ impl Control {
         drop(lease);
     }
 
-    fn resize_console(&mut self) {
-        let Some(input) = &self.input_fd else { return };
-        let Some((columns, rows)) = crate::console::window_size(input.as_raw_fd()) else { return };
-        self.console_message(Message::Resize { columns, rows });
-    }
-
-    fn console_message(&mut self, message: Message) {
-        let Some(device) = self.machine.control.console else { return };
-        let Some(slot) = self.machine.slots.get_mut(device) else { return };
-        if let Some(config) = slot.device.update(&message) {
-            slot.transport.publish_config(config);
-        }
-        if let Some(thread) = self.machine.io.get(slot.io) {
-            for &group in &slot.running {
-                thread.send(IoCommand::Message(WorkerId { device, group }, message.clone()));
-            }
-        }
-    }
-
-    /// Writes console output that was left to this thread, and waits for the sink if it is slow.
-    fn drain_output(&mut self, ops: &mut EventOps) {
-        let (wait, error) = self.machine.control.output.drain();
-        if let Some(err) = error {
-            tracing::warn!(%err, "console output is not wanted any more and is dropped");
-        }
-        match (wait, self.sink_watched) {
-            (Some(fd), None) => {
-                let events = EventSet::OUT | EventSet::EDGE_TRIGGERED;
-                let source = Source::SinkReady.pack();
-                if ops.add(Events::with_data_raw(fd, source, events)).is_ok() {
-                    self.sink_watched = Some(fd);
-                }
-            }
-            (None, Some(fd)) => {
-                let _ = ops.remove(Events::empty_raw(fd));
-                self.sink_watched = None;
-            }
-            (Some(_), Some(_)) | (None, None) => {}
-        }
-    }
-
-    fn watch_input(&mut self, ops: &mut EventOps) {
-        let Some(input) = &self.input_fd else { return };
-        if self.input_watched || self.input.len() >= INPUT_CAPACITY {
-            return;
-        }
-        let fd = input.as_raw_fd();
-        match ops.add(Events::with_data_raw(fd, Source::Input.pack(), EventSet::IN)) {
-            Ok(()) => self.input_watched = true,
-            // A regular file cannot be waited for; it can always be read. /dev/null likewise.
-            Err(_) => self.read_input(EventSet::IN, ops),
-        }
-    }
-
-    fn unwatch_input(&mut self, ops: &mut EventOps) {
-        if let Some(input) = self.input_fd.as_ref().filter(|_| self.input_watched) {
-            let _ = ops.remove(Events::empty_raw(input.as_raw_fd()));
-        }
-        self.input_watched = false;
-    }
-
-    fn read_input(&mut self, events: EventSet, ops: &mut EventOps) {
-        let Some(input) = &self.input_fd else { return };
-        let mut bytes = [0; 1024];
-        let read = if events.contains(EventSet::IN) {
-            read_once(input.as_raw_fd(), &mut bytes)
-        } else {
-            // Hung up with nothing left to read.
-            Ok(0)
-        };
-        match read {
-            Ok(0) => {
-                self.unwatch_input(ops);
-                self.input_fd = None;
-            }
-            Ok(len) => {
-                let filtered = (self.filter)(&bytes[..len]);
-                self.machine.control.output.push_some(&filtered.reply);
-                if filtered.quit {
-                    self.end_by_will(Ending::Quit);
-                }
-                self.input.extend(filtered.bytes);
-                self.feed_input(ops);
-            }
-            Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
-            Err(err) => {
-                tracing::warn!(%err, "console input ended");
-                self.unwatch_input(ops);
-                self.input_fd = None;
-            }
-        }
-    }
-
-    /// Passes typed bytes on as far as the guest takes them.
-    fn feed_input(&mut self, ops: &mut EventOps) {
-        if let Some(device) = self.machine.control.console {
-            let runs = self.machine.slots.get(device).is_some_and(|slot| !slot.running.is_empty());
-            let room = if runs { CONSOLE_WINDOW.saturating_sub(self.console_holds) } else { 0 };
-            let bytes: Vec<u8> = self.input.drain(..room.min(self.input.len())).collect();
-            if !bytes.is_empty() {
-                self.console_holds += bytes.len();
-                self.console_message(Message::Input(bytes));
-            }
-        } else if let Some(serial) = &self.machine.control.serial {
-            while !self.input.is_empty() {
-                let taken = serial.input(self.input.make_contiguous());
-                if taken == 0 {
-                    break;
-                }
-                self.input.drain(..taken);
-            }
-        } else {
-            self.input.clear();
-        }
-        if self.input.len() >= INPUT_CAPACITY {
-            self.unwatch_input(ops);
-        } else {
-            self.watch_input(ops);
-        }
-    }
-
     /// Stops all threads, writes out what the console still holds, and says how it ended.
     fn finish(&mut self) -> Result<Ending, RunError> {
         for vcpu in &self.machine.vcpus {
@@ -671,33 +528,5 @@ impl Control {
         self.machine.timings().mark(Milestone::End);
         self.flush_output();
         self.end.take().unwrap_or(Ok(Ending::Quit))
-    }
-
-    fn flush_output(&mut self) {
-        let deadline = Instant::now() + FLUSH_DEADLINE;
-        while let (Some(fd), _) = self.machine.control.output.drain() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                tracing::warn!("nobody reads the console; the rest of its output is lost");
-                return;
-            }
-            let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-            // SAFETY: one valid pollfd.
-            unsafe { libc::poll(&mut poll, 1, left.as_millis() as i32) };
-        }
-    }
-}
-
-/// One read(2), retried only when a signal interrupts it.
-fn read_once(fd: RawFd, bytes: &mut [u8]) -> io::Result<usize> {
-    // SAFETY: the descriptor is borrowed for the call and not closed by it.
-    let mut file = std::mem::ManuallyDrop::new(unsafe {
-        <std::fs::File as std::os::fd::FromRawFd>::from_raw_fd(fd)
-    });
-    loop {
-        match file.read(bytes) {
-            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
-            other => return other,
-        }
     }
 }

@@ -17,8 +17,8 @@ pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// How long a guest may take to its first prompt: with eight vCPUs, on a busy emulated machine.
 pub const BOOT: Duration = Duration::from_secs(180);
-/// How long a command in a guest, or the end of one, may take.
-pub const STEP: Duration = Duration::from_secs(90);
+/// How long a command in a guest, or the end of one, may take: many times what it takes here.
+pub const STEP: Duration = Duration::from_secs(180);
 
 /// A machine to be started: `hull run` with a kernel, an initramfs and 256 MiB, to be added to.
 pub struct Machine {

@@ -66,6 +66,11 @@ impl Network {
         format!("172.30.{}.1", self.0)
     }
 
+    /// The guest's address, as [`Network::cmdline`] gives it.
+    pub fn guest(self) -> String {
+        format!("172.30.{}.2", self.0)
+    }
+
     /// Hull's `--net` value; `more` is further `,key=value`.
     pub fn option(self, more: &str) -> String {
         format!("tap,host={}/30{more}", self.host())
@@ -73,6 +78,6 @@ impl Network {
 
     /// The words of the kernel command line that configure the guest's side.
     pub fn cmdline(self) -> String {
-        format!("hull.ip=172.30.{}.2/30 hull.gw={}", self.0, self.host())
+        format!("hull.ip={}/30 hull.gw={}", self.guest(), self.host())
     }
 }

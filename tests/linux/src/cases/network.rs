@@ -1,7 +1,7 @@
 //! virtio-net under a stock driver, over a TAP of Hull's own.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,8 @@ pub const CASES: &[(&str, Case)] = &[
 ];
 
 const PORT: u16 = 7700;
-const TRANSFER: usize = 16 << 20;
+/// More than every ring and window on the way holds.
+const TRANSFER: usize = 8 << 20;
 
 /// Bytes without a period that a ring or a segment could hide.
 fn sample(length: usize, seed: u64) -> Vec<u8> {
@@ -54,13 +55,24 @@ fn accept(listener: &TcpListener) -> Result<TcpStream, Failure> {
     }
 }
 
-/// Sends a sample to the guest and takes it back on a second connection. Returns whether both were equal.
-fn round_trip(listener: &TcpListener, seed: u64) -> Result<bool, Failure> {
-    let sent = sample(TRANSFER, seed);
-    accept(listener)?.write_all(&sent)?;
-    let mut back = Vec::with_capacity(TRANSFER);
-    accept(listener)?.read_to_end(&mut back)?;
-    Ok(back == sent)
+/// Gives a sample to the guest, which connects for it.
+fn give(listener: &TcpListener, sample: &[u8]) -> Result<(), Failure> {
+    Ok(accept(listener)?.write_all(sample)?)
+}
+
+/// Takes a file of `/tmp/web` back from the guest's web server, which sends with sendfile(2): other
+/// tools of busybox write a kilobyte at a time, and each of those waits for the last one's
+/// acknowledgement.
+fn take(guest: &str, port: u16, file: &str) -> Result<Vec<u8>, Failure> {
+    let address: SocketAddr = format!("{guest}:{port}").parse()?;
+    let mut stream = TcpStream::connect_timeout(&address, STEP)?;
+    stream.set_read_timeout(Some(STEP))?;
+    stream.write_all(format!("GET /{file} HTTP/1.0\r\n\r\n").as_bytes())?;
+    let mut answer = Vec::with_capacity(TRANSFER + 1024);
+    stream.read_to_end(&mut answer)?;
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
+    let end = end.ok_or("the guest's web server did not answer with a header")?;
+    Ok(answer.split_off(end + 4))
 }
 
 /// Both ways: pings from the guest, and a sample there and back, which also covers offloads.
@@ -76,11 +88,16 @@ fn ping_and_transfer(site: &Site) -> Result<(), Failure> {
     guest.run(&format!("ping -c 2 -i 0.2 -w 20 -s 1400 {host} >/dev/null"))?;
 
     let listener = TcpListener::bind((host.as_str(), PORT))?;
-    let peer = thread::spawn(move || round_trip(&listener, 1));
-    guest.run(&format!("nc {host} {PORT} </dev/null >/tmp/sample"))?;
-    guest.expect("wc -c </tmp/sample", &TRANSFER.to_string())?;
-    guest.run(&format!("nc {host} {PORT} </tmp/sample"))?;
-    let equal = peer.join().map_err(|_| "the peer's thread ended badly")??;
+    let sent = sample(TRANSFER, 1);
+    let peer = thread::spawn({
+        let sent = sent.clone();
+        move || give(&listener, &sent)
+    });
+    guest.run("mkdir /tmp/web && busybox httpd -p 8000 -h /tmp/web")?;
+    guest.run(&format!("nc {host} {PORT} </dev/null >/tmp/web/sample"))?;
+    peer.join().map_err(|_| "the peer's thread ended badly")??;
+    guest.expect("wc -c </tmp/web/sample", &TRANSFER.to_string())?;
+    let equal = take(&network.guest(), 8000, "sample")? == sent;
     check(equal, || "what came back is not what was sent".into())?;
     guest.power_off()
 }
@@ -96,19 +113,29 @@ fn two_queue_pairs(site: &Site) -> Result<(), Failure> {
     // The driver takes as many pairs as it has CPUs, if the device offers them.
     guest.expect("ls -d /sys/class/net/eth0/queues/tx-* | wc -l", "2")?;
     let host = network.host();
+    guest.run("mkdir /tmp/web")?;
     let mut peers = Vec::new();
     for index in 0..2u16 {
         let listener = TcpListener::bind((host.as_str(), PORT + index))?;
-        peers.push(thread::spawn(move || round_trip(&listener, u64::from(index) + 7)));
+        let sent = sample(TRANSFER / 2, u64::from(index) + 7);
+        peers.push(thread::spawn(move || give(&listener, &sent)));
+        // A server on each CPU, so that each sends on a queue of its own.
+        guest.run(&format!("taskset {} busybox httpd -p 800{index} -h /tmp/web", 1 << index))?;
     }
-    let both = |what: &dyn Fn(u16) -> String| {
-        format!("taskset 1 sh -c '{}' & taskset 2 sh -c '{}' & wait", what(0), what(1))
-    };
-    guest.run(&both(&|n| format!("nc {host} {} </dev/null >/tmp/sample{n}", PORT + n)))?;
-    guest.run(&both(&|n| format!("nc {host} {} </tmp/sample{n}", PORT + n)))?;
+    let fetch =
+        |n: u16| format!("taskset {} nc {host} {} </dev/null >/tmp/web/{n}", 1 << n, PORT + n);
+    guest.run(&format!("{} & {} & wait", fetch(0), fetch(1)))?;
     for peer in peers {
-        let equal = peer.join().map_err(|_| "the peer's thread ended badly")??;
-        check(equal, || "what came back is not what was sent".into())?;
+        peer.join().map_err(|_| "the peer's thread ended badly")??;
+    }
+    let takers = [0u16, 1].map(|index| {
+        let guest = network.guest();
+        thread::spawn(move || take(&guest, 8000 + index, &index.to_string()))
+    });
+    for (index, taker) in (0..).zip(takers) {
+        let back = taker.join().map_err(|_| "the peer's thread ended badly")??;
+        let equal = back == sample(TRANSFER / 2, index + 7);
+        check(equal, || format!("what came back on {index} is not what was sent"))?;
     }
     guest.power_off()
 }

@@ -10,6 +10,7 @@ mod compare;
 mod host;
 mod memory;
 mod net;
+mod peer;
 mod peers;
 mod report;
 mod sample;
@@ -43,6 +44,13 @@ enum Action {
     },
     /// Fetches Firecracker into the cache and prints where it is.
     Peers,
+    /// Serves the network transfers of tests/run-bench-linux: port 7001 gives bytes, port 7002 fetches them.
+    Peer {
+        /// Address to listen at.
+        address: std::net::IpAddr,
+        /// Bytes that each connection is given.
+        bytes: usize,
+    },
 }
 
 /// What to measure, and how often.
@@ -81,6 +89,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Action::Run(options) => run(&options),
         Action::Compare { before, after } => compare::print(&before, &after),
+        Action::Peer { address, bytes } => peer::serve(address, bytes),
         Action::Peers => std::env::current_dir()
             .map_err(Into::into)
             .and_then(|root| peers::firecracker(&root.join(".cache/peers")))

@@ -6,6 +6,7 @@
 //! - [`worker`]: serving a queue.
 
 mod file;
+mod pending;
 mod request;
 mod worker;
 

@@ -6,15 +6,15 @@
 //! itself makes short waits there too. Everything else goes through [`Reactor::submit`]. Requests
 //! complete in any order.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::request::{self, ByteRange, Disk, Kind, Status};
-use super::{DiskFile, ID_LEN, MAX_RANGE_SECTORS, SECTOR};
-use crate::virtio::device::{Action, BATCH, Fault, FileOperation, IoVecs, Reactor, Worker};
+use super::pending::{Pending, Step};
+use super::request::{self, Disk, Kind, Status};
+use super::{DiskFile, ID_LEN};
+use crate::virtio::device::{BATCH, Fault, Reactor, Worker};
 use crate::virtio::iobuf::{GuestByte, IoBuf};
 use crate::virtio::queue::{Chain, Queue, QueueError, QueueState};
 
@@ -45,15 +45,36 @@ pub(super) struct BlockWorker {
     /// The file system takes RWF_NOWAIT reads; likewise writes. Cleared at the first refusal.
     nowait_reads: bool,
     nowait_writes: bool,
-    /// Until then writes and flushes are done elsewhere, because one of them took long.
+    /// Whether writes take long now, and whether flushes do.
+    writes: Pace,
+    flushes: Pace,
+}
+
+/// How long calls of one kind take, which are quick as long as they need not wait for the disk.
+#[derive(Default)]
+struct Pace {
     slow_until: Option<Instant>,
 }
 
-/// A buffered write or a flush that takes longer than this waited for a slow or busy disk.
-const SLOW_CALL: Duration = Duration::from_millis(1);
+impl Pace {
+    /// A call that takes longer than this waited for a slow or busy disk.
+    const SLOW: Duration = Duration::from_millis(1);
+    /// For how long after a slow call the next ones are expected to be slow as well.
+    const SPELL: Duration = Duration::from_millis(500);
 
-/// After a slow call, writes and flushes go through the io_uring for this long.
-const SLOW_SPELL: Duration = Duration::from_millis(500);
+    fn is_quick(&self) -> bool {
+        self.slow_until.is_none_or(|until| Instant::now() >= until)
+    }
+
+    /// Makes a call and remembers whether it was slow.
+    fn time<T>(&mut self, call: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = call();
+        let end = Instant::now();
+        self.slow_until = (end - start > Self::SLOW).then_some(end + Self::SPELL);
+        result
+    }
+}
 
 /// As many reads go to the io_uring together: enough to share the cost of entering the kernel, few
 /// enough that the driver works on the first while the next are read.
@@ -72,39 +93,6 @@ enum Next {
     Again,
 }
 
-struct Pending {
-    status: GuestByte,
-    step: Step,
-}
-
-enum Step {
-    /// The rest of the buffers, where in the file they go on, and what was filled before.
-    Read {
-        rest: IoBuf,
-        offset: u64,
-        done: u32,
-    },
-    Write {
-        rest: IoBuf,
-        offset: u64,
-    },
-    Sync,
-    /// The first range is under way, by this method.
-    Ranges {
-        ranges: VecDeque<ByteRange>,
-        method: Method,
-    },
-}
-
-/// Ways to zero or discard a range, from the best to the one that always works.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Method {
-    ZeroRange,
-    PunchHole,
-    /// Written zeroes; bytes done so far.
-    Write(u64),
-}
-
 impl BlockWorker {
     pub(super) fn new(settings: Settings) -> BlockWorker {
         let nowait = !settings.file.direct();
@@ -120,7 +108,8 @@ impl BlockWorker {
             more: false,
             nowait_reads: nowait,
             nowait_writes: nowait,
-            slow_until: None,
+            writes: Pace::default(),
+            flushes: Pace::default(),
         }
     }
 
@@ -167,14 +156,16 @@ impl BlockWorker {
                 Ok(Kind::Flush) if self.settings.ignore_flush => {
                     finish(queue, head, &status, Status::Ok, 0);
                 }
-                Ok(Kind::Flush) if queue.in_flight() == 1 && self.may_wait(reactor) => {
+                Ok(Kind::Flush)
+                    if queue.in_flight() == 1
+                        && self.may_wait(reactor)
+                        && self.flushes.is_quick() =>
+                {
                     self.flush(queue, head, &status);
                 }
                 Ok(Kind::Flush) => self.submit(head, Pending { status, step: Step::Sync }, reactor),
                 Ok(Kind::Ranges(ranges)) => {
-                    let method = first_method(ranges.front());
-                    let step = Step::Ranges { ranges, method };
-                    self.submit(head, Pending { status, step }, reactor);
+                    self.submit(head, Pending::ranges(status, ranges), reactor);
                 }
                 Err(refused) => finish(queue, head, &status, refused, 0),
             }
@@ -248,12 +239,11 @@ impl BlockWorker {
         let len = self.chain.readable.len();
         let mut done = 0;
         // A durable write waits for the disk, so it is never done here.
-        if !self.durable() && (self.nowait_writes || self.may_wait(reactor)) {
+        let here = self.nowait_writes || self.may_wait(reactor) && self.writes.is_quick();
+        if here && !self.durable() {
             let flags = if self.nowait_writes { libc::RWF_NOWAIT } else { 0 };
-            let start = Instant::now();
-            let result = transfer(libc::pwritev2, fd, &self.chain.readable, offset, flags);
-            self.note_time(start);
-            match result {
+            let from = &self.chain.readable;
+            match self.writes.time(|| transfer(libc::pwritev2, fd, from, offset, flags)) {
                 Ok(written) if written == len => {
                     return finish(queue, head, &status, Status::Ok, 0);
                 }
@@ -268,26 +258,20 @@ impl BlockWorker {
         self.submit(head, Pending { status, step }, reactor);
     }
 
-    /// With nothing else under way, and on a disk that answers within a millisecond.
+    /// With nothing else under way.
     fn flush(&mut self, queue: &mut Queue, head: u16, status: &GuestByte) {
-        let start = Instant::now();
+        let fd = self.settings.file.fd();
         // SAFETY: no memory is involved.
-        let done = unsafe { libc::fdatasync(self.settings.file.fd()) };
+        let done = self.flushes.time(|| unsafe { libc::fdatasync(fd) });
         finish(queue, head, status, if done == 0 { Status::Ok } else { Status::IoError }, 0);
-        self.note_time(start);
     }
 
-    /// True if a call that usually is quick may be made here although it can wait: a buffered write on
-    /// a file system that does not know RWF_NOWAIT for it (ext4 is one), a flush. An io_uring
-    /// would hand each to another thread and wait for its answer. After a call that did wait they go through the io_uring for a while, so that reads pass them.
-    fn may_wait(&mut self, reactor: &dyn Reactor) -> bool {
-        let buffered = reactor.alone() && !self.settings.file.direct();
-        buffered && self.slow_until.is_none_or(|until| Instant::now() >= until)
-    }
-
-    fn note_time(&mut self, start: Instant) {
-        let end = Instant::now();
-        self.slow_until = (end - start > SLOW_CALL).then_some(end + SLOW_SPELL);
+    /// True if calls that usually are quick may be made here although they can wait: a buffered write
+    /// on a file system that does not know RWF_NOWAIT for it (ext4 is one), a flush. An io_uring would
+    /// hand each to another thread and wait for its answer. While calls of a kind do wait, they go
+    /// through the io_uring, so that others pass them.
+    fn may_wait(&self, reactor: &dyn Reactor) -> bool {
+        reactor.alone() && !self.settings.file.direct()
     }
 
     fn durable(&self) -> bool {
@@ -298,108 +282,13 @@ impl BlockWorker {
 
     /// Starts the next operation of `pending`, which becomes the request at `head`.
     fn submit(&mut self, head: u16, pending: Pending, reactor: &mut dyn Reactor) {
-        let fd = self.settings.file.fd();
-        let operation = match &pending.step {
-            Step::Read { rest, offset, .. } => {
-                FileOperation { fd, offset: *offset, action: Action::Read(IoVecs::of(rest)) }
-            }
-            Step::Write { rest, offset } => {
-                let bufs = IoVecs::of(rest);
-                let action = Action::Write { bufs, durable: self.durable() };
-                FileOperation { fd, offset: *offset, action }
-            }
-            Step::Sync => FileOperation { fd, offset: 0, action: Action::Sync },
-            Step::Ranges { ranges, method } => match ranges.front() {
-                Some(range) => range_operation(fd, range, *method),
-                // Not reached: a request with no range left is finished.
-                None => FileOperation { fd, offset: 0, action: Action::Sync },
-            },
-        };
+        let operation = pending.operation(self.settings.file.fd(), self.durable());
         let slot = usize::from(head);
         if self.pending.len() <= slot {
             self.pending.resize_with(slot + 1, || None);
         }
         self.pending[slot] = Some(pending);
         reactor.submit(u64::from(head), operation);
-    }
-
-    /// What follows when an operation of `pending` ended: its final status and the bytes written
-    /// to guest memory, or `None` if there is another operation to do. With `durable`, zeroes are
-    /// on the disk before they are reported.
-    fn advance(
-        pending: &mut Pending,
-        result: io::Result<u32>,
-        durable: bool,
-    ) -> Option<(Status, u32)> {
-        if let Err(err) = &result
-            && matches!(err.raw_os_error(), Some(libc::EAGAIN | libc::EINTR))
-        {
-            return None;
-        }
-        match &mut pending.step {
-            Step::Read { rest, offset, done } => match result {
-                Ok(read) if read > 0 => {
-                    rest.advance(u64::from(read));
-                    *offset += u64::from(read);
-                    *done += read;
-                    rest.is_empty().then_some((Status::Ok, *done))
-                }
-                // 0: the file is shorter than it was when it was opened.
-                _ => Some((Status::IoError, *done)),
-            },
-            Step::Write { rest, offset } => match result {
-                Ok(written) if written > 0 => {
-                    rest.advance(u64::from(written));
-                    *offset += u64::from(written);
-                    rest.is_empty().then_some((Status::Ok, 0))
-                }
-                _ => Some((Status::IoError, 0)),
-            },
-            Step::Sync => {
-                let status = if result.is_ok() { Status::Ok } else { Status::IoError };
-                Some((status, 0))
-            }
-            Step::Ranges { ranges, method } => {
-                let range = ranges.front()?;
-                match (result, *method) {
-                    (Ok(written), Method::Write(done)) => {
-                        let done = done + u64::from(written);
-                        if written == 0 {
-                            return Some((Status::IoError, 0));
-                        }
-                        if done < range.len {
-                            *method = Method::Write(done);
-                            return None;
-                        }
-                    }
-                    (Ok(_), _) => {}
-                    (Err(err), Method::Write(_)) => {
-                        tracing::debug!(%err, "zeroing by writing failed");
-                        return Some((Status::IoError, 0));
-                    }
-                    (Err(err), tried) => match err.raw_os_error() {
-                        // A discard is advice: what the file cannot do is done.
-                        Some(libc::EOPNOTSUPP) if !range.zero => {}
-                        Some(libc::EOPNOTSUPP) => {
-                            *method = match tried {
-                                Method::ZeroRange => Method::PunchHole,
-                                _ => Method::Write(0),
-                            };
-                            return None;
-                        }
-                        _ => return Some((Status::IoError, 0)),
-                    },
-                }
-                let zeroed = range.zero;
-                ranges.pop_front();
-                *method = first_method(ranges.front());
-                if ranges.is_empty() && zeroed && durable {
-                    pending.step = Step::Sync;
-                    return None;
-                }
-                ranges.is_empty().then_some((Status::Ok, 0))
-            }
-        }
     }
 }
 
@@ -429,7 +318,7 @@ impl Worker for BlockWorker {
         let slot = usize::try_from(token).unwrap_or(usize::MAX);
         let Some(mut pending) = self.pending.get_mut(slot).and_then(Option::take) else { return };
         let head = token as u16;
-        let Some((status, written)) = Self::advance(&mut pending, result, self.durable()) else {
+        let Some((status, written)) = pending.advance(result, self.durable()) else {
             return self.submit(head, pending, reactor);
         };
         if let Some(queue) = &mut self.queue {
@@ -479,33 +368,3 @@ fn transfer(call: Vectored, fd: i32, buf: &IoBuf, offset: u64, flags: i32) -> io
         unsafe { call(fd, iovecs.as_ptr(), iovecs.len() as i32, offset as libc::off_t, flags) };
     u64::try_from(done).map_err(|_| io::Error::last_os_error())
 }
-
-fn first_method(range: Option<&ByteRange>) -> Method {
-    match range {
-        Some(range) if range.zero && !range.unmap => Method::ZeroRange,
-        _ => Method::PunchHole,
-    }
-}
-
-/// Zeroes to write where nothing better is possible.
-static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
-
-fn range_operation(fd: i32, range: &ByteRange, method: Method) -> FileOperation {
-    let allocate = |mode| FileOperation {
-        fd,
-        offset: range.offset,
-        action: Action::Allocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, len: range.len },
-    };
-    match method {
-        Method::ZeroRange => allocate(libc::FALLOC_FL_ZERO_RANGE),
-        Method::PunchHole => allocate(libc::FALLOC_FL_PUNCH_HOLE),
-        Method::Write(done) => {
-            let bufs = IoVecs::repeat(&ZEROES, range.len - done);
-            let action = Action::Write { bufs, durable: false };
-            FileOperation { fd, offset: range.offset + done, action }
-        }
-    }
-}
-
-// The list for one range stays below IOV_MAX.
-const _: () = assert!(MAX_RANGE_SECTORS as u64 * SECTOR / ZEROES.len() as u64 <= 1024);

@@ -1,0 +1,174 @@
+//! A request that takes file operations, one after the other: which is next, and what the request
+//! has come to when one ends.
+
+use std::collections::VecDeque;
+use std::io;
+
+use super::request::{ByteRange, Status};
+use super::{MAX_RANGE_SECTORS, SECTOR};
+use crate::virtio::device::{Action, FileOperation, IoVecs};
+use crate::virtio::iobuf::{GuestByte, IoBuf};
+
+/// A request under way.
+pub(super) struct Pending {
+    pub(super) status: GuestByte,
+    pub(super) step: Step,
+}
+
+/// What is left of a request.
+pub(super) enum Step {
+    /// The rest of the buffers, where in the file they go on, and what was filled before.
+    Read { rest: IoBuf, offset: u64, done: u32 },
+    /// Likewise.
+    Write { rest: IoBuf, offset: u64 },
+    /// A flush, or the last step of zeroing.
+    Sync,
+    /// The first range is under way, by this method.
+    Ranges { ranges: VecDeque<ByteRange>, method: Method },
+}
+
+/// Ways to zero or discard a range, from the best to the one that always works.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Method {
+    ZeroRange,
+    PunchHole,
+    /// Written zeroes; bytes done so far.
+    Write(u64),
+}
+
+impl Pending {
+    /// A request to zero or discard `ranges`, of which there is at least one.
+    pub(super) fn ranges(status: GuestByte, ranges: VecDeque<ByteRange>) -> Pending {
+        let method = first_method(ranges.front());
+        Pending { status, step: Step::Ranges { ranges, method } }
+    }
+
+    /// The operation that comes next. With `durable`, what is written is on the disk when it ends.
+    pub(super) fn operation(&self, fd: i32, durable: bool) -> FileOperation {
+        match &self.step {
+            Step::Read { rest, offset, .. } => {
+                FileOperation { fd, offset: *offset, action: Action::Read(IoVecs::of(rest)) }
+            }
+            Step::Write { rest, offset } => {
+                let bufs = IoVecs::of(rest);
+                let action = Action::Write { bufs, durable };
+                FileOperation { fd, offset: *offset, action }
+            }
+            Step::Sync => FileOperation { fd, offset: 0, action: Action::Sync },
+            Step::Ranges { ranges, method } => match ranges.front() {
+                Some(range) => range_operation(fd, range, *method),
+                // Not reached: a request with no range left is finished.
+                None => FileOperation { fd, offset: 0, action: Action::Sync },
+            },
+        }
+    }
+
+    /// What follows when its operation ended: its final status and the bytes written
+    /// to guest memory, or `None` if there is another operation to do. With `durable`, zeroes are
+    /// on the disk before they are reported.
+    pub(super) fn advance(
+        &mut self,
+        result: io::Result<u32>,
+        durable: bool,
+    ) -> Option<(Status, u32)> {
+        if let Err(err) = &result
+            && matches!(err.raw_os_error(), Some(libc::EAGAIN | libc::EINTR))
+        {
+            return None;
+        }
+        match &mut self.step {
+            Step::Read { rest, offset, done } => match result {
+                Ok(read) if read > 0 => {
+                    rest.advance(u64::from(read));
+                    *offset += u64::from(read);
+                    *done += read;
+                    rest.is_empty().then_some((Status::Ok, *done))
+                }
+                // 0: the file is shorter than it was when it was opened.
+                _ => Some((Status::IoError, *done)),
+            },
+            Step::Write { rest, offset } => match result {
+                Ok(written) if written > 0 => {
+                    rest.advance(u64::from(written));
+                    *offset += u64::from(written);
+                    rest.is_empty().then_some((Status::Ok, 0))
+                }
+                _ => Some((Status::IoError, 0)),
+            },
+            Step::Sync => {
+                let status = if result.is_ok() { Status::Ok } else { Status::IoError };
+                Some((status, 0))
+            }
+            Step::Ranges { ranges, method } => {
+                let range = ranges.front()?;
+                match (result, *method) {
+                    (Ok(written), Method::Write(done)) => {
+                        let done = done + u64::from(written);
+                        if written == 0 {
+                            return Some((Status::IoError, 0));
+                        }
+                        if done < range.len {
+                            *method = Method::Write(done);
+                            return None;
+                        }
+                    }
+                    (Ok(_), _) => {}
+                    (Err(err), Method::Write(_)) => {
+                        tracing::debug!(%err, "zeroing by writing failed");
+                        return Some((Status::IoError, 0));
+                    }
+                    (Err(err), tried) => match err.raw_os_error() {
+                        // A discard is advice: what the file cannot do is done.
+                        Some(libc::EOPNOTSUPP) if !range.zero => {}
+                        Some(libc::EOPNOTSUPP) => {
+                            *method = match tried {
+                                Method::ZeroRange => Method::PunchHole,
+                                _ => Method::Write(0),
+                            };
+                            return None;
+                        }
+                        _ => return Some((Status::IoError, 0)),
+                    },
+                }
+                let zeroed = range.zero;
+                ranges.pop_front();
+                *method = first_method(ranges.front());
+                if ranges.is_empty() && zeroed && durable {
+                    self.step = Step::Sync;
+                    return None;
+                }
+                ranges.is_empty().then_some((Status::Ok, 0))
+            }
+        }
+    }
+}
+
+fn first_method(range: Option<&ByteRange>) -> Method {
+    match range {
+        Some(range) if range.zero && !range.unmap => Method::ZeroRange,
+        _ => Method::PunchHole,
+    }
+}
+
+/// Zeroes to write where nothing better is possible.
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+fn range_operation(fd: i32, range: &ByteRange, method: Method) -> FileOperation {
+    let allocate = |mode| FileOperation {
+        fd,
+        offset: range.offset,
+        action: Action::Allocate { mode: mode | libc::FALLOC_FL_KEEP_SIZE, len: range.len },
+    };
+    match method {
+        Method::ZeroRange => allocate(libc::FALLOC_FL_ZERO_RANGE),
+        Method::PunchHole => allocate(libc::FALLOC_FL_PUNCH_HOLE),
+        Method::Write(done) => {
+            let bufs = IoVecs::repeat(&ZEROES, range.len - done);
+            let action = Action::Write { bufs, durable: false };
+            FileOperation { fd, offset: range.offset + done, action }
+        }
+    }
+}
+
+// The list for one range stays below IOV_MAX.
+const _: () = assert!(MAX_RANGE_SECTORS as u64 * SECTOR / ZEROES.len() as u64 <= 1024);

@@ -3,6 +3,8 @@
 //! Hull and the payload are built on first use, so that a bare `cargo test` tests what is in the
 //! tree. `HULL=` names another binary.
 
+mod terminal;
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -14,6 +16,8 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+
+use terminal::Terminal;
 
 /// A guest that has not ended by then is killed, and the test fails.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -65,6 +69,7 @@ pub struct Guest {
     command: Command,
     folder: TempDir,
     console: Option<String>,
+    terminal: Option<Terminal>,
     patience: Duration,
 }
 
@@ -78,7 +83,7 @@ impl Guest {
         let mut command = Command::new(&*HULL);
         command.arg(subcommand).env("XDG_RUNTIME_DIR", folder.path());
         command.env("XDG_CACHE_HOME", ROOT.join("target/machine-tests"));
-        Guest { command, folder, console: None, patience: PATIENCE }
+        Guest { command, folder, console: None, terminal: None, patience: PATIENCE }
     }
 
     /// `hull run` of the payload with 128 MiB and a scenario, console on stdio.
@@ -97,6 +102,13 @@ impl Guest {
     /// Another console.
     pub fn console(mut self, options: impl Into<String>) -> Guest {
         self.console = Some(options.into());
+        self
+    }
+
+    /// Stdin and stdout on a terminal of that size. Whoever waits for its end makes sure that it was
+    /// left as it was found.
+    pub fn on_terminal(mut self, columns: u16, rows: u16) -> Guest {
+        self.terminal = Some(Terminal::open(columns, rows));
         self
     }
 
@@ -140,14 +152,27 @@ impl Guest {
             self.command.arg("--console").arg(console);
         }
         self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let person = self.terminal.as_ref().map(|terminal| {
+            let handed = terminal.hand_to(&mut self.command);
+            match handed.and_then(|()| terminal.person.try_clone()) {
+                Ok(person) => person,
+                Err(error) => panic!("no terminal for a guest: {error}"),
+            }
+        });
         let mut child = match self.command.spawn() {
             Ok(child) => child,
             Err(error) => panic!("{:?}: {error}", self.command),
         };
-        let stdout = collect(child.stdout.take());
+        // The command would keep the terminal open, which ends when nobody has it any more.
+        drop(self.command);
+        let stdout = match person {
+            Some(person) => collect(Some(person)),
+            None => collect(child.stdout.take()),
+        };
         let stderr = collect(child.stderr.take());
         Running {
             child: Some(child),
+            terminal: self.terminal,
             stdout,
             stderr,
             deadline: Instant::now() + self.patience,
@@ -234,6 +259,7 @@ impl Pipe {
 #[derive(Debug)]
 pub struct Running {
     child: Option<Child>,
+    terminal: Option<Terminal>,
     stdout: Pipe,
     stderr: Pipe,
     deadline: Instant,
@@ -254,6 +280,10 @@ impl Running {
 
     /// Types something.
     pub fn write(&mut self, text: &str) {
+        if let Some(terminal) = &self.terminal {
+            let written = (&terminal.person).write_all(text.as_bytes());
+            return assert!(written.is_ok(), "cannot type: {written:?}");
+        }
         let stdin = self.child.as_mut().and_then(|child| child.stdin.as_mut());
         let written = stdin.map(|stdin| stdin.write_all(text.as_bytes()));
         assert!(matches!(written, Some(Ok(()))), "stdin is closed: {written:?}");
@@ -262,6 +292,19 @@ impl Running {
     /// Ends the input.
     pub fn close_stdin(&mut self) {
         drop(self.child.as_mut().and_then(|child| child.stdin.take()));
+    }
+
+    /// The terminal given with [`Guest::on_terminal`] gets another size.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        match &self.terminal {
+            Some(terminal) => terminal.resize(columns, rows),
+            None => panic!("the guest is not on a terminal"),
+        }
+    }
+
+    /// True if the guest is on a terminal that leaves all keys to it.
+    pub fn is_raw(&self) -> bool {
+        self.terminal.as_ref().is_some_and(Terminal::is_raw)
     }
 
     /// Hull's process id.
@@ -313,6 +356,9 @@ impl Running {
                 }
             }
         };
+        if let Some(terminal) = self.terminal.take() {
+            terminal.close();
+        }
         for pipe in [&mut self.stdout, &mut self.stderr] {
             if let Some(thread) = pipe.thread.take() {
                 assert!(thread.join().is_ok(), "a reader panicked");

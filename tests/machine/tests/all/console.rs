@@ -39,3 +39,14 @@ fn nobody_reads() {
     let outcome = guest.finish();
     assert!([0, 143].contains(&outcome.code()), "{outcome:?}");
 }
+
+#[test]
+fn a_window_that_changes() {
+    let guest = Guest::new("console").console("tty,device=virtio").on_terminal(80, 24);
+    let mut guest = guest.start();
+    guest.wait_for("ready");
+    guest.resize(132, 50);
+    guest.wait_for("size 132 50");
+    guest.write("q");
+    guest.finish().ok();
+}

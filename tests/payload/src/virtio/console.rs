@@ -1,5 +1,7 @@
 //! Console device (virtio 1.3 § 5.3): echo, and the size of the terminal.
 
+use core::fmt::{self, Write};
+
 use super::mmio::Transport;
 use super::queue::Queue;
 use super::{CONSOLE, WRITE, find, start};
@@ -18,8 +20,8 @@ fn size(device: &Transport) -> (u16, u16) {
     (device.config(0), device.config(2))
 }
 
-/// Says `ready` on the device, sends back what it receives until a `q`; reports each new size of
-/// the terminal on COM1. `idle=` ticks without input end it too.
+/// Says `ready` on the device, sends back what it receives until a `q`; reports the size of the
+/// terminal, and each new one, on the device as well. `idle=` ticks without input end it too.
 pub fn scenario(boot: &Boot) {
     let Some(device) = find(boot, CONSOLE) else { return };
     let Some((features, [mut rx, mut tx])) = start::<2>(boot, &device, FEATURES, 64) else {
@@ -37,7 +39,7 @@ pub fn scenario(boot: &Boot) {
     rx.publish(&device);
     let mut known = size(&device);
     if features & F_SIZE != 0 {
-        println!("size {} {}", known.0, known.1);
+        send_size(&device, &mut tx, output, known);
     }
     send(&device, &mut tx, output, b"ready\n");
     let idle = boot.number("idle", 1 << 38);
@@ -60,7 +62,7 @@ pub fn scenario(boot: &Boot) {
         looks += 1;
         if looks.is_multiple_of(1_000_000) && features & F_SIZE != 0 && size(&device) != known {
             known = size(&device);
-            println!("size {} {}", known.0, known.1);
+            send_size(&device, &mut tx, output, known);
         }
     }
     println!("result console features={features:#x} bytes={octets}");
@@ -72,6 +74,29 @@ fn device_emergency(device: &Transport, features: u64) {
             write(device.base + super::mmio::register::CONFIG + 8, u32::from(*byte));
         }
     }
+}
+
+/// A line of text, as long as `size` makes it at most.
+#[derive(Default)]
+struct Line {
+    text: [u8; 32],
+    length: usize,
+}
+
+impl Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let rest = self.text.get_mut(self.length..).and_then(|rest| rest.get_mut(..text.len()));
+        rest.ok_or(fmt::Error)?.copy_from_slice(text.as_bytes());
+        self.length += text.len();
+        Ok(())
+    }
+}
+
+fn send_size(device: &Transport, tx: &mut Queue, at: u64, (columns, rows): (u16, u16)) {
+    let mut line = Line::default();
+    // Two numbers of five digits fit.
+    let _ = writeln!(line, "size {columns} {rows}");
+    send(device, tx, at, &line.text[..line.length]);
 }
 
 fn send(device: &Transport, tx: &mut Queue, at: u64, text: &[u8]) {

@@ -125,6 +125,18 @@ impl Cpuid {
             .map_or((0, 0), |entry| (entry.eax, entry.edx))
     }
 
+    /// The first guest-physical address that these CPUs cannot reach: 2 to the bits that leaf 0x8000_0008
+    /// names (Intel SDM vol. 2, CPUID; AMD APM vol. 3, E.4.7), 2^36 where it is absent.
+    pub fn address_limit(&self) -> u64 {
+        let sizes = self.entries.iter().find(|entry| entry.function == leaf::SIZES);
+        // KVM in the place of AMD's SEV may take some away: bits 16 to 23, 0 if none.
+        let bits = sizes.map_or(36, |entry| match entry.eax >> 16 & 0xFF {
+            0 => entry.eax & 0xFF,
+            guest => guest,
+        });
+        1u64.checked_shl(bits).unwrap_or(u64::MAX)
+    }
+
     /// The entries as they are without a vCPU's APIC id: for whoever asks what the guest's CPUs
     /// can do.
     pub fn entries(&self) -> &[kvm_cpuid_entry2] {

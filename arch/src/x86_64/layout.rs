@@ -122,6 +122,11 @@ pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
         .collect()
 }
 
+/// The first address after all RAM, for a machine with `size` bytes of RAM.
+pub fn ram_end(size: u64) -> u64 {
+    ram_ranges(size).last().map_or(0, |&(start, length)| start.0 + length)
+}
+
 /// The end of RAM below the hole, for a machine with `size` bytes of RAM.
 pub fn low_ram_end(size: u64) -> u64 {
     size.min(HOLE_START)

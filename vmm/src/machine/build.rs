@@ -127,6 +127,15 @@ impl Machine {
         let (events, receiver) = Sender::new(Arc::clone(&wake));
         let output = Arc::new(Output::new().map_err(host("an event descriptor"))?);
         let devices = table::devices(config, &output, host_side.window)?;
+        let cpuid = Cpuid::new(
+            hypervisor.supported_cpuid()?.as_slice(),
+            &CpuidConfig {
+                cpus,
+                tsc_deadline: capabilities.tsc_deadline_timer,
+                tsc_khz: capabilities.tsc_khz,
+            },
+        );
+        check_addresses(config, cpuid.address_limit())?;
 
         let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
         let vm = hypervisor.create_vm()?;
@@ -151,14 +160,6 @@ impl Machine {
         let Wiring { buses, slots, io: io_threads, .. } = wiring;
         host_side.timings.mark(Milestone::VmCreated);
 
-        let cpuid = Cpuid::new(
-            hypervisor.supported_cpuid()?.as_slice(),
-            &CpuidConfig {
-                cpus,
-                tsc_deadline: capabilities.tsc_deadline_timer,
-                tsc_khz: capabilities.tsc_khz,
-            },
-        );
         let vcpus = make_vcpus(vm.as_ref(), cpus, &cpuid)?;
         let page_size = PageSize::largest(&cpuid.for_vcpu(0));
         let described = describe(config, &slots, &mut ram, &cpuid)?;
@@ -299,6 +300,16 @@ fn has_serial(config: &VmConfig) -> bool {
     config.console.device == ConsoleDevice::Serial && config.console.mode != ConsoleMode::Off
 }
 
+/// A guest could name what lies beyond the reach of its CPUs, and KVM would not find it.
+fn check_addresses(config: &VmConfig, limit: u64) -> Result<(), ConfigError> {
+    if layout::ram_end(config.memory.size.0) <= limit {
+        return Ok(());
+    }
+    let (size, bits) = (config.memory.size, limit.ilog2());
+    let problem = format!("{size} is more than this host's CPU can address with its {bits} bits");
+    Err(ConfigError { field: "memory.size".to_owned(), problem })
+}
+
 fn warn_if_larger_than_host(config: &VmConfig) {
     // SAFETY: sysconf has no memory arguments.
     let (pages, page) =
@@ -425,7 +436,17 @@ fn disk_node(n: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::DiskConfig;
+    use crate::config::{ByteSize, DiskConfig};
+
+    #[test]
+    fn memory_has_to_be_within_reach() {
+        let mut config = VmConfig::default();
+        config.memory.size = ByteSize((1 << 36) - (1 << 30));
+        assert!(check_addresses(&config, 1 << 36).is_ok());
+        config.memory.size.0 += 4096;
+        let problem = check_addresses(&config, 1 << 36).unwrap_err().to_string();
+        assert!(problem.contains("36 bits"), "{problem}");
+    }
 
     #[test]
     fn the_command_line_is_default_extended_or_replaced() {

@@ -6,7 +6,7 @@
 //! opening files and devices is the machine's business.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use arch::interrupts::MAX_VIRTIO_DEVICES;
@@ -20,6 +20,9 @@ use crate::seccomp;
 pub const MAX_CPUS: u32 = 64;
 /// Most queues of a disk, and queue pairs of a network card.
 pub const MAX_QUEUES: u16 = 16;
+/// Largest packets of a network card: what IPv4 needs at least (RFC 791 § 3.2), and 64 KiB less an
+/// Ethernet header, which is what Linux allows a TAP.
+const MTU: std::ops::RangeInclusive<u16> = 68..=65_521;
 
 /// A number of bytes; written `128M`, `2G` or as a plain number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,18 +37,21 @@ impl FromStr for ByteSize {
 
     fn from_str(text: &str) -> Result<ByteSize, String> {
         let wrong = || format!("{text:?} is not a size; write 128M, 2G or a number of bytes");
-        let trimmed = text.trim_end_matches(['B', 'b']).trim_end_matches('i');
-        let unit = trimmed.chars().last().map(|c| c.to_ascii_uppercase());
-        let shift = Self::UNITS.iter().find(|(c, _)| Some(*c) == unit).map(|&(_, shift)| shift);
-        let digits = match shift {
-            Some(_) => &trimmed[..trimmed.len() - 1],
-            None => text,
-        };
-        if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let unit = text[digits.len()..].to_ascii_uppercase();
+        let shift =
+            match unit.strip_suffix("IB").or_else(|| unit.strip_suffix('B')).unwrap_or(&unit) {
+                "" if unit.is_empty() => 0,
+                letter => {
+                    let known = Self::UNITS.iter().find(|(c, _)| letter.chars().eq([*c]));
+                    known.ok_or_else(wrong)?.1
+                }
+            };
+        if !digits.bytes().all(|b| b.is_ascii_digit()) {
             return Err(wrong());
         }
         let number: u64 = digits.parse().map_err(|_| wrong())?;
-        number.checked_mul(1 << shift.unwrap_or(0)).map(ByteSize).ok_or_else(wrong)
+        number.checked_mul(1 << shift).map(ByteSize).ok_or_else(wrong)
     }
 }
 
@@ -292,7 +298,7 @@ pub struct NetConfig {
     /// The guest's MAC address; made up from the machine's name if there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddress>,
-    /// Largest packet in bytes, 68 to 65535, told to the guest.
+    /// Largest packet in bytes, 68 to 65521, told to the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
     /// Queue pairs, 1 to [`MAX_QUEUES`].
@@ -429,14 +435,16 @@ impl VmConfig {
             if disk.path.as_os_str().is_empty() {
                 return error(format!("disk[{n}].path"), "a disk needs a file or block device");
             }
-            if let Some(id) = &disk.id {
-                if id.is_empty() || id.len() > 20 || !id.bytes().all(|b| b.is_ascii_graphic()) {
-                    let problem = format!("{id:?} is not 1 to 20 printable ASCII characters");
-                    return error(format!("disk[{n}].id"), problem);
-                }
-                if self.disk[..n].iter().any(|other| other.id.as_ref() == Some(id)) {
-                    return error(format!("disk[{n}].id"), format!("{id:?} is used twice"));
-                }
+            let fits = |id: &&String| {
+                (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
+            };
+            if let Some(id) = disk.id.as_ref().filter(|id| !fits(id)) {
+                let problem = format!("{id:?} is not 1 to 20 printable ASCII characters");
+                return error(format!("disk[{n}].id"), problem);
+            }
+            let name = self.disk_name(n);
+            if (0..n).any(|other| self.disk_name(other) == name) {
+                return error(format!("disk[{n}].id"), format!("two disks are called {name}"));
             }
             validate_queues(disk.queues, || format!("disk[{n}].queues"))?;
         }
@@ -469,8 +477,10 @@ impl VmConfig {
                     "is for an interface that Hull makes; give yours its address by `ip addr`";
                 return error(format!("net[{n}].host"), problem);
             }
-            if net.mtu.is_some_and(|mtu| mtu < 68) {
-                return error(format!("net[{n}].mtu"), "is not between 68 and 65535");
+            if let Some(mtu) = net.mtu.filter(|mtu| !MTU.contains(mtu)) {
+                let (least, most) = (MTU.start(), MTU.end());
+                let problem = format!("{mtu} is not between {least} and {most}");
+                return error(format!("net[{n}].mtu"), problem);
             }
             validate_queues(net.queues, || format!("net[{n}].queues"))?;
         }
@@ -491,6 +501,13 @@ impl VmConfig {
                 format!("is one device too many: a machine has at most {MAX_VIRTIO_DEVICES}"),
             ),
         }
+    }
+
+    /// The files that the guest is made from: kernel, initial RAM disk, disks.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let disks = self.disk.iter().map(|disk| &disk.path);
+        let files = std::iter::once(&self.kernel.path).chain(&self.kernel.initrd).chain(disks);
+        files.map(PathBuf::as_path)
     }
 
     /// Name of the `n`th disk in messages: its id, or `disk` and its number.

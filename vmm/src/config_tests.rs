@@ -16,12 +16,31 @@ fn problem(change: impl FnOnce(&mut VmConfig)) -> String {
 
 #[test]
 fn sizes_read_and_print() {
-    for (text, bytes) in
-        [("128M", 128 << 20), ("2G", 2 << 30), ("4096", 4096), ("1k", 1024), ("3MiB", 3 << 20)]
-    {
+    for (text, bytes) in [
+        ("128M", 128 << 20),
+        ("2G", 2 << 30),
+        ("4096", 4096),
+        ("1k", 1024),
+        ("3MiB", 3 << 20),
+        ("5gb", 5 << 30),
+    ] {
         assert_eq!(text.parse::<ByteSize>(), Ok(ByteSize(bytes)));
     }
-    for text in ["", "M", "-1", "1.5G", "12X", "99999999999T", "1 G", "+4K"] {
+    for text in [
+        "",
+        "M",
+        "-1",
+        "1.5G",
+        "12X",
+        "99999999999T",
+        "1 G",
+        "+4K",
+        "1MBB",
+        "1Mii",
+        "1Mi",
+        "1B",
+        "1iB",
+    ] {
         assert!(text.parse::<ByteSize>().is_err(), "{text:?}");
     }
     assert_eq!(ByteSize(128 << 20).to_string(), "128M");
@@ -77,7 +96,7 @@ fn refusals_name_the_field_and_what_is_allowed() {
     assert!(problem(|c| c.kernel.path = PathBuf::new()).starts_with("kernel.path:"));
     assert!(problem(|c| c.console.mode = ConsoleMode::File).starts_with("console.path:"));
     let disk = DiskConfig { path: "d".into(), id: Some("x".into()), ..Default::default() };
-    assert!(problem(|c| c.disk = vec![disk.clone(), disk.clone()]).contains("used twice"));
+    assert!(problem(|c| c.disk = vec![disk.clone(), disk.clone()]).contains("two disks are called x"));
     let queues = DiskConfig { queues: Some(17), path: "d".into(), ..Default::default() };
     assert_eq!(problem(|c| c.disk = vec![queues]), "disk[0].queues: 17 is not between 1 and 16");
     let tap = NetConfig { tap: Some("a-name-that-is-too-long".into()), ..Default::default() };

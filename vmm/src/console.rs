@@ -13,7 +13,8 @@ use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -201,11 +202,17 @@ impl Sink {
         OpenOptions::new().write(true).custom_flags(flags).open(&path).map(Sink::File)
     }
 
-    /// A sink that creates or empties the file at `path`.
+    /// A sink that creates or empties the file at `path`, which is none of the files `used`.
     ///
     /// # Errors
-    /// The file cannot be opened.
-    pub fn create(path: &std::path::Path) -> io::Result<Sink> {
+    /// The file is one of those, or cannot be opened. It is as it was then.
+    pub fn create<'a>(path: &Path, used: impl IntoIterator<Item = &'a Path>) -> io::Result<Sink> {
+        let identity = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+        if let Some(this) = identity(path)
+            && used.into_iter().any(|path| identity(path) == Some(this))
+        {
+            return Err(io::Error::other("the machine boots or reads from it"));
+        }
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true);
         options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map(Sink::File)

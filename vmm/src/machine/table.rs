@@ -2,9 +2,10 @@
 //! finds them. A new kind of device is one line here.
 
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
-use devices::virtio::blk::{Block, Cache, DiskFile, Options};
+use devices::virtio::blk::{Block, Cache, DiskFile, OpenError, Options};
 use devices::virtio::console::{Console, ConsoleOutput};
 use devices::virtio::device::Device;
 use devices::virtio::net::tap::{Tap, TapError};
@@ -52,7 +53,17 @@ pub(super) fn devices(
         let name = config.disk_name(n);
         let cached_writes = !disk.ro && !disk.direct;
         let back_end = if cached_writes { BackEnd::CachedWrites } else { BackEnd::File };
-        add(name.clone(), Box::new(block(name, disk)?), back_end);
+        let device = block(name.clone(), disk).map_err(|err| {
+            let taken = matches!(err, OpenError::Locked { .. } | OpenError::Claimed { .. });
+            let source = match same_file(config, n).filter(|_| taken) {
+                Some(other) => {
+                    format!("{} is {other} of this machine already", disk.path.display()).into()
+                }
+                None => err.into(),
+            };
+            BuildError::Device { device: name.clone(), source }
+        })?;
+        add(name, Box::new(device), back_end);
     }
     for (n, net) in config.net.iter().enumerate() {
         let name = format!("net{n}");
@@ -66,9 +77,24 @@ pub(super) fn devices(
     Ok(devices)
 }
 
-fn block(name: String, config: &DiskConfig) -> Result<Block, BuildError> {
-    let file = DiskFile::open(&config.path, config.ro, config.direct)
-        .map_err(|err| BuildError::Device { device: name.clone(), source: err.into() })?;
+/// Name of the disk before the `n`th one that is the same file, if there is one.
+fn same_file(config: &VmConfig, n: usize) -> Option<String> {
+    let identity = |n: usize| {
+        let disk = config.disk.get(n)?;
+        let file = std::fs::metadata(&disk.path).ok()?;
+        // Of a device its number counts: any number of nodes may stand for it.
+        Some(if file.file_type().is_block_device() {
+            (0, file.rdev())
+        } else {
+            (file.dev(), file.ino())
+        })
+    };
+    let this = identity(n)?;
+    (0..n).find(|&other| identity(other) == Some(this)).map(|other| config.disk_name(other))
+}
+
+fn block(name: String, config: &DiskConfig) -> Result<Block, OpenError> {
+    let file = DiskFile::open(&config.path, config.ro, config.direct)?;
     let cache = match config.cache {
         CacheMode::Writeback => Cache::Writeback,
         CacheMode::Writethrough => Cache::Writethrough,
@@ -116,11 +142,11 @@ fn inherited(fd: i32) -> Result<Tap, TapError> {
     let copy = unsafe {
         let copy = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3);
         if copy < 0 {
-            return Err(TapError::NotTap { name: format!("descriptor {fd}") });
+            return Err(TapError::NotTap { name: format!("descriptor {fd}, which is not open,") });
         }
         OwnedFd::from_raw_fd(copy)
     };
-    Tap::from_fd(copy)
+    Tap::from_fd(copy, &format!("descriptor {fd}"))
 }
 
 /// A locally administered unicast address that stays the same for a machine's name and card.

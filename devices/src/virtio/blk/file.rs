@@ -45,6 +45,12 @@ pub enum OpenError {
         /// It was to be opened read-only.
         read_only: bool,
     },
+    /// A block device that is mounted, or that somebody else has claimed.
+    #[error("{} is in use: it is mounted, or somebody else writes to it", path.display())]
+    Claimed {
+        /// The device.
+        path: PathBuf,
+    },
     /// It cannot be locked or measured.
     #[error("cannot {what} {}", path.display())]
     Host {
@@ -71,19 +77,28 @@ impl DiskFile {
     /// Opens the raw disk at `path`: read-only, or for writing; past the page cache with `direct`.
     ///
     /// A lock on the open file description keeps a second writer, or a reader beside a writer, in
-    /// this and other processes, out.
+    /// this and other processes, out. A block device that is written is claimed as well, as mount(8)
+    /// does it, whatever node it was opened by.
     ///
     /// # Errors
     /// [`OpenError`].
     pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<DiskFile, OpenError> {
         let access = if read_only { "reading" } else { "reading and writing" };
         let open = |source| OpenError::Open { path: path.to_owned(), access, source };
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if direct { libc::O_DIRECT } else { 0 };
+        let mut flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        if direct {
+            flags |= libc::O_DIRECT;
+        }
+        if !read_only {
+            // Without O_CREAT it means something for block devices only (open(2)).
+            flags |= libc::O_EXCL;
+        }
         let mut file =
             File::options().read(true).write(!read_only).custom_flags(flags).open(path).map_err(
                 |source| match source.raw_os_error() {
                     // Opening a directory for writing says so before anything can be looked at.
                     Some(libc::EISDIR) => OpenError::Kind { path: path.to_owned() },
+                    Some(libc::EBUSY) => OpenError::Claimed { path: path.to_owned() },
                     _ => open(source),
                 },
             )?;

@@ -42,8 +42,8 @@ pub enum TapError {
         /// The name.
         name: String,
     },
-    /// This user may not make or use the interface.
-    #[error("no permission to use TAP interface {name}")]
+    /// This user may not make the interface, or not use it.
+    #[error("no permission to use {}", interface(name))]
     Permission {
         /// The name, or the pattern of a name.
         name: String,
@@ -90,6 +90,15 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
+}
+
+/// An interface in words; what is to be made has a pattern in place of a name.
+fn interface(name: &str) -> String {
+    if name.contains('%') {
+        "a new TAP interface".to_owned()
+    } else {
+        format!("TAP interface {name}")
+    }
 }
 
 /// One queue pair of a TAP interface.
@@ -151,12 +160,12 @@ impl Tap {
         first.with_siblings(queues)
     }
 
-    /// Takes over an inherited descriptor of one queue pair.
+    /// Takes over an inherited descriptor of one queue pair, which `name` stands for in errors.
     ///
     /// # Errors
     /// [`TapError::NotTap`], `Framing` or `System`.
-    pub fn from_fd(fd: OwnedFd) -> Result<Tap, TapError> {
-        let not_tap = || TapError::NotTap { name: format!("descriptor {}", fd.as_raw_fd()) };
+    pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Tap, TapError> {
+        let not_tap = || TapError::NotTap { name: name.to_owned() };
         let mut request = empty_request();
         // SAFETY: TUNGETIFF writes one ifreq.
         ioctl(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF as _, &mut request) })

@@ -131,15 +131,15 @@ fn an_existing_interface_is_opened_or_refused_with_the_reason() {
 fn an_inherited_descriptor_is_checked() {
     in_own_network(|| {
         let null: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
-        assert!(matches!(Tap::from_fd(null), Err(TapError::NotTap { .. })));
+        assert!(matches!(Tap::from_fd(null, "it"), Err(TapError::NotTap { .. })));
         let tun: OwnedFd =
             std::fs::File::options().read(true).write(true).open("/dev/net/tun").unwrap().into();
-        assert!(matches!(Tap::from_fd(tun), Err(TapError::NotTap { .. })), "not attached");
+        assert!(matches!(Tap::from_fd(tun, "it"), Err(TapError::NotTap { .. })), "not attached");
         let taps = Tap::create("mine", 1).unwrap();
         // SAFETY: a new descriptor of ours.
         let fd = unsafe { OwnedFd::from_raw_fd(libc::dup(taps[0].fd())) };
         drop(taps);
-        assert_eq!(Tap::from_fd(fd).unwrap().name(), "mine");
+        assert_eq!(Tap::from_fd(fd, "it").unwrap().name(), "mine");
     });
 }
 

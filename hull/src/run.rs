@@ -175,7 +175,8 @@ fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
         ConsoleMode::Stdio | ConsoleMode::Auto => Ok((stdio()?, None)),
         ConsoleMode::File => {
             let path = config.console.path.clone().unwrap_or_default();
-            let sink = Sink::create(&path).map_err(|source| ConsoleFile { path, source })?;
+            let sink = Sink::create(&path, config.files())
+                .map_err(|source| ConsoleFile { path, source })?;
             Ok((Console { sink, ..Console::off() }, None))
         }
         ConsoleMode::Off => Ok((Console::off(), None)),

@@ -225,9 +225,7 @@ fn print_timings(timings: &Timings, format: Format) -> io::Result<()> {
     if format == Format::Json {
         let map: serde_json::Map<String, serde_json::Value> = reached
             .iter()
-            .map(|(milestone, nanos)| {
-                (format!("{}_ns", milestone.name().replace(' ', "_")), (*nanos).into())
-            })
+            .map(|(milestone, nanos)| (milestone.key().to_owned(), (*nanos).into()))
             .collect();
         return writeln!(out, "{}", serde_json::Value::Object(map));
     }

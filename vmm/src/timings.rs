@@ -32,6 +32,18 @@ impl Milestone {
         Milestone::End,
     ];
 
+    /// Key for programs, of the time in nanoseconds.
+    pub fn key(self) -> &'static str {
+        match self {
+            Milestone::VmCreated => "vm_created_ns",
+            Milestone::KernelLoaded => "kernel_loaded_ns",
+            Milestone::FirstInstruction => "first_instruction_ns",
+            Milestone::FirstConsoleByte => "first_console_byte_ns",
+            Milestone::Userspace => "userspace_reached_ns",
+            Milestone::End => "end_ns",
+        }
+    }
+
     /// Name for tables.
     pub fn name(self) -> &'static str {
         match self {

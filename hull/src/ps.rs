@@ -27,7 +27,7 @@ pub fn ps(args: &PsArgs) -> Result {
             record.cpus.to_string(),
             ByteSize(record.memory).to_string(),
             age(now.saturating_sub(Duration::from_secs(record.started))),
-            record.kernel.display().to_string(),
+            printable(&record.kernel),
         ]
     }));
     let widths: Vec<usize> = (0..6)
@@ -39,6 +39,11 @@ pub fn ps(args: &PsArgs) -> Result {
         writeln!(out, "{}", cells.join("  ").trim_end())?;
     }
     Ok(Code::SUCCESS)
+}
+
+/// `text` without what a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
 fn age(age: Duration) -> String {

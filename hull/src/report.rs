@@ -13,6 +13,8 @@ use vmm::memory::MemoryError;
 
 use crate::cli::UsageError;
 use crate::exit::Code;
+use crate::runtime::RuntimeError;
+use crate::streams::{self, printable};
 
 /// Prints `err`, its causes and a hint to standard error.
 pub fn print(err: &(dyn Error + Send + Sync + 'static)) {
@@ -46,6 +48,14 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
     if let Some(BuildError::Load(load)) = find::<BuildError>(err)
         && let Some(hint) = load_hint(load)
     {
+        return Some(hint);
+    }
+    if let Some(BootError::CmdlineTooLong { .. }) = find::<BootError>(err) {
+        return Some(
+            "shorten --cmdline; --replace-cmdline leaves out the default arguments".into(),
+        );
+    }
+    if let Some(hint) = find::<RuntimeError>(err).and_then(RuntimeError::hint) {
         return Some(hint);
     }
     if let Some(disk) = find::<OpenError>(err)

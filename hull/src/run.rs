@@ -76,12 +76,12 @@ impl Session {
             started,
             cpus: config.cpus,
             memory: config.memory.size.0,
-            kernel: config.kernel.path.clone(),
+            kernel: config.kernel.path.to_string_lossy().into_owned(),
         };
         let entry = match Entry::create(&runtime::directory(), &record) {
             Ok(entry) => Some(entry),
             // Who did not ask for a name can do without an entry.
-            Err(err @ runtime::RuntimeError::Directory { .. }) if !named => {
+            Err(err) if !named => {
                 tracing::info!(%err, "`hull ps` will not show this machine");
                 None
             }
@@ -114,7 +114,7 @@ impl Session {
         let machine = Machine::new(&self.config, &host)?;
         let mut services: Vec<Box<dyn Service>> = Vec::new();
         if let Some(entry) = &self.entry {
-            services.push(Box::new(entry.control_socket()?));
+            services.push(Box::new(entry.control_socket()));
         }
         // Last, so that an error before it finds the terminal as it was.
         let (console, _raw) = console(&self.config)?;

@@ -7,12 +7,26 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vmm::machine::{Command, Handle, Service};
+
+/// How long a name may be held by somebody who only clears away what a dead machine left. That takes
+/// microseconds, unless the scheduler steps in.
+const SWEEP: Duration = Duration::from_secs(3);
+
+/// Longest path of a socket, in bytes: `sun_path` without its NUL.
+const LONGEST_SOCKET_PATH: usize = 107;
+
+/// Largest record that is read, in bytes; ours are far smaller.
+const LONGEST_RECORD: u64 = 64 * 1024;
 
 /// What `NAME.json` says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,8 +41,8 @@ pub struct Record {
     pub cpus: u32,
     /// Bytes of memory.
     pub memory: u64,
-    /// The kernel file.
-    pub kernel: PathBuf,
+    /// The kernel file; JSON has no place for bytes that are not UTF-8.
+    pub kernel: String,
 }
 
 /// Why a machine could not be given its name.
@@ -55,6 +69,23 @@ pub enum RuntimeError {
     },
 }
 
+impl RuntimeError {
+    /// What a person can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            RuntimeError::NameTaken(name) => {
+                Some(format!("`hull ps` lists the machines, `hull stop {name}` ends this one"))
+            }
+            RuntimeError::NoSuchMachine { .. } => None,
+            RuntimeError::Directory { .. } => Some(
+                "set XDG_RUNTIME_DIR to a directory that this user may write, as a login session \
+                 has one; a machine without --name runs without it"
+                    .to_owned(),
+            ),
+        }
+    }
+}
+
 /// The runtime directory: `$XDG_RUNTIME_DIR/hull`, else `/run/hull`.
 pub fn directory() -> PathBuf {
     std::env::var_os("XDG_RUNTIME_DIR")
@@ -67,90 +98,176 @@ pub fn directory() -> PathBuf {
 /// A machine's place in the runtime directory, given back when dropped.
 #[derive(Debug)]
 pub struct Entry {
+    // The lock in it is held, and its files removed at the end.
+    #[cfg_attr(not(test), expect(dead_code))]
+    files: Files,
+    control: Arc<Control>,
+}
+
+/// The files of an entry; whoever has them has the lock on `NAME.json`, which makes the entry count.
+#[derive(Debug)]
+struct Files {
     directory: PathBuf,
     name: String,
-    // The lock on it is what makes the entry count.
-    _file: File,
+    record: File,
 }
 
 impl Entry {
-    /// Takes `record.name` in `directory`.
+    /// Takes `record.name` in `directory`, and makes its control socket, mode 0600. What is sent
+    /// there waits for a machine that serves it.
     ///
     /// # Errors
-    /// [`RuntimeError::NameTaken`] or [`RuntimeError::Directory`].
+    /// [`RuntimeError::NameTaken`] or [`RuntimeError::Directory`]; nothing is left then.
     pub fn create(directory: &Path, record: &Record) -> Result<Entry, RuntimeError> {
         let failed = |source| RuntimeError::Directory { path: directory.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
-        let path = directory.join(format!("{}.json", record.name));
-        let (mut file, stale) = loop {
-            let file = OpenOptions::new()
+        let files = Files::take(directory, &record.name)
+            .map_err(failed)?
+            .ok_or_else(|| RuntimeError::NameTaken(record.name.clone()))?;
+        // First, so that who finds the record finds the socket.
+        let socket = bind(directory, &record.name).map_err(failed)?;
+        files.write(record).map_err(failed)?;
+        let control = Control { socket, ignored: AtomicU32::new(0) };
+        Ok(Entry { files, control: Arc::new(control) })
+    }
+
+    /// The control socket, for a machine to serve. Those that follow each other under this entry
+    /// share it, so that nothing sent in between is lost.
+    pub fn control_socket(&self) -> ControlSocket {
+        ControlSocket(Arc::clone(&self.control))
+    }
+}
+
+impl Files {
+    /// Takes `name`, unless another machine has it.
+    fn take(directory: &Path, name: &str) -> io::Result<Option<Files>> {
+        let path = record_path(directory, name);
+        let patience = Instant::now() + SWEEP;
+        loop {
+            let record = OpenOptions::new()
                 .read(true)
                 .write(true)
                 .create(true)
                 .truncate(false)
                 .mode(0o600)
                 .custom_flags(libc::O_NOFOLLOW)
-                .open(&path)
-                .map_err(failed)?;
-            if !lock(&file) {
-                return Err(RuntimeError::NameTaken(record.name.clone()));
+                .open(&path)?;
+            if !lock(&record)? {
+                // Held by a machine, or for a moment by who removes what a dead one left.
+                let owner = read_record(&record).map(|record| record.pid);
+                if owner.is_some_and(runs_elsewhere) || Instant::now() >= patience {
+                    return Ok(None);
+                }
+                std::thread::sleep(Duration::from_millis(5));
+                continue;
             }
             // Between opening and locking its last owner may have removed it.
-            let ours = file.metadata().map_err(failed)?;
-            let same = |now: fs::Metadata| (ours.dev(), ours.ino()) == (now.dev(), now.ino());
-            if fs::metadata(&path).is_ok_and(same) {
-                break (file, ours.len());
+            if is_at(&record, &path) {
+                let (directory, name) = (directory.to_owned(), name.to_owned());
+                return Ok(Some(Files { directory, name, record }));
             }
-        };
-        let entry = |file| Entry {
-            directory: directory.to_owned(),
-            name: record.name.clone(),
-            _file: file,
-        };
-        let text = serde_json::to_string(record).map_err(|err| failed(err.into()))?;
-        // Cut only what is there: some file systems write a file that was cut to disk at once.
-        if stale > 0 {
-            file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map_err(failed)?;
         }
-        file.write_all(text.as_bytes()).map_err(failed)?;
-        Ok(entry(file))
     }
 
-    /// The control socket of this machine, mode 0600.
-    ///
-    /// # Errors
-    /// The socket cannot be made.
-    pub fn control_socket(&self) -> io::Result<ControlSocket> {
-        let path = socket_path(&self.directory, &self.name);
-        let socket = match UnixDatagram::bind(&path) {
-            Err(err) if err.kind() == io::ErrorKind::AddrInUse => {
-                // Ours by the lock: a socket that is there belonged to a machine that is gone.
-                fs::remove_file(&path)?;
-                UnixDatagram::bind(&path)?
-            }
-            bound => bound?,
-        };
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-        socket.set_nonblocking(true)?;
-        Ok(ControlSocket { socket })
+    fn write(&self, record: &Record) -> io::Result<()> {
+        let text = serde_json::to_string(record)?;
+        let mut file = &self.record;
+        // Cut only what is there: some file systems write a file that was cut to disk at once.
+        if file.metadata()?.len() > 0 {
+            file.set_len(0)?;
+            file.seek(SeekFrom::Start(0))?;
+        }
+        file.write_all(text.as_bytes())
     }
 }
 
-impl Drop for Entry {
+impl Drop for Files {
     fn drop(&mut self) {
         let _ = fs::remove_file(socket_path(&self.directory, &self.name));
-        let _ = fs::remove_file(self.directory.join(format!("{}.json", self.name)));
+        let _ = fs::remove_file(record_path(&self.directory, &self.name));
     }
+}
+
+fn record_path(directory: &Path, name: &str) -> PathBuf {
+    directory.join(format!("{name}.json"))
 }
 
 fn socket_path(directory: &Path, name: &str) -> PathBuf {
     directory.join(format!("{name}.sock"))
 }
 
-/// Locks `file` unless somebody else holds it.
-fn lock(file: &File) -> bool {
+/// Calls `with` with a path of the control socket that fits into a socket's address.
+fn with_socket_path<T>(
+    directory: &Path,
+    name: &str,
+    with: impl FnOnce(&Path) -> io::Result<T>,
+) -> io::Result<T> {
+    let path = socket_path(directory, name);
+    if path.as_os_str().as_bytes().len() <= LONGEST_SOCKET_PATH {
+        return with(&path);
+    }
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    let directory = File::options().read(true).custom_flags(flags).open(directory)?;
+    with(&socket_path(Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())), name))
+}
+
+/// Makes the control socket. To be called with the name's lock.
+fn bind(directory: &Path, name: &str) -> io::Result<UnixDatagram> {
+    let socket = with_socket_path(directory, name, |path| match UnixDatagram::bind(path) {
+        Err(err) if err.kind() == io::ErrorKind::AddrInUse => {
+            // Ours by the lock: a socket that is there belonged to a machine that is gone.
+            fs::remove_file(path)?;
+            UnixDatagram::bind(path)
+        }
+        bound => bound,
+    })?;
+    fs::set_permissions(socket_path(directory, name), fs::Permissions::from_mode(0o600))?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+/// Locks `file`. Returns false if somebody else holds the lock.
+fn lock(file: &File) -> io::Result<bool> {
     // SAFETY: flock has no memory arguments.
-    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        err if err.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        err => Err(err),
+    }
+}
+
+/// True if `file` is what `path` names now.
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), fs::symlink_metadata(path)) {
+        (Ok(ours), Ok(now)) => (ours.dev(), ours.ino()) == (now.dev(), now.ino()),
+        _ => false,
+    }
+}
+
+/// What a file that was just opened records; nothing while a machine that starts has not written it.
+fn read_record(file: &File) -> Option<Record> {
+    let mut text = String::new();
+    file.take(LONGEST_RECORD).read_to_string(&mut text).ok()?;
+    serde_json::from_str(&text).ok()
+}
+
+/// True if `pid` is a process, and not this one: in a container, the next boot may get the same id.
+fn runs_elsewhere(pid: i32) -> bool {
+    // SAFETY: sends nothing; only looks whether it could.
+    let sent = || unsafe { libc::kill(pid, 0) } == 0;
+    let ours = i32::try_from(std::process::id()).is_ok_and(|id| id == pid);
+    pid > 0 && !ours && (sent() || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM))
+}
+
+/// Removes what a dead machine left at `path`. `record` was opened there and is locked: as long as
+/// it is still what `path` names, nobody can take the name.
+fn sweep(path: &Path, record: &File) {
+    if is_at(record, path) {
+        let _ = fs::remove_file(path.with_extension("sock"));
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// The machines in `directory` that are alive, by name. What dead ones left is removed.
@@ -169,18 +286,16 @@ pub fn list(directory: &Path) -> Result<Vec<Record>, RuntimeError> {
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }
-        let Ok(mut file) = File::options().read(true).write(true).open(&path) else { continue };
-        if lock(&file) {
-            let _ = fs::remove_file(path.with_extension("sock"));
-            let _ = fs::remove_file(&path);
-            continue;
-        }
-        let mut text = String::new();
-        // A machine that is just starting has not written its record yet.
-        if file.read_to_string(&mut text).is_ok()
-            && let Ok(record) = serde_json::from_str::<Record>(&text)
-        {
-            records.push(record);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(&path);
+        let Ok(file) = file else { continue };
+        match lock(&file) {
+            Ok(true) => sweep(&path, &file),
+            Ok(false) => records.extend(read_record(&file)),
+            Err(_) => {}
         }
     }
     records.sort_by(|a, b| a.name.cmp(&b.name));
@@ -212,44 +327,59 @@ pub enum Request {
     Quit,
 }
 
-/// Sends `request` to the machine called `name`. The machine does not answer: what follows is seen
-/// by its process.
+/// Sends `request` to the machine called `name`, without waiting for room where many requests are
+/// waiting already. The machine does not answer: what follows is seen by its process.
 ///
 /// # Errors
-/// The machine has no socket, or does not take the request.
+/// The machine has no socket, or does not take the request; of kind `WouldBlock` if it reads none.
 pub fn send(directory: &Path, name: &str, request: Request) -> io::Result<()> {
     let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
     let text = serde_json::to_vec(&request)?;
-    socket.send_to(&text, socket_path(directory, name)).map(|_| ())
+    with_socket_path(directory, name, |path| socket.send_to(&text, path).map(|_| ()))
 }
 
 /// The machine's side of its control socket.
 #[derive(Debug)]
-pub struct ControlSocket {
+pub struct ControlSocket(Arc<Control>);
+
+#[derive(Debug)]
+struct Control {
     socket: UnixDatagram,
+    // Requests that came to nothing.
+    ignored: AtomicU32,
+}
+
+impl Control {
+    /// Logs a request that came to nothing. Whoever sends them by the thousand is told of the 1st, 2nd,
+    /// 4th, 8th …
+    fn ignore(&self, why: &dyn std::fmt::Display) {
+        let count = self.ignored.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        if count.is_power_of_two() {
+            tracing::warn!(%why, count, "request on the control socket ignored");
+        }
+    }
 }
 
 impl Service for ControlSocket {
     fn fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
+        self.0.socket.as_raw_fd()
     }
 
     fn on_ready(&mut self, machine: &Handle) {
         let mut bytes = [0; 256];
-        let Ok(len) = self.socket.recv(&mut bytes) else { return };
+        let Ok(len) = self.0.socket.recv(&mut bytes) else { return };
         let command = match serde_json::from_slice(&bytes[..len]) {
             Ok(Request::PowerButton) => Command::PowerButton,
             Ok(Request::Quit) => Command::Quit,
-            Err(err) => {
-                tracing::warn!(%err, "request on the control socket not understood");
-                return;
-            }
+            Err(err) => return self.0.ignore(&err),
         };
+        let control = Arc::clone(&self.0);
         machine.send(
             command,
-            Box::new(|reply| {
+            Box::new(move |reply| {
                 if let Err(refusal) = reply {
-                    tracing::warn!(%refusal, "request on the control socket refused");
+                    control.ignore(&refusal);
                 }
             }),
         );
@@ -263,7 +393,8 @@ mod tests {
     fn record(name: &str) -> Record {
         Record {
             name: name.into(),
-            pid: std::process::id() as i32,
+            // A process, and not this one: a record that names its reader is one of an earlier boot.
+            pid: std::os::unix::process::parent_id() as i32,
             started: 1,
             cpus: 1,
             memory: 2,
@@ -286,16 +417,116 @@ mod tests {
         Entry::create(dir.path(), &record("a")).unwrap();
     }
 
+    /// What a machine that was killed leaves.
+    fn remains(directory: &Path, name: &str) {
+        drop(bind(directory, name).unwrap());
+        let text = serde_json::to_vec(&Record { pid: i32::MAX, ..record(name) }).unwrap();
+        fs::write(record_path(directory, name), text).unwrap();
+    }
+
     #[test]
     fn what_a_dead_machine_left_is_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let entry = Entry::create(dir.path(), &record("a")).unwrap();
-        let _socket = entry.control_socket().unwrap();
-        let Entry { _file: file, .. } = &entry;
-        // SAFETY: flock has no memory arguments.
-        unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
+        remains(dir.path(), "a");
         assert!(list(dir.path()).unwrap().is_empty());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_dead_machine_left_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        remains(dir.path(), "a");
+        let _entry = Entry::create(dir.path(), &record("a")).unwrap();
+        assert_eq!(list(dir.path()).unwrap(), [record("a")]);
+    }
+
+    #[test]
+    fn a_sweeper_that_comes_late_leaves_the_next_machine_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = record_path(dir.path(), "a");
+        let entry = Entry::create(dir.path(), &record("a")).unwrap();
+        let opened = File::open(&path).unwrap();
+        drop(entry);
+        let _entry = Entry::create(dir.path(), &record("a")).unwrap();
+        assert!(lock(&opened).unwrap());
+        sweep(&path, &opened);
+        assert_eq!(list(dir.path()).unwrap(), [record("a")]);
+        assert!(socket_path(dir.path(), "a").exists());
+    }
+
+    #[test]
+    fn a_sweeper_at_work_does_not_have_the_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = record_path(dir.path(), "a");
+        remains(dir.path(), "a");
+        let opened = File::open(&path).unwrap();
+        assert!(lock(&opened).unwrap());
+        std::thread::scope(|scope| {
+            let starting = scope.spawn(|| Entry::create(dir.path(), &record("a")).map(drop));
+            std::thread::sleep(Duration::from_millis(100));
+            sweep(&path, &opened);
+            drop(opened);
+            starting.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn names_are_taken_and_given_back_while_others_look() {
+        let dir = tempfile::tempdir().unwrap();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        list(dir.path()).unwrap();
+                    }
+                });
+            }
+            let rounds = || -> Result<(), RuntimeError> {
+                for _ in 0..1000 {
+                    let entry = Entry::create(dir.path(), &record("a"))?;
+                    std::thread::yield_now();
+                    assert!(is_at(&entry.files.record, &record_path(dir.path(), "a")));
+                    send(dir.path(), "a", Request::Quit).unwrap();
+                }
+                Ok(())
+            };
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(rounds));
+            over.store(true, Ordering::Relaxed);
+            result.unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn an_entry_that_cannot_be_made_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        // Not a socket that could be replaced.
+        fs::create_dir(socket_path(dir.path(), "a")).unwrap();
+        let err = Entry::create(dir.path(), &record("a")).unwrap_err();
+        assert!(matches!(err, RuntimeError::Directory { .. }), "{err}");
+        assert!(!record_path(dir.path(), "a").exists());
+    }
+
+    #[test]
+    fn requests_wait_and_do_not_block() {
+        // Far longer than a socket's address.
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("d".repeat(200));
+        let entry = Entry::create(&dir, &record("a")).unwrap();
+        let mut sent = 0;
+        let err = loop {
+            match send(&dir, "a", Request::PowerButton) {
+                Ok(()) => sent += 1,
+                Err(err) => break err,
+            }
+        };
+        assert!(sent > 0);
+        assert_eq!(err.kind(), io::ErrorKind::WouldBlock);
+        let mut bytes = [0; 256];
+        let len = entry.control_socket().0.socket.recv(&mut bytes).unwrap();
+        assert_eq!(bytes[..len], *b"\"power-button\"");
+        drop(entry);
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Errors as a person reads them: the chain once, numbered, and a hint where there is a cure.
 
 use std::error::Error;
+use std::fmt::Write as _;
 use std::io::{self, ErrorKind};
 
+use arch::boot::BootError;
 use vmm::config::ConfigError;
 use vmm::devices::virtio::blk::OpenError;
 use vmm::devices::virtio::net::tap::TapError;
@@ -18,23 +20,31 @@ use crate::streams::{self, printable};
 
 /// Prints `err`, its causes and a hint to standard error.
 pub fn print(err: &(dyn Error + Send + Sync + 'static)) {
-    eprintln!("hull: {err}");
-    let causes: Vec<&dyn Error> =
-        std::iter::successors(err.source(), |&err| err.source()).collect();
-    for (number, cause) in (1..).zip(&causes) {
-        eprintln!("  {number}: {cause}");
+    let mut text = format!("hull: {}\n", printable(&err));
+    let causes = std::iter::successors(err.source(), |&err| err.source());
+    // Writing to a String cannot fail.
+    for (number, cause) in (1..).zip(causes) {
+        let _ = writeln!(text, "  {number}: {}", printable(&cause));
     }
     if let Some(hint) = hint(err) {
-        eprintln!("hint: {hint}");
+        let _ = writeln!(text, "hint: {}", printable(&hint));
     }
+    streams::say(&text);
 }
 
 /// The exit code that says what kind of error it was.
 pub fn exit_code(err: &(dyn Error + Send + Sync + 'static)) -> Code {
     let usage = err.is::<UsageError>()
         || err.is::<ConfigError>()
-        || matches!(err.downcast_ref(), Some(BuildError::Config(_)));
+        || matches!(err.downcast_ref(), Some(BuildError::Config(_)))
+        || is_command_line(err);
     if usage { Code::USAGE } else { Code::FAILURE }
+}
+
+/// True if the kernel cannot be given the command line that was asked for.
+fn is_command_line(err: &(dyn Error + Send + Sync + 'static)) -> bool {
+    use BootError::{CmdlineNul, CmdlineTooLong};
+    matches!(find::<BootError>(err), Some(CmdlineTooLong { .. } | CmdlineNul { .. }))
 }
 
 /// The error of type `T` in the chain of `err`.
@@ -74,10 +84,7 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
                 "load KVM with `modprobe kvm_intel` or `modprobe kvm_amd`; in a virtual machine, \
                  its host must allow nested virtualisation; `hull doctor` looks further"
             }
-            ("open", ErrorKind::PermissionDenied) => {
-                "join the group that may use KVM (`usermod -aG kvm $USER`, then log in again) or \
-                 run as root"
-            }
+            ("open", ErrorKind::PermissionDenied) => return Some(crate::host::how_to_be_let_in()),
             ("KVM_CREATE_VM", _) => "`hull doctor` checks this host's KVM",
             _ => return None,
         };

@@ -1,7 +1,7 @@
 //! The command line, and how it becomes a [`VmConfig`].
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
@@ -21,7 +21,7 @@ pub type Result<T = Code> = std::result::Result<T, Box<dyn std::error::Error + S
 
 /// A thin, hard shell around a Linux kernel: microVMs on KVM.
 #[derive(Debug, Parser)]
-#[command(name = "hull", version, propagate_version = true, disable_help_subcommand = true)]
+#[command(name = "hull", version, propagate_version = true)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -369,17 +369,61 @@ pub fn completions(args: &CompletionsArgs) -> Result {
     Ok(Code::SUCCESS)
 }
 
-/// Prints the manual page: the command and all its subcommands.
+/// Prints the manual page: one for the command and all its subcommands.
 pub fn man() -> Result {
-    let command = Cli::command();
-    let mut out = io::stdout();
-    clap_mangen::Man::new(command.clone()).render(&mut out)?;
-    for subcommand in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
-        let name: &'static str = format!("hull-{}", subcommand.get_name()).leak();
-        clap_mangen::Man::new(subcommand.clone().name(name)).render(&mut out)?;
-    }
+    let mut page = Vec::new();
+    write_man(&mut page)?;
+    io::stdout().write_all(&page)?;
     Ok(Code::SUCCESS)
 }
+
+fn write_man(page: &mut Vec<u8>) -> io::Result<()> {
+    let command = Cli::command();
+    let man = clap_mangen::Man::new(command.clone());
+    man.render_title(page)?;
+    man.render_name_section(page)?;
+    writeln!(page, ".SH SYNOPSIS\n\\fBhull\\fR \\fIsubcommand\\fR [\\fIoptions\\fR]")?;
+    man.render_options_section(page)?;
+    for subcommand in command.get_subcommands() {
+        let name = format!("hull {}", subcommand.get_name());
+        writeln!(page, ".SH {name:?}")?;
+        let man = clap_mangen::Man::new(subcommand.clone().bin_name(name));
+        // Its own page's sections, as parts of this one.
+        let mut sections = Vec::new();
+        man.render_synopsis_section(&mut sections)?;
+        man.render_description_section(&mut sections)?;
+        man.render_options_section(&mut sections)?;
+        if subcommand.get_after_help().is_some() {
+            man.render_extra_section(&mut sections)?;
+        }
+        for line in sections.split_inclusive(|&byte| byte == b'\n') {
+            match line.strip_prefix(b".SH") {
+                Some(title) => page.extend([b".SS", title].concat()),
+                None => page.extend(line),
+            }
+        }
+    }
+    page.extend(EXIT_STATUS.as_bytes());
+    man.render_version_section(page)
+}
+
+const EXIT_STATUS: &str = r#".SH "EXIT STATUS"
+.TP
+0
+The guest powered off or reset itself, or the user ended it.
+.TP
+1
+The monitor or its host failed, or no machine has this name.
+.TP
+2
+The options or the configuration are not valid.
+.TP
+3
+The guest crashed by a triple fault.
+.TP
+128+\fIN\fR
+Signal \fIN\fR ended the machine.
+"#;
 
 #[cfg(test)]
 mod tests {
@@ -396,6 +440,21 @@ mod tests {
     #[test]
     fn the_command_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_manual_is_one_page() {
+        let mut page = Vec::new();
+        write_man(&mut page).unwrap();
+        let page = String::from_utf8(page).unwrap();
+        let lines = |start: &str| page.lines().filter(|line| line.starts_with(start)).count();
+        assert_eq!(
+            (lines(".TH "), lines(".SH \"hull run\""), lines(".SH \"hull stop\"")),
+            (1, 1, 1)
+        );
+        // Pages of subcommands, which there are none of.
+        assert!(!page.contains(r"hull\-"), "{page}");
+        assert!(page.contains(r"\fBhull run\fR") && page.contains(r"\-\-on\-reboot"), "{page}");
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! `hull doctor`: can this host run machines, and if not, what mends it?
 
+use std::ffi::CString;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use serde::Serialize;
@@ -14,6 +15,8 @@ use crate::cli::{DoctorArgs, Result};
 use crate::exit::Code;
 use crate::host::KvmKind;
 use crate::runtime;
+
+const TUN: &str = "/dev/net/tun";
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -188,19 +191,28 @@ fn capabilities() -> Check {
 }
 
 fn tap() -> Check {
+    judge_tap(Tap::create("hulldoctor%d", 1).map(drop))
+}
+
+fn judge_tap(made: std::result::Result<(), TapError>) -> Check {
     let name = "network (TAP)";
-    match Tap::create("hulldoctor%d", 1) {
-        Ok(_) => Check::ok(name, "interfaces can be made"),
-        Err(TapError::Permission { .. }) => Check::bad(
+    let not_this_user =
+        "run as root, or make one beforehand: `ip tuntap add NAME mode tap user $USER`";
+    match made {
+        Ok(()) => Check::ok(name, "interfaces can be made"),
+        Err(TapError::Permission { .. }) => {
+            Check::bad(name, Verdict::Warn, "this user may not make TAP interfaces", not_this_user)
+        }
+        Err(TapError::Tun(err)) if err.kind() == io::ErrorKind::PermissionDenied => Check::bad(
             name,
             Verdict::Warn,
-            "this user may not make TAP interfaces",
-            "run as root, or make one beforehand: `ip tuntap add NAME mode tap user $USER`",
+            format!("{TUN} may not be opened by this user"),
+            format!("`chmod 0666 {TUN}`, as most hosts have it, then {not_this_user}"),
         ),
-        Err(TapError::Tun(_)) => Check::bad(
+        Err(TapError::Tun(err)) => Check::bad(
             name,
             Verdict::Warn,
-            "/dev/net/tun cannot be opened",
+            format!("{TUN} cannot be opened: {err}"),
             "`modprobe tun`; in a container, pass the device in",
         ),
         Err(err) => Check::bad(name, Verdict::Warn, err.to_string(), "machines run without --net"),
@@ -268,22 +280,61 @@ fn memory() -> Check {
 }
 
 fn runtime_directory() -> Check {
+    judge_directory(&runtime::directory())
+}
+
+/// Looks only: the first machine makes the directory, with the mode that it is to have.
+fn judge_directory(path: &Path) -> Check {
     let name = "runtime directory";
-    let path = runtime::directory();
-    let probe = path.join(format!(".doctor-{}", std::process::id()));
-    let made = fs::create_dir_all(&path).and_then(|()| {
-        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&probe)
-    });
-    match made {
-        Ok(_) => {
-            let _ = fs::remove_file(probe);
-            Check::ok(name, path.display().to_string())
-        }
+    // What of it is there already.
+    let there = path.ancestors().find(|path| path.symlink_metadata().is_ok()).unwrap_or(path);
+    match may_write(there) {
+        Ok(()) if there == path => Check::ok(name, path.display().to_string()),
+        Ok(()) => Check::ok(name, format!("{} (the first machine makes it)", path.display())),
         Err(err) => Check::bad(
             name,
             Verdict::Warn,
-            format!("{}: {err}", path.display()),
-            "set XDG_RUNTIME_DIR; without it `hull ps` and `hull stop` do not see machines",
+            format!("{}: {err}", there.display()),
+            "set XDG_RUNTIME_DIR to a directory that this user may write; without one, machines \
+             have no names, and `hull ps` and `hull stop` do not see them",
         ),
+    }
+}
+
+/// Whether files can be made in the directory `path`.
+fn may_write(path: &Path) -> io::Result<()> {
+    if !fs::metadata(path)?.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mode = libc::W_OK | libc::X_OK;
+    // SAFETY: the path ends in NUL.
+    match unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), mode, libc::AT_EACCESS) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tun_device_is_missing_or_not_for_this_user() {
+        let mend = |kind: io::ErrorKind| judge_tap(Err(TapError::Tun(kind.into()))).mend.unwrap();
+        assert!(mend(io::ErrorKind::NotFound).contains("modprobe"));
+        let mend = mend(io::ErrorKind::PermissionDenied);
+        assert!(mend.contains("chmod") && !mend.contains("modprobe"), "{mend}");
+    }
+
+    #[test]
+    fn a_directory_is_looked_at_and_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hull");
+        assert_eq!(judge_directory(&path).verdict, Verdict::Ok);
+        assert!(!path.exists());
+        fs::write(&path, "").unwrap();
+        let check = judge_directory(&path);
+        assert_eq!(check.verdict, Verdict::Warn, "{}", check.found);
     }
 }

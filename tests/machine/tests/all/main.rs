@@ -14,6 +14,8 @@ mod hostile;
 #[cfg(test)]
 mod input;
 #[cfg(test)]
+mod names;
+#[cfg(test)]
 mod net;
 #[cfg(test)]
 mod rng;

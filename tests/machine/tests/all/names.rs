@@ -1,0 +1,209 @@
+//! The runtime directory and what is said about machines by name: `ps`, `stop`, `doctor`, help.
+
+use machine_tests::{Guest, PAYLOAD, Running};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// Another `hull` that sees the machines of `guest`.
+fn beside(guest: &Running, subcommand: &str) -> Guest {
+    Guest::hull(subcommand).variable("XDG_RUNTIME_DIR", guest.runtime())
+}
+
+fn socket(guest: &Running, name: &str) -> PathBuf {
+    guest.runtime().join(format!("hull/{name}.sock"))
+}
+
+#[test]
+fn a_machine_that_reboots_all_the_time_is_stopped_in_order() {
+    let guest = Guest::new("hello").option("--name", "rr").option("--on-reboot", "restart").start();
+    guest.wait_for("hello\nhello\nhello\n");
+    let stop = beside(&guest, "stop").flag("rr").option("--timeout", "1").run();
+    assert_eq!(stop.code(), 0, "{}", stop.stderr);
+    assert!(!stop.stderr.contains("SIGTERM"), "{}", stop.stderr);
+    assert!(!stop.stderr.contains("killing"), "{}", stop.stderr);
+    let outcome = guest.finish();
+    assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+    assert!(outcome.left.is_empty(), "{:?}", outcome.left);
+}
+
+#[test]
+fn a_monitor_that_cannot_be_asked_is_sent_a_signal() {
+    let guest = Guest::new("halt").option("--name", "deaf").start();
+    guest.wait_for("halting");
+    fs::remove_file(socket(&guest, "deaf")).unwrap();
+    let stop = beside(&guest, "stop").flag("deaf").option("--timeout", "1").run();
+    assert_eq!(stop.code(), 0, "{}", stop.stderr);
+    assert!(stop.stderr.contains("cannot be asked"), "{}", stop.stderr);
+    assert!(stop.stderr.contains("SIGTERM"), "{}", stop.stderr);
+    assert!(!stop.stderr.contains("killing"), "{}", stop.stderr);
+    let outcome = guest.finish();
+    assert_eq!(outcome.code(), 143, "{}", outcome.stderr);
+    assert!(outcome.left.is_empty(), "{:?}", outcome.left);
+}
+
+#[test]
+fn a_monitor_that_hangs_is_killed_in_the_end() {
+    let guest = Guest::new("halt").option("--name", "stuck").start();
+    guest.wait_for("halting");
+    guest.signal(libc::SIGSTOP);
+    // Nobody reads any more: once its queue is full, a sender that waits would wait for ever.
+    let sender = UnixDatagram::unbound().unwrap();
+    sender.set_nonblocking(true).unwrap();
+    while sender.send_to(b"nonsense", socket(&guest, "stuck")).is_ok() {}
+    let stop = beside(&guest, "stop").flag("stuck").option("--timeout", "1").run();
+    assert_eq!(stop.code(), 0, "{}", stop.stderr);
+    let said = |words: &str| match stop.stderr.find(words) {
+        Some(place) => place,
+        None => panic!("no {words:?} in: {}", stop.stderr),
+    };
+    assert!(said("power off") < said("SIGTERM") && said("SIGTERM") < said("killing"));
+    let runtime = guest.runtime().join("hull");
+    assert_eq!(fs::read_dir(runtime).unwrap().count(), 0);
+    assert_eq!(guest.finish().code(), 137);
+}
+
+#[test]
+fn nonsense_on_the_control_socket_is_not_logged_for_ever() {
+    let guest = Guest::new("halt").option("--name", "patient").start();
+    guest.wait_for("halting");
+    let sender = UnixDatagram::unbound().unwrap();
+    // Waits for room: each of them is read.
+    for _ in 0..1000 {
+        sender.send_to(b"nonsense", socket(&guest, "patient")).unwrap();
+    }
+    let stop = beside(&guest, "stop").flag("patient").flag("--now").run();
+    assert_eq!((stop.code(), stop.stderr.as_str()), (0, ""));
+    let outcome = guest.finish();
+    assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+    let lines = outcome.stderr.lines().count();
+    assert!((1..=10).contains(&lines), "{lines} lines: {}", outcome.stderr);
+}
+
+#[test]
+fn a_name_that_is_being_cleared_away_can_be_taken() {
+    let folder = TempDir::new().unwrap();
+    fs::create_dir(folder.path().join("hull")).unwrap();
+    let path = folder.path().join("hull/phoenix.json");
+    fs::write(&path, "").unwrap();
+    // What `hull ps` does with the remains of a machine, slowly.
+    let remains = File::open(&path).unwrap();
+    // SAFETY: flock has no memory arguments.
+    assert_eq!(unsafe { libc::flock(remains.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) }, 0);
+    let guest = Guest::new("halt")
+        .option("--name", "phoenix")
+        .variable("XDG_RUNTIME_DIR", folder.path())
+        .start();
+    std::thread::sleep(Duration::from_millis(500));
+    fs::remove_file(&path).unwrap();
+    drop(remains);
+    guest.wait_for("halting");
+    assert!(path.exists());
+    guest.signal(libc::SIGTERM);
+    assert_eq!(guest.finish().code(), 143);
+}
+
+#[test]
+fn a_runtime_directory_may_have_a_long_path() {
+    let folder = TempDir::new().unwrap();
+    let long = folder.path().join("d".repeat(200));
+    let hull = |subcommand: &str| Guest::hull(subcommand).variable("XDG_RUNTIME_DIR", &long);
+    let nameless = Guest::new("hello").variable("XDG_RUNTIME_DIR", &long).run();
+    assert_eq!(nameless.ok(), "hello\n");
+    let guest =
+        Guest::new("halt").option("--name", "far").variable("XDG_RUNTIME_DIR", &long).start();
+    guest.wait_for("halting");
+    assert!(hull("ps").run().stdout.contains("far"));
+    let stop = hull("stop").flag("far").flag("--now").run();
+    assert_eq!((stop.code(), stop.stderr.as_str()), (0, ""));
+    assert_eq!(guest.finish().code(), 0);
+    assert_eq!(fs::read_dir(long.join("hull")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_machine_without_a_name_does_without_an_entry() {
+    let outcome = Guest::new("hello").variable("XDG_RUNTIME_DIR", "/dev/null").run();
+    assert_eq!(outcome.ok(), "hello\n");
+}
+
+#[test]
+fn a_kernel_path_need_not_be_utf8() {
+    let folder = TempDir::new().unwrap();
+    let kernel = folder.path().join(OsStr::from_bytes(b"vmlinux-\xff\x1b"));
+    fs::copy(&*PAYLOAD, &kernel).unwrap();
+    let run = |scenario: &str| {
+        let cmdline = format!("payload={scenario}");
+        Guest::bare()
+            .option("--kernel", &kernel)
+            .option("--memory", "64M")
+            .option("--cmdline", cmdline)
+    };
+    assert_eq!(run("hello").run().ok(), "hello\n");
+    let guest = run("halt").option("--name", "odd").start();
+    guest.wait_for("halting");
+    for list in [beside(&guest, "ps").flag("--json").run(), beside(&guest, "ps").run()] {
+        assert!(list.ok().contains("vmlinux-\u{FFFD}"), "{}", list.stdout);
+        assert!(!list.stdout.contains('\x1b'), "{}", list.stdout);
+    }
+    guest.signal(libc::SIGTERM);
+    let outcome = guest.finish();
+    assert_eq!(outcome.code(), 143, "{}", outcome.stderr);
+    assert!(outcome.left.is_empty(), "{:?}", outcome.left);
+}
+
+#[test]
+fn a_runtime_directory_that_cannot_be_used_comes_with_a_hint() {
+    let hull = |subcommand: &str| {
+        let guest = if subcommand == "run" { Guest::new("hello") } else { Guest::hull(subcommand) };
+        guest.variable("XDG_RUNTIME_DIR", "/dev/null")
+    };
+    for guest in [hull("run").option("--name", "a"), hull("ps"), hull("stop").flag("a")] {
+        let outcome = guest.run();
+        outcome.refused(&["runtime directory /dev/null/hull", "hint: set XDG_RUNTIME_DIR"]);
+        assert_eq!(outcome.code(), 1);
+    }
+}
+
+#[test]
+fn doctor_only_looks() {
+    let folder = TempDir::new().unwrap();
+    let outcome = Guest::hull("doctor").variable("XDG_RUNTIME_DIR", folder.path()).run();
+    assert!(outcome.stdout.contains("runtime directory"), "{}", outcome.stdout);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn timings_have_keys_of_one_kind() {
+    let outcome = Guest::new("hello").flag("--timings=json").run();
+    assert_eq!(outcome.ok(), "hello\n");
+    let json = &outcome.stderr;
+    assert!(json.contains("\"vm_created_ns\":") && json.contains("\"end_ns\":"), "{json}");
+    assert_eq!(*json, json.to_lowercase());
+}
+
+#[test]
+fn help_and_manual_are_where_one_looks() {
+    let help = Guest::hull("help").run();
+    assert!(help.ok().contains("doctor"), "{}", help.stdout);
+    let help = Guest::hull("help").flag("run").run();
+    assert!(help.ok().contains("--on-reboot"), "{}", help.stdout);
+    let manual = Guest::hull("man").run();
+    let titles = manual.ok().lines().filter(|line| line.starts_with(".TH ")).count();
+    assert_eq!(titles, 1);
+    for subcommand in ["run", "ps", "stop", "doctor", "completions", "man"] {
+        let section = format!("\n.SH \"hull {subcommand}\"\n");
+        assert!(manual.stdout.contains(&section), "no section of {subcommand}");
+    }
+}
+
+#[test]
+fn a_command_line_that_is_too_long_is_a_usage_error() {
+    let outcome = Guest::new(&format!("hello {}", "x".repeat(3000))).run();
+    outcome.refused(&["command line", "hint: shorten --cmdline"]);
+    assert_eq!(outcome.code(), 2);
+}

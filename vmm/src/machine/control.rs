@@ -374,9 +374,7 @@ impl Control {
                 if let Some(slot) = self.machine.slots.get(device)
                     && slot.running.contains(&group)
                 {
-                    let name = slot.transport.name();
-                    tracing::warn!(device = name, %fault, "device needs a reset");
-                    slot.transport.needs_reset();
+                    slot.transport.broken(&fault);
                 }
             }
             Report::Stopped { id: WorkerId { device, group }, queues } => {

@@ -17,6 +17,7 @@ mod event;
 pub mod lifecycle;
 mod slot;
 mod table;
+mod throttle;
 mod transport;
 mod vcpu;
 

@@ -54,10 +54,7 @@ impl Slot {
                     thread.send(Command::Start { id, worker, queues });
                 }
             }
-            Err(reason) => {
-                tracing::warn!(device = self.transport.name(), reason, "device needs a reset");
-                self.transport.needs_reset();
-            }
+            Err(reason) => self.transport.broken(&reason),
         }
     }
 

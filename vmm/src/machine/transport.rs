@@ -1,7 +1,7 @@
 //! The virtio-mmio transport of one device: its registers behind a lock for the vCPUs, its
 //! interrupt status without one, and the events that register writes cause.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use devices::virtio::mmio::{Effect, Registers, reg};
@@ -9,9 +9,13 @@ use devices::virtio::queue::{INTERRUPT_CONFIG, Interrupt};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::event::{Event, Sender};
+use super::throttle::Throttle;
 
-/// How many misdeeds of one driver are logged, so that a guest cannot fill the log.
-const LOGGED_MISDEEDS: u64 = 8;
+/// Writes that make no sense.
+static IGNORED: Throttle = Throttle::new();
+
+/// Devices that cannot go on.
+static BROKEN: Throttle = Throttle::new();
 
 /// One device's transport, shared by `main` and the vCPU threads.
 pub(super) struct Transport {
@@ -21,7 +25,6 @@ pub(super) struct Transport {
     interrupt: Interrupt,
     kicks: Vec<Arc<EventFd>>,
     events: Sender,
-    misdeeds: AtomicU64,
 }
 
 impl Transport {
@@ -33,15 +36,7 @@ impl Transport {
         kicks: Vec<Arc<EventFd>>,
         events: Sender,
     ) -> Transport {
-        Transport {
-            device,
-            name,
-            registers: Mutex::new(registers),
-            interrupt,
-            kicks,
-            events,
-            misdeeds: AtomicU64::new(0),
-        }
+        Transport { device, name, registers: Mutex::new(registers), interrupt, kicks, events }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -67,6 +62,14 @@ impl Transport {
         if self.registers().needs_reset() {
             self.interrupt.raise(INTERRUPT_CONFIG);
         }
+    }
+
+    /// As [`needs_reset`](Transport::needs_reset), and says why.
+    pub(super) fn broken(&self, reason: &dyn fmt::Display) {
+        if let Some(held_back) = BROKEN.pass() {
+            tracing::warn!(device = self.name, %reason, held_back, "device needs a reset");
+        }
+        self.needs_reset();
     }
 
     /// Replaces the configuration space and tells the driver.
@@ -126,11 +129,10 @@ impl Transport {
         }
     }
 
-    /// Logs what a driver did wrong, the first few times.
+    /// Logs what a driver did wrong.
     fn misdeed(&self, what: &'static str) {
-        let count = self.misdeeds.fetch_add(1, Ordering::Relaxed);
-        if count < LOGGED_MISDEEDS {
-            tracing::info!(device = self.name, what, "driver ignored");
+        if let Some(held_back) = IGNORED.pass() {
+            tracing::info!(device = self.name, what, held_back, "driver ignored");
         }
     }
 }

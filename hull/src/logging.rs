@@ -1,11 +1,9 @@
-//! Log lines on standard error: `hull: LEVEL message key=value …`. They end in CR LF while the
-//! terminal is in raw mode.
+//! Log lines on standard error: `hull: LEVEL message key=value …`. They wait for nobody.
 //!
 //! A subscriber of our own instead of a crate's: it needs no registry of spans (32 KiB of private
 //! memory in each machine), and Hull has none.
 
 use std::fmt::{self, Write as _};
-use std::io::Write as _;
 
 use clap::ValueEnum;
 use tracing::field::{Field, Visit};
@@ -13,7 +11,7 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-use crate::terminal;
+use crate::streams;
 
 /// What is logged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -63,11 +61,11 @@ impl Subscriber for Log {
     fn event(&self, event: &Event<'_>) {
         let mut line = Line::default();
         event.record(&mut line);
-        let end = if terminal::is_raw() { "\r\n" } else { "\n" };
-        let level = event.metadata().level();
-        let text = format!("hull: {level} {}{}{end}", line.message, line.fields);
-        // One write a line, so that lines of different threads stay whole.
-        let _ = std::io::stderr().write_all(text.as_bytes());
+        let mut text = format!("hull: {} ", event.metadata().level());
+        for part in [&line.message, &line.fields] {
+            streams::push_printable(&mut text, part, false);
+        }
+        streams::log(&text);
     }
 
     // There are no spans.

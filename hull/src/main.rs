@@ -15,6 +15,7 @@ mod report;
 mod run;
 mod runtime;
 mod stop;
+mod streams;
 mod terminal;
 
 use std::ffi::{c_char, c_int};
@@ -37,8 +38,10 @@ pub extern "C" fn main(_arguments: c_int, _vector: *const *const c_char) -> c_in
     // A reader that goes away is an error of the write, not the end of the process.
     // SAFETY: sets a disposition, before there is a second thread.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    let code = run_command(start);
+    streams::finish();
     // Flushes standard output as well.
-    std::process::exit(run_command(start).into());
+    std::process::exit(code.into());
 }
 
 fn run_command(start: Instant) -> Code {

@@ -37,6 +37,7 @@ use crate::io::{IoThread, Options};
 use crate::kernel::{self, Context, LoadError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::seccomp;
+use crate::signals;
 use crate::timings::{Milestone, Timings};
 
 /// Why a machine could not be made.
@@ -176,6 +177,8 @@ impl Machine {
         }
         host_side.timings.mark(Milestone::KernelLoaded);
 
+        // From here on signals are main's alone.
+        signals::hold().map_err(host("to block signals"))?;
         let io = start_io_threads(io_threads, &events)?;
         let shared = Arc::new(Shared {
             buses,

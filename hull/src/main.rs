@@ -9,7 +9,9 @@ mod doctor;
 mod exit;
 mod host;
 mod keyvalue;
+mod last_words;
 mod logging;
+mod pidfile;
 mod ps;
 mod report;
 mod run;
@@ -38,6 +40,7 @@ pub extern "C" fn main(_arguments: c_int, _vector: *const *const c_char) -> c_in
     // A reader that goes away is an error of the write, not the end of the process.
     // SAFETY: sets a disposition, before there is a second thread.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    last_words::install_panic_hook();
     let code = run_command(start);
     streams::finish();
     // Flushes standard output as well.

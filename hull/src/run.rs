@@ -1,7 +1,7 @@
 //! `hull run`.
 
-use std::fs;
-use std::io::{self, IsTerminal, Write};
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,24 +9,28 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use vmm::config::{ConsoleMode, OnReboot, VmConfig};
 use vmm::console::{Console, Sink, plain, window_size};
+use vmm::hypervisor::HypervisorError;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::machine::{Ending, Host, Machine, RunOptions, Service};
 use vmm::seccomp;
-use vmm::signals::Signals;
+use vmm::signals::{Hooks, Signals};
 use vmm::timings::{Milestone, Timings};
 
 use crate::cli::{Format, Result, RunArgs};
 use crate::exit::Code;
 use crate::host::KvmKind;
+use crate::last_words::{self, Leftovers, Published};
 use crate::logging;
+use crate::pidfile::PidFile;
 use crate::runtime::{self, Entry, Record};
+use crate::streams;
 use crate::terminal::{self, Escapes, RawMode};
 
 /// Runs a machine until it ends.
 pub fn run(args: RunArgs, start: Instant) -> Result {
     let config = args.config()?;
     if args.print_config {
-        print!("{}", toml::to_string(&config)?);
+        streams::print(&toml::to_string(&config)?)?;
         return Ok(Code::SUCCESS);
     }
     logging::start(args.log);
@@ -38,7 +42,7 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
             OnReboot::Restart => session.run_in_thread(&timings),
         };
         if let Some(format) = args.timings {
-            print_timings(&timings, format)?;
+            streams::say(&timings_text(&timings, format));
         }
         match result? {
             Ending::Reset if session.config.on_reboot == OnReboot::Restart => {
@@ -46,7 +50,7 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
             }
             ending => {
                 if ending == Ending::TripleFault {
-                    eprintln!("hull: the guest crashed (triple fault)");
+                    streams::say("hull: the guest crashed (triple fault)\n");
                 }
                 return Ok(Code::from(&ending));
             }
@@ -56,6 +60,8 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
 
 /// What lasts over restarts of the guest.
 struct Session {
+    // Dropped first: what it speaks of goes after it.
+    _leftovers: Published,
     config: VmConfig,
     entry: Option<Entry>,
     _pidfile: Option<PidFile>,
@@ -65,7 +71,11 @@ struct Session {
 impl Session {
     fn prepare(mut config: VmConfig, args: &RunArgs) -> Result<Session> {
         // Before there is any other thread, so that all of them have these signals blocked.
-        let signals = Signals::block()?;
+        let signals = Signals::block()?.with_hooks(Hooks {
+            end: last_words::clean_up,
+            stop: terminal::lend,
+            go_on: terminal::take_back,
+        });
         seccomp::install_handler(terminal::restore)?;
         let named = config.name.is_some();
         let name = config.name.get_or_insert_with(|| format!("vm-{}", std::process::id())).clone();
@@ -88,7 +98,17 @@ impl Session {
             Err(err) => return Err(err.into()),
         };
         let pidfile = args.pidfile.as_deref().map(PidFile::create).transpose()?;
-        Ok(Session { config, entry, _pidfile: pidfile, signals })
+        let mut leftovers = Leftovers::default();
+        if entry.is_some() {
+            for path in runtime::paths(&runtime::directory(), &record.name) {
+                leftovers.add(&path);
+            }
+        }
+        if let Some(pidfile) = &pidfile {
+            pidfile.leave_to(&mut leftovers);
+        }
+        let _leftovers = leftovers.publish();
+        Ok(Session { _leftovers, config, entry, _pidfile: pidfile, signals })
     }
 
     /// Runs the machine on a thread of its own. A thread that controlled a machine is filtered for
@@ -103,7 +123,8 @@ impl Session {
     }
 
     fn run_once(&self, timings: &Arc<Timings>) -> Result<Ending> {
-        let hypervisor = Kvm::open(Path::new(DEVICE))?;
+        self.signals.interruptible()?;
+        let hypervisor = Kvm::open(Path::new(DEVICE)).map_err(NoKvm)?;
         let window = window_size(libc::STDIN_FILENO);
         let host = Host {
             hypervisor: &hypervisor,
@@ -194,42 +215,21 @@ struct ConsoleFile {
     source: io::Error,
 }
 
-/// A file with the process id, removed at the end.
-#[derive(Debug)]
-struct PidFile(PathBuf);
-
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write the pid file {}", path.display())]
-struct PidFileError {
-    path: PathBuf,
-    source: io::Error,
-}
+#[error("cannot use KVM")]
+struct NoKvm(#[source] HypervisorError);
 
-impl PidFile {
-    fn create(path: &Path) -> std::result::Result<PidFile, PidFileError> {
-        fs::write(path, format!("{}\n", std::process::id()))
-            .map_err(|source| PidFileError { path: path.to_owned(), source })?;
-        Ok(PidFile(path.to_owned()))
-    }
-}
-
-impl Drop for PidFile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn print_timings(timings: &Timings, format: Format) -> io::Result<()> {
-    let mut out = io::stderr().lock();
+/// The milestones as people or programs read them.
+fn timings_text(timings: &Timings, format: Format) -> String {
     let reached = Milestone::ALL.map(|milestone| (milestone, timings.get(milestone)));
     if format == Format::Json {
         let map: serde_json::Map<String, serde_json::Value> = reached
             .iter()
             .map(|(milestone, nanos)| (milestone.key().to_owned(), (*nanos).into()))
             .collect();
-        return writeln!(out, "{}", serde_json::Value::Object(map));
+        return format!("{}\n", serde_json::Value::Object(map));
     }
-    writeln!(out, "hull: timings from process start")?;
+    let mut text = String::from("hull: timings from process start\n");
     for (milestone, nanos) in reached {
         let time = match nanos {
             Some(nanos) => format!("{:>12.3} ms", nanos as f64 / 1e6),
@@ -241,7 +241,8 @@ fn print_timings(timings: &Timings, format: Format) -> io::Result<()> {
             }
             _ => String::new(),
         };
-        writeln!(out, "  {:<20}{time}{note}", milestone.name())?;
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "  {:<20}{time}{note}", milestone.name());
     }
-    Ok(())
+    text
 }

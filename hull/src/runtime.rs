@@ -188,6 +188,11 @@ impl Drop for Files {
     }
 }
 
+/// The files of the machine called `name`.
+pub fn paths(directory: &Path, name: &str) -> [PathBuf; 2] {
+    [socket_path(directory, name), record_path(directory, name)]
+}
+
 fn record_path(directory: &Path, name: &str) -> PathBuf {
     directory.join(format!("{name}.json"))
 }

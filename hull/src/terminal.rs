@@ -7,9 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use vmm::console::Filtered;
 
-/// The settings to go back to, for signal handlers and the panic hook. Written once, before
-/// `RAW_FD` says that they are valid.
+use crate::last_words;
+
+/// The settings to go back to, and those of raw mode, for signal handlers and the panic hook. Written
+/// only before `RAW_FD` says that they are valid.
 static mut SAVED: MaybeUninit<libc::termios> = MaybeUninit::uninit();
+static mut RAW: MaybeUninit<libc::termios> = MaybeUninit::uninit();
 static RAW_FD: AtomicI32 = AtomicI32::new(-1);
 static TAKEN: AtomicBool = AtomicBool::new(false);
 
@@ -25,6 +28,25 @@ pub fn restore() {
         // SAFETY: SAVED was initialised before RAW_FD became valid and is not written again;
         // tcsetattr is one ioctl (TCSETS).
         unsafe { libc::ioctl(fd, libc::TCSETS, (&raw const SAVED).cast::<libc::termios>()) };
+    }
+}
+
+/// Puts the terminal back for the time that the process is stopped.
+pub fn lend() {
+    let fd = RAW_FD.load(Ordering::SeqCst);
+    if fd >= 0 {
+        // SAFETY: as in `restore`.
+        unsafe { libc::ioctl(fd, libc::TCSETS, (&raw const SAVED).cast::<libc::termios>()) };
+    }
+}
+
+/// Goes back to raw mode, if that is what the terminal was in before the process was stopped. Stops
+/// it again if it is in the background.
+pub fn take_back() {
+    let fd = RAW_FD.load(Ordering::SeqCst);
+    if fd >= 0 {
+        // SAFETY: as SAVED in `restore`.
+        unsafe { libc::ioctl(fd, libc::TCSETS, (&raw const RAW).cast::<libc::termios>()) };
     }
 }
 
@@ -55,23 +77,20 @@ impl RawMode {
                 TAKEN.store(false, Ordering::SeqCst);
                 return Err(io::Error::last_os_error());
             }
-            let mut raw = *saved;
-            libc::cfmakeraw(&mut raw);
+            let raw = (&raw mut RAW).cast::<libc::termios>();
+            raw.write(*saved);
+            libc::cfmakeraw(raw);
             raw
         };
+        last_words::install_fatal_handlers();
         RAW_FD.store(fd, Ordering::SeqCst);
-        // SAFETY: one valid termios.
-        if unsafe { libc::ioctl(fd, libc::TCSETS, &raw) } < 0 {
+        // SAFETY: one valid termios, not written as long as RAW_FD is valid.
+        if unsafe { libc::ioctl(fd, libc::TCSETS, raw) } < 0 {
             let err = io::Error::last_os_error();
             RAW_FD.store(-1, Ordering::SeqCst);
             TAKEN.store(false, Ordering::SeqCst);
             return Err(err);
         }
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            restore();
-            hook(info);
-        }));
         Ok(RawMode { _tty: tty })
     }
 }

@@ -15,6 +15,7 @@ use vmm::seccomp;
 use crate::exit::Code;
 use crate::keyvalue;
 use crate::logging::Level;
+use crate::streams;
 
 /// Result of a subcommand.
 pub type Result<T = Code> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -365,7 +366,9 @@ fn read_config(path: &Path) -> std::result::Result<VmConfig, UsageError> {
 
 /// Prints completions for a shell.
 pub fn completions(args: &CompletionsArgs) -> Result {
-    clap_complete::generate(args.shell, &mut Cli::command(), "hull", &mut io::stdout());
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "hull", &mut script);
+    streams::print(&String::from_utf8(script)?)?;
     Ok(Code::SUCCESS)
 }
 
@@ -373,7 +376,7 @@ pub fn completions(args: &CompletionsArgs) -> Result {
 pub fn man() -> Result {
     let mut page = Vec::new();
     write_man(&mut page)?;
-    io::stdout().write_all(&page)?;
+    streams::print(&String::from_utf8(page)?)?;
     Ok(Code::SUCCESS)
 }
 
@@ -381,30 +384,46 @@ fn write_man(page: &mut Vec<u8>) -> io::Result<()> {
     let command = Cli::command();
     let man = clap_mangen::Man::new(command.clone());
     man.render_title(page)?;
-    man.render_name_section(page)?;
+    write_sections(page, ".SH", |page| man.render_name_section(page))?;
     writeln!(page, ".SH SYNOPSIS\n\\fBhull\\fR \\fIsubcommand\\fR [\\fIoptions\\fR]")?;
-    man.render_options_section(page)?;
+    write_sections(page, ".SH", |page| man.render_options_section(page))?;
     for subcommand in command.get_subcommands() {
         let name = format!("hull {}", subcommand.get_name());
         writeln!(page, ".SH {name:?}")?;
         let man = clap_mangen::Man::new(subcommand.clone().bin_name(name));
-        // Its own page's sections, as parts of this one.
-        let mut sections = Vec::new();
-        man.render_synopsis_section(&mut sections)?;
-        man.render_description_section(&mut sections)?;
-        man.render_options_section(&mut sections)?;
-        if subcommand.get_after_help().is_some() {
-            man.render_extra_section(&mut sections)?;
-        }
-        for line in sections.split_inclusive(|&byte| byte == b'\n') {
-            match line.strip_prefix(b".SH") {
-                Some(title) => page.extend([b".SS", title].concat()),
-                None => page.extend(line),
+        write_sections(page, ".SS", |page| {
+            man.render_synopsis_section(page)?;
+            man.render_description_section(page)?;
+            man.render_options_section(page)?;
+            match subcommand.get_after_help() {
+                Some(_) => man.render_extra_section(page),
+                None => Ok(()),
             }
-        }
+        })?;
     }
     page.extend(EXIT_STATUS.as_bytes());
-    man.render_version_section(page)
+    write_sections(page, ".SH", |page| man.render_version_section(page))
+}
+
+/// Appends rendered sections under headings of the kind `heading`. The renderer takes each for a
+/// page, and defines the apostrophe anew in front.
+fn write_sections(
+    page: &mut Vec<u8>,
+    heading: &str,
+    render: impl FnOnce(&mut Vec<u8>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut sections = Vec::new();
+    render(&mut sections)?;
+    for line in sections.split_inclusive(|&byte| byte == b'\n') {
+        if line.starts_with(b".ie ") || line.starts_with(b".el ") {
+            continue;
+        }
+        match line.strip_prefix(b".SH") {
+            Some(title) => page.extend([heading.as_bytes(), title].concat()),
+            None => page.extend(line),
+        }
+    }
+    Ok(())
 }
 
 const EXIT_STATUS: &str = r#".SH "EXIT STATUS"

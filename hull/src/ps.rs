@@ -1,49 +1,48 @@
 //! `hull ps`.
 
-use std::io::{self, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmm::config::ByteSize;
 
 use crate::cli::{PsArgs, Result};
 use crate::exit::Code;
-use crate::runtime;
+use crate::runtime::{self, Record};
+use crate::streams;
 
 /// Lists the machines that run.
 pub fn ps(args: &PsArgs) -> Result {
     let records = runtime::list(&runtime::directory())?;
-    let mut out = io::stdout().lock();
-    if args.json {
-        serde_json::to_writer(&mut out, &records)?;
-        writeln!(out)?;
-        return Ok(Code::SUCCESS);
-    }
+    let text = if args.json { serde_json::to_string(&records)? + "\n" } else { table(&records) };
+    streams::print(&text)?;
+    Ok(Code::SUCCESS)
+}
+
+fn table(records: &[Record]) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut rows = vec![["NAME", "PID", "CPUS", "MEMORY", "UP", "KERNEL"].map(String::from)];
     rows.extend(records.iter().map(|record| {
+        let mut kernel = String::new();
+        streams::push_printable(&mut kernel, &record.kernel, false);
         [
             record.name.clone(),
             record.pid.to_string(),
             record.cpus.to_string(),
             ByteSize(record.memory).to_string(),
             age(now.saturating_sub(Duration::from_secs(record.started))),
-            printable(&record.kernel),
+            kernel,
         ]
     }));
     let widths: Vec<usize> = (0..6)
         .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
         .collect();
+    let mut text = String::new();
     for row in &rows {
         let cells: Vec<String> =
             row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
-        writeln!(out, "{}", cells.join("  ").trim_end())?;
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
     }
-    Ok(Code::SUCCESS)
-}
-
-/// `text` without what a terminal would obey.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    text
 }
 
 fn age(age: Duration) -> String {

@@ -1,6 +1,6 @@
 //! `hull stop`: the power button first, then harder means, each of them announced.
 
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::cli::{Result, StopArgs};
 use crate::exit::Code;
 use crate::runtime::{self, Request, RuntimeError};
+use crate::streams;
 
 /// How long a monitor gets to end its machine by each means.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -60,22 +61,30 @@ impl Target<'_> {
         if !args.now {
             match self.ask(Request::PowerButton) {
                 Ok(()) if self.process.wait(Duration::from_secs(timeout))? => return Ok(true),
-                Ok(()) => say(&format!("{name} did not power off within {timeout} s; ending it")),
-                Err(err) => say(&format!("{name} cannot be asked to power off ({err}); ending it")),
+                Ok(()) => streams::say(&format!(
+                    "hull: {name} did not power off within {timeout} s; ending it\n"
+                )),
+                Err(err) => streams::say(&format!(
+                    "hull: {name} cannot be asked to power off ({err}); ending it\n"
+                )),
             }
         }
         match self.ask(Request::Quit) {
             Ok(()) if self.process.wait(QUIT_TIMEOUT)? => return Ok(true),
-            Ok(()) => say(&format!("the monitor of {name} does not react; sending it SIGTERM")),
+            Ok(()) => streams::say(&format!(
+                "hull: the monitor of {name} does not react; sending it SIGTERM\n"
+            )),
             Err(err) => {
-                say(&format!("the monitor of {name} cannot be asked ({err}); sending it SIGTERM"));
+                streams::say(&format!(
+                    "hull: the monitor of {name} cannot be asked ({err}); sending it SIGTERM\n"
+                ));
             }
         }
         self.process.signal(libc::SIGTERM)?;
         if self.process.wait(QUIT_TIMEOUT)? {
             return Ok(true);
         }
-        say(&format!("the monitor of {name} does not end; killing it"));
+        streams::say(&format!("hull: the monitor of {name} does not end; killing it\n"));
         self.process.signal(libc::SIGKILL)?;
         let gone = self.process.wait(QUIT_TIMEOUT)?;
         // Removes what it could not remove itself.
@@ -102,11 +111,6 @@ impl Target<'_> {
             }
         }
     }
-}
-
-/// Says what is done next. That nobody can hear it is no reason not to do it.
-fn say(text: &str) {
-    let _ = writeln!(io::stderr(), "hull: {text}");
 }
 
 /// A process that cannot be mistaken for another that gets its id later.

@@ -1,8 +1,9 @@
 //! `hull doctor`: can this host run machines, and if not, what mends it?
 
 use std::ffi::CString;
+use std::fmt::Write;
 use std::fs;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -13,10 +14,14 @@ use vmm::hypervisor::kvm::{DEVICE, Kvm};
 
 use crate::cli::{DoctorArgs, Result};
 use crate::exit::Code;
-use crate::host::KvmKind;
+use crate::host::{self, KvmKind};
 use crate::runtime;
+use crate::streams;
 
 const TUN: &str = "/dev/net/tun";
+
+/// Makes an interface for a user, as root.
+const MAKE_TAP: &str = "ip tuntap add NAME mode tap user $USER";
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -69,18 +74,15 @@ pub fn doctor(args: &DoctorArgs) -> Result {
         memory(),
         runtime_directory(),
     ];
-    let mut out = io::stdout().lock();
-    if args.json {
-        serde_json::to_writer_pretty(&mut out, &checks)?;
-        writeln!(out)?;
-    } else {
-        print(&mut out, &checks)?;
-    }
+    let text =
+        if args.json { serde_json::to_string_pretty(&checks)? + "\n" } else { table(&checks) };
+    streams::print(&text)?;
     let failed = checks.iter().any(|check| check.verdict == Verdict::Fail);
     Ok(if failed { Code::FAILURE } else { Code::SUCCESS })
 }
 
-fn print(out: &mut impl Write, checks: &[Check]) -> io::Result<()> {
+fn table(checks: &[Check]) -> String {
+    let mut text = String::new();
     let colour = io::stdout().is_terminal();
     for check in checks {
         let (mark, code) = match check.verdict {
@@ -89,12 +91,13 @@ fn print(out: &mut impl Write, checks: &[Check]) -> io::Result<()> {
             Verdict::Fail => ("FAIL", "31"),
         };
         let mark = if colour { format!("\x1b[{code}m{mark}\x1b[0m") } else { mark.to_owned() };
-        writeln!(out, "{mark}  {:<17} {}", check.name, check.found)?;
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{mark}  {:<17} {}", check.name, check.found);
         if let Some(mend) = &check.mend {
-            writeln!(out, "{:24}-> {mend}", "")?;
+            let _ = writeln!(text, "{:24}-> {mend}", "");
         }
     }
-    Ok(())
+    text
 }
 
 /// Flags of the first processor in `/proc/cpuinfo`.
@@ -143,7 +146,7 @@ fn device() -> Check {
             name,
             Verdict::Fail,
             "may not be opened by this user",
-            "`usermod -aG kvm $USER`, then log in again; or run as root",
+            host::how_to_be_let_in(),
         ),
         Err(err) => Check::bad(name, Verdict::Fail, err.to_string(), "look into the kernel log"),
     }
@@ -196,18 +199,22 @@ fn tap() -> Check {
 
 fn judge_tap(made: std::result::Result<(), TapError>) -> Check {
     let name = "network (TAP)";
-    let not_this_user =
-        "run as root, or make one beforehand: `ip tuntap add NAME mode tap user $USER`";
     match made {
         Ok(()) => Check::ok(name, "interfaces can be made"),
-        Err(TapError::Permission { .. }) => {
-            Check::bad(name, Verdict::Warn, "this user may not make TAP interfaces", not_this_user)
-        }
+        Err(TapError::Permission { .. }) => Check::bad(
+            name,
+            Verdict::Warn,
+            "this user may not make TAP interfaces",
+            format!("run as root, or make one beforehand: `{MAKE_TAP}`"),
+        ),
         Err(TapError::Tun(err)) if err.kind() == io::ErrorKind::PermissionDenied => Check::bad(
             name,
             Verdict::Warn,
             format!("{TUN} may not be opened by this user"),
-            format!("`chmod 0666 {TUN}`, as most hosts have it, then {not_this_user}"),
+            format!(
+                "run as root; or `chmod 0666 {TUN}` as root, as most hosts have it, and make an \
+                 interface beforehand: `{MAKE_TAP}`"
+            ),
         ),
         Err(TapError::Tun(err)) => Check::bad(
             name,

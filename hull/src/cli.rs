@@ -232,6 +232,9 @@ pub enum UsageError {
         /// Position and reason.
         reason: String,
     },
+    /// `--print-config` has no way to write a value, such as a path that is not UTF-8.
+    #[error("this configuration cannot be written as a file")]
+    Print(#[from] toml::ser::Error),
     /// The values do not make a machine.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -16,7 +16,7 @@ use vmm::seccomp;
 use vmm::signals::{Hooks, Signals};
 use vmm::timings::{Milestone, Timings};
 
-use crate::cli::{Format, Result, RunArgs};
+use crate::cli::{Format, Result, RunArgs, UsageError};
 use crate::exit::Code;
 use crate::host::KvmKind;
 use crate::last_words::{self, Leftovers, Published};
@@ -30,7 +30,7 @@ use crate::terminal::{self, Escapes, RawMode};
 pub fn run(args: RunArgs, start: Instant) -> Result {
     let config = args.config()?;
     if args.print_config {
-        streams::print(&toml::to_string(&config)?)?;
+        streams::print(&toml::to_string(&config).map_err(UsageError::from)?)?;
         return Ok(Code::SUCCESS);
     }
     logging::start(args.log);

@@ -144,6 +144,9 @@ fn a_kernel_path_need_not_be_utf8() {
             .option("--cmdline", cmdline)
     };
     assert_eq!(run("hello").run().ok(), "hello\n");
+    // A file of text has no place for it, and says so.
+    let printed = run("hello").flag("--print-config").run();
+    printed.refused(&["configuration cannot be written", "UTF-8"]);
     let guest = run("halt").option("--name", "odd").start();
     guest.wait_for("halting");
     for list in [beside(&guest, "ps").flag("--json").run(), beside(&guest, "ps").run()] {

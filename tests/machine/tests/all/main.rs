@@ -19,3 +19,5 @@ mod names;
 mod net;
 #[cfg(test)]
 mod rng;
+#[cfg(test)]
+mod streams;

@@ -1,0 +1,417 @@
+//! What surrounds a machine: its log's reader, standard streams that take nothing, the terminal,
+//! signals, the pid file.
+
+use machine_tests::{Guest, HULL, PAYLOAD, Running};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `done` says so.
+fn soon(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Hull with standard streams of the test's choice, which [`Guest`] does not have.
+struct Hull {
+    command: Command,
+    folder: TempDir,
+}
+
+impl Hull {
+    fn new(arguments: &[&dyn AsRef<OsStr>]) -> Hull {
+        Hull::started_by(Command::new(&*HULL), arguments)
+    }
+
+    /// Hull as the last arguments of another command.
+    fn started_by(mut command: Command, arguments: &[&dyn AsRef<OsStr>]) -> Hull {
+        let folder = tempfile::tempdir().unwrap();
+        for argument in arguments {
+            command.arg(argument);
+        }
+        command.env("XDG_RUNTIME_DIR", folder.path()).stdin(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        Hull { command, folder }
+    }
+
+    fn run(scenario: &str, arguments: &[&dyn AsRef<OsStr>]) -> Hull {
+        let cmdline = format!("payload={scenario}");
+        let mut all: Vec<&dyn AsRef<OsStr>> =
+            vec![&"run", &"--memory", &"64M", &"--kernel", &*PAYLOAD, &"--cmdline", &cmdline];
+        all.extend(arguments);
+        Hull::new(&all)
+    }
+
+    fn start(mut self) -> (Child, TempDir) {
+        let child = self.command.spawn().unwrap();
+        (child, self.folder)
+    }
+
+    /// Its exit code.
+    fn end(self) -> i32 {
+        let (child, folder) = self.start();
+        end(child, &folder)
+    }
+}
+
+/// Waits for the end, and makes sure that nothing is left.
+fn end(mut child: Child, folder: &TempDir) -> i32 {
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
+            None => {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("Hull does not end");
+            }
+        }
+    };
+    if let Ok(left) = std::fs::read_dir(folder.path().join("hull")) {
+        assert_eq!(left.flatten().map(|entry| entry.file_name()).collect::<Vec<_>>(), [""; 0]);
+    }
+    status.code().or(status.signal().map(|signal| 128 + signal)).unwrap()
+}
+
+fn signal(id: u32, signal: i32) {
+    // SAFETY: no memory arguments.
+    assert_eq!(unsafe { libc::kill(id as libc::pid_t, signal) }, 0);
+}
+
+/// A pipe that takes no more, and how many bytes it holds.
+fn full_pipe() -> (PipeReader, PipeWriter, usize) {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    // SAFETY: no memory arguments.
+    let size = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };
+    let size = usize::try_from(size).unwrap();
+    writer.write_all(&vec![b'.'; size]).unwrap();
+    (reader, writer, size)
+}
+
+fn full_device() -> Stdio {
+    Stdio::from(File::options().write(true).open("/dev/full").unwrap())
+}
+
+/// A guest that makes Hull log warnings for as long as it runs.
+fn offender() -> Hull {
+    Hull::run("hostile dev=rng case=all", &[&"--rng", &"--on-reboot", &"restart"])
+}
+
+/// Reads until `text` has come.
+fn read_until(from: &impl AsFd, text: &str) -> String {
+    let mut from = File::from(from.as_fd().try_clone_to_owned().unwrap());
+    let mut all = Vec::new();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let so_far = String::from_utf8_lossy(&all);
+        if so_far.contains(text) {
+            return so_far.into_owned();
+        }
+        assert!(Instant::now() < deadline, "no {text:?} in {so_far}");
+        let mut poll = libc::pollfd { fd: from.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd.
+        if unsafe { libc::poll(&mut poll, 1, 10) } == 1 {
+            let mut buffer = [0; 4096];
+            let length = from.read(&mut buffer).unwrap();
+            assert!(length > 0, "the end came before {text:?}: {}", String::from_utf8_lossy(&all));
+            all.extend(&buffer[..length]);
+        }
+    }
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    let (_reader, writer, _) = full_pipe();
+    let (output, console) = std::io::pipe().unwrap();
+    let mut hull = offender();
+    hull.command.stdout(console).stderr(writer);
+    let (child, folder) = hull.start();
+    // Twice: the first machine has come to its end, whatever was logged.
+    read_until(&output, "result ");
+    read_until(&output, "result ");
+    signal(child.id(), libc::SIGTERM);
+    assert_eq!(end(child, &folder), 143);
+}
+
+#[test]
+fn lines_that_found_no_room_are_counted() {
+    let (mut reader, writer, size) = full_pipe();
+    let (output, console) = std::io::pipe().unwrap();
+    let mut hull = offender();
+    hull.command.stdout(console).stderr(writer);
+    let (child, folder) = hull.start();
+    read_until(&output, "result ");
+    reader.read_exact(&mut vec![0; size]).unwrap();
+    // The next machine runs: a signal before that ends Hull on the spot.
+    read_until(&output, "hostile ");
+    signal(child.id(), libc::SIGTERM);
+    assert_eq!(end(child, &folder), 143);
+    let said = read_until(&reader, "lines were dropped");
+    let number: u32 = said.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
+    assert!((1..1000).contains(&number), "{said}");
+}
+
+#[test]
+fn streams_that_take_nothing_are_no_panic() {
+    let closed = || Stdio::from(std::io::pipe().unwrap().1);
+    let with = |mut hull: Hull, out: Stdio, err: Stdio| {
+        hull.command.stdout(out).stderr(err);
+        hull.end()
+    };
+    let null = Stdio::null;
+    let print = || Hull::run("hello", &[&"--print-config"]);
+    assert_eq!(with(print(), full_device(), null()), 1);
+    assert_eq!(with(print(), closed(), null()), 0);
+    for subcommand in [&["completions", "bash"][..], &["man"], &["ps"], &["doctor"]] {
+        let arguments: Vec<&dyn AsRef<OsStr>> =
+            subcommand.iter().map(|word| word as &dyn AsRef<OsStr>).collect();
+        let code = with(Hull::new(&arguments), full_device(), full_device());
+        assert_eq!(code, 1, "{subcommand:?}");
+    }
+    for err in [full_device, closed] {
+        let run = |scenario: &str, more: &[&dyn AsRef<OsStr>]| {
+            with(Hull::run(scenario, more), null(), err())
+        };
+        assert_eq!(run("hello", &[&"--timings"]), 0);
+        assert_eq!(run("hello", &[&"--timings=json"]), 0);
+        assert_eq!(run("triple", &[]), 3);
+        assert_eq!(run("hello", &[&"--console", &"file=/nowhere/at/all"]), 1);
+        assert_eq!(run("hello", &[&"--cpus", &"0"]), 2);
+    }
+}
+
+#[test]
+fn control_characters_of_a_file_name_are_not_obeyed() {
+    let outcome = Guest::bare().option("--kernel", "no\u{1b}[2Jpe\u{9b}").run();
+    outcome.refused(&["no\\u{1b}[2Jpe\\u{9b}"]);
+    assert!(!outcome.stderr.chars().any(|char| char.is_control() && char != '\n'));
+}
+
+/// A guest that runs on a terminal in raw mode.
+fn on_terminal() -> Running {
+    let guest = Guest::new("echo").console("tty").on_terminal(80, 24).start();
+    guest.wait_for("ready");
+    assert!(guest.is_raw());
+    guest
+}
+
+#[test]
+fn signals_that_end_a_machine_leave_nothing() {
+    let signals = [libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGALRM, libc::SIGHUP];
+    for number in signals {
+        let guest = on_terminal();
+        guest.signal(number);
+        // The terminal is checked there.
+        let outcome = guest.finish();
+        assert_eq!(outcome.status.code(), Some(128 + number));
+        assert!(outcome.left.is_empty(), "{:?}", outcome.left);
+    }
+}
+
+#[test]
+fn fatal_signals_put_the_terminal_back() {
+    for number in [
+        libc::SIGSEGV,
+        libc::SIGBUS,
+        libc::SIGILL,
+        libc::SIGFPE,
+        libc::SIGABRT,
+        libc::SIGVTALRM,
+        libc::SIGPROF,
+        libc::SIGXCPU,
+    ] {
+        let guest = on_terminal();
+        guest.signal(number);
+        let outcome = guest.finish();
+        assert_eq!(outcome.status.signal(), Some(number), "{:?}", outcome.status);
+        assert!(outcome.left.is_empty(), "{:?}", outcome.left);
+    }
+}
+
+/// A terminal with a shell on it; the shell's end of the terminal is closed here.
+fn shell_on_terminal(script: &str, arguments: &[&dyn AsRef<OsStr>]) -> (File, Child, TempDir) {
+    let (mut person, mut program) = (-1, -1);
+    let none = std::ptr::null_mut();
+    // SAFETY: openpty fills the two numbers; the descriptors are then ours.
+    let (person, program) = unsafe {
+        let made = libc::openpty(&mut person, &mut program, none, none.cast(), none.cast());
+        assert_eq!(made, 0);
+        (File::from_raw_fd(person), File::from_raw_fd(program))
+    };
+    let mut command = Command::new("sh");
+    command.args(["-m", "-c", script]).arg(&*HULL);
+    let mut hull = Hull::started_by(command, arguments);
+    hull.command.stdin(program.try_clone().unwrap());
+    hull.command.stdout(program.try_clone().unwrap()).stderr(program);
+    // SAFETY: two system calls, which are all that may happen between fork and exec.
+    unsafe {
+        hull.command.pre_exec(|| {
+            if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    let (child, folder) = hull.start();
+    (person, child, folder)
+}
+
+fn is_raw(terminal: &File) -> bool {
+    // SAFETY: termios is plain data, which tcgetattr fills.
+    let mode = unsafe {
+        let mut mode: libc::termios = std::mem::zeroed();
+        assert_eq!(libc::tcgetattr(terminal.as_raw_fd(), &mut mode), 0);
+        mode
+    };
+    mode.c_lflag & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
+}
+
+#[test]
+fn a_shell_gets_its_terminal_while_the_machine_is_stopped() {
+    let folder = tempfile::tempdir().unwrap();
+    let pidfile = folder.path().join("pid");
+    let (mut terminal, shell, runtime) = shell_on_terminal(
+        r#"printf 'shell\n'; "$0" "$@"; echo "left $?"; read line; fg; echo "code $?""#,
+        &[
+            &"run",
+            &"--memory",
+            &"64M",
+            &"--kernel",
+            &*PAYLOAD,
+            &"--cmdline",
+            &"payload=echo",
+            &"--pidfile",
+            &pidfile,
+        ],
+    );
+    read_until(&terminal, "ready");
+    assert!(is_raw(&terminal));
+    let id: u32 = std::fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap();
+    signal(id, libc::SIGTSTP);
+    read_until(&terminal, "left ");
+    assert!(!is_raw(&terminal));
+    terminal.write_all(b"\n").unwrap();
+    soon("raw mode", || is_raw(&terminal));
+    terminal.write_all(b"still there?").unwrap();
+    read_until(&terminal, "still there?");
+    // A person who stopped it the hard way gets a terminal that is repaired when it goes on.
+    signal(id, libc::SIGCONT);
+    terminal.write_all(b"q").unwrap();
+    read_until(&terminal, "code 0");
+    assert!(!is_raw(&terminal));
+    assert_eq!(end(shell, &runtime), 0);
+}
+
+#[test]
+fn a_machine_goes_on_after_a_hard_stop() {
+    let mut guest = on_terminal();
+    let id = guest.id();
+    let state = || {
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
+        stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()
+    };
+    guest.signal(libc::SIGSTOP);
+    soon("the stop", || state() == 'T');
+    guest.signal(libc::SIGCONT);
+    guest.write("anybody?");
+    guest.wait_for("anybody?");
+    assert!(guest.is_raw());
+    guest.write("q");
+    guest.finish().ok();
+}
+
+#[test]
+fn signals_that_the_caller_ignores_stay_ignored() {
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"trap "" HUP INT USR1; exec "$0" "$@""#]).arg(&*HULL);
+    let mut hull = Hull::started_by(
+        command,
+        &[&"run", &"--memory", &"64M", &"--kernel", &*PAYLOAD, &"--cmdline", &"payload=echo"],
+    );
+    let (output, console) = std::io::pipe().unwrap();
+    let (input, mut keyboard) = std::io::pipe().unwrap();
+    hull.command.stdin(input).stdout(console);
+    let (child, folder) = hull.start();
+    read_until(&output, "ready");
+    for number in [libc::SIGHUP, libc::SIGINT, libc::SIGUSR1] {
+        signal(child.id(), number);
+    }
+    keyboard.write_all(b"still there?").unwrap();
+    read_until(&output, "still there?");
+    signal(child.id(), libc::SIGTERM);
+    assert_eq!(end(child, &folder), 143);
+}
+
+#[test]
+fn a_signal_at_any_time_of_the_start_leaves_nothing() {
+    for step in 0..40 {
+        let pids = tempfile::tempdir().unwrap();
+        let pidfile = pids.path().join("pid");
+        let (child, folder) = Hull::run("halt", &[&"--pidfile", &pidfile]).start();
+        std::thread::sleep(Duration::from_micros(step * 500));
+        signal(child.id(), libc::SIGTERM);
+        let code = end(child, &folder);
+        assert_eq!(code, 143, "step {step}");
+        assert!(!pidfile.exists(), "step {step}");
+    }
+}
+
+#[test]
+fn pid_files_of_others_are_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let refused = |pidfile: &Path, word: &str| {
+        Guest::new("hello").option("--pidfile", pidfile).run().refused(&[word]);
+    };
+    let precious = path("precious");
+    std::fs::write(&precious, "precious").unwrap();
+    std::fs::set_permissions(&precious, PermissionsExt::from_mode(0o444)).unwrap();
+    refused(&precious, "precious");
+    assert_eq!(std::fs::read_to_string(&precious).unwrap(), "precious");
+
+    let target = path("target");
+    std::fs::write(&target, "1\n").unwrap();
+    let link = path("link");
+    std::os::unix::fs::symlink(&target, &link).unwrap();
+    refused(&link, "link");
+    assert!(link.is_symlink());
+    assert_eq!(std::fs::read_to_string(&target).unwrap(), "1\n");
+
+    let fifo = path("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    refused(&fifo, "regular file");
+    assert!(std::fs::metadata(&fifo).unwrap().file_type().is_fifo());
+}
+
+#[test]
+fn a_pid_file_belongs_to_one_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pid");
+    std::fs::write(&file, "999999999\n").unwrap();
+    let first = Guest::new("halt").option("--pidfile", &file).start();
+    first.wait_for("halting");
+    let id = format!("{}\n", first.id());
+    Guest::new("hello").option("--pidfile", &file).run().refused(&["pid", "lives"]);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), id);
+    // Somebody else's by the time that it ends.
+    std::fs::remove_file(&file).unwrap();
+    std::fs::write(&file, "another").unwrap();
+    let inode = std::fs::metadata(&file).unwrap().ino();
+    first.signal(libc::SIGTERM);
+    assert_eq!(first.finish().code(), 143);
+    assert_eq!(std::fs::metadata(&file).unwrap().ino(), inode);
+}

@@ -30,7 +30,7 @@ const END: [i32; 7] = [
 pub enum Meaning {
     /// End the machine; the signal's number.
     End(i32),
-    /// The terminal has another size.
+    /// The terminal has another size, or may have: nobody is told of it while stopped.
     WindowChanged,
     /// Somebody wants to write the kernel file that is mapped into the guest.
     LeaseBreak,
@@ -220,7 +220,10 @@ impl Signals {
             match info.ssi_signo as i32 {
                 libc::SIGWINCH => return Some(Meaning::WindowChanged),
                 libc::SIGTSTP => self.stop(),
-                libc::SIGCONT => (self.hooks.go_on)(),
+                libc::SIGCONT => {
+                    (self.hooks.go_on)();
+                    return Some(Meaning::WindowChanged);
+                }
                 number if number == lease_break_signal() => return Some(Meaning::LeaseBreak),
                 number if END.contains(&number) => return Some(Meaning::End(number)),
                 _ => {}
@@ -239,5 +242,115 @@ impl Signals {
         let _ = mask(libc::SIG_UNBLOCK, &set);
         let _ = mask(libc::SIG_BLOCK, &set);
         (self.hooks.go_on)();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs `body` in a process of its own and sends it `number` when it says that it is ready.
+    /// Returns its exit code.
+    fn signalled(number: i32, body: fn(ready: &dyn Fn())) -> i32 {
+        let (mut reader, writer) = io::pipe().unwrap();
+        // SAFETY: the child makes system calls only and leaves by _exit.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0);
+        if child == 0 {
+            body(&|| {
+                // SAFETY: one valid byte.
+                unsafe { libc::write(writer.as_raw_fd(), [0u8].as_ptr().cast(), 1) };
+            });
+            // SAFETY: as above.
+            unsafe { libc::_exit(0) };
+        }
+        drop(writer);
+        io::Read::read_exact(&mut reader, &mut [0]).unwrap();
+        // SAFETY: `child` is this test's, not yet waited for.
+        unsafe {
+            assert_eq!(libc::kill(child, number), 0);
+            let mut status = 0;
+            assert_eq!(libc::waitpid(child, &mut status, 0), child);
+            assert!(libc::WIFEXITED(status), "status {status:#x}");
+            libc::WEXITSTATUS(status)
+        }
+    }
+
+    fn wait_for_ever() -> ! {
+        loop {
+            // SAFETY: no arguments.
+            unsafe { libc::pause() };
+        }
+    }
+
+    /// Waits for a signal at the descriptor, and ends with 10 more than its number.
+    fn end_by_event(signals: &Signals) -> ! {
+        let mut poll = libc::pollfd { fd: signals.fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd; _exit does not return.
+        unsafe {
+            libc::poll(&mut poll, 1, 60_000);
+            libc::_exit(match signals.take() {
+                Some(Meaning::End(number)) => 10 + number,
+                _ => 1,
+            })
+        }
+    }
+
+    #[test]
+    fn a_signal_ends_assembly_wherever_it_waits() {
+        fn last_words() {
+            // SAFETY: _exit does not return.
+            unsafe { libc::_exit(77) };
+        }
+        for number in END {
+            let code = signalled(number, |ready| {
+                Signals::block().unwrap().interruptible().unwrap();
+                ready();
+                wait_for_ever();
+            });
+            assert_eq!(code, 128 + number);
+        }
+        let code = signalled(libc::SIGTERM, |ready| {
+            let hooks = Hooks { end: last_words, ..Hooks::default() };
+            Signals::block().unwrap().with_hooks(hooks).interruptible().unwrap();
+            ready();
+            wait_for_ever();
+        });
+        assert_eq!(code, 77);
+    }
+
+    #[test]
+    fn a_signal_is_an_event_before_and_after_assembly() {
+        for number in END {
+            let code = signalled(number, |ready| {
+                let signals = Signals::block().unwrap();
+                ready();
+                end_by_event(&signals);
+            });
+            assert_eq!(code, 10 + number);
+            let code = signalled(number, |ready| {
+                let signals = Signals::block().unwrap();
+                signals.interruptible().unwrap();
+                hold().unwrap();
+                ready();
+                end_by_event(&signals);
+            });
+            assert_eq!(code, 10 + number);
+        }
+    }
+
+    #[test]
+    fn an_ignored_signal_stays_ignored() {
+        let code = signalled(libc::SIGHUP, |ready| {
+            // SAFETY: sets a disposition of this process.
+            unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+            let signals = Signals::block().unwrap();
+            signals.interruptible().unwrap();
+            ready();
+            let mut poll = libc::pollfd { fd: signals.fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one valid pollfd; _exit does not return.
+            unsafe { libc::_exit(50 + libc::poll(&mut poll, 1, 200)) };
+        });
+        assert_eq!(code, 50);
     }
 }

@@ -147,9 +147,13 @@ extern "C" fn on_sigsys(_signal: i32, info: *mut libc::siginfo_t, _context: *mut
     }
     line.text(", which its filter refuses\nhint: this is a defect of Hull or an attack; ");
     line.text("--seccomp log lets it through and logs it\n");
-    // SAFETY: the buffer is valid for its length; _exit does not return.
+    let mut poll = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one valid pollfd; the buffer is valid for its length; _exit does not return.
     unsafe {
-        libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len);
+        // Not for ever: the process must end whether or not somebody reads.
+        if libc::poll(&mut poll, 1, 1000) > 0 {
+            libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len);
+        }
         libc::_exit(EXIT_CODE);
     }
 }

@@ -104,11 +104,18 @@ pub fn clean_up() {
     }
 }
 
+/// As [`clean_up`], for any thread: only the first one of the process may remove files for certain.
+fn clean_up_as_far_as_allowed() {
+    // SAFETY: the calls have no memory arguments.
+    let first = unsafe { libc::syscall(libc::SYS_gettid) == libc::c_long::from(libc::getpid()) };
+    if first { clean_up() } else { terminal::restore() }
+}
+
 /// Makes a panic end the process, in whatever thread: with a message that waits for nobody and a code
 /// of its own. A thread that is filtered could not even abort.
 pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|info| {
-        terminal::restore();
+        clean_up_as_far_as_allowed();
         let text = streams::printable(info);
         streams::say(&format!("hull: {text}\nhint: this is a defect of Hull\n"));
         // SAFETY: _exit does not return.
@@ -144,10 +151,7 @@ extern "C" fn on_fatal(number: i32, info: *mut libc::siginfo_t, _context: *mut l
         if FAULTS.contains(&number) && (*info).si_code > 0 {
             return;
         }
-        let (process, thread) = (libc::getpid(), libc::syscall(libc::SYS_gettid));
-        if thread == libc::c_long::from(process) {
-            clean_up();
-        }
-        libc::syscall(libc::SYS_tgkill, process, thread, number);
+        clean_up_as_far_as_allowed();
+        libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::syscall(libc::SYS_gettid), number);
     }
 }

@@ -56,7 +56,8 @@ enum Action {
 /// What to measure, and how often.
 #[derive(Args)]
 pub struct RunOptions {
-    /// Benches to run: boot, kernel50, memory, blk, net. All if none is named.
+    /// Benches to run: boot, kernel50, memory, blk, net (or its parts net-send, net-receive,
+    /// net-echo). All if none is named.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Systems to run: hull, firecracker, qemu, floor.
@@ -79,9 +80,13 @@ pub struct RunOptions {
     scratch: Option<PathBuf>,
 }
 
+const BENCHES: [&str; 8] =
+    ["boot", "kernel50", "memory", "blk", "net", "net-send", "net-receive", "net-echo"];
+
 impl RunOptions {
     fn wants(&self, bench: &str) -> bool {
-        self.only.is_empty() || self.only.iter().any(|name| name == bench)
+        let whole = bench.split_once('-').map_or(bench, |(whole, _)| whole);
+        self.only.is_empty() || self.only.iter().any(|name| name == bench || name == whole)
     }
 }
 
@@ -106,7 +111,7 @@ fn main() -> ExitCode {
 
 fn run(options: &RunOptions) -> Result<()> {
     for name in &options.only {
-        if !["boot", "kernel50", "memory", "blk", "net"].contains(&name.as_str()) {
+        if !BENCHES.contains(&name.as_str()) {
             return Err(format!("no bench is called {name}").into());
         }
     }
@@ -130,9 +135,7 @@ fn run(options: &RunOptions) -> Result<()> {
     if options.wants("blk") {
         block::run(&programs, &systems, options.runs.div_ceil(8), &mut report)?;
     }
-    if options.wants("net") {
-        net::run(&programs, &systems, options.runs.div_ceil(8), &mut report)?;
-    }
+    net::run(&programs, &systems, options, &mut report)?;
 
     report.print();
     if let Some(file) = &options.json {

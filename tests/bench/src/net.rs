@@ -1,6 +1,7 @@
 //! virtio-net, driven by the payload on one side of a TAP and by the bench on the other.
 
 use crate::Result;
+use crate::RunOptions;
 use crate::report::{Bound, Report};
 use crate::sample::{Running, Sample, median, run as run_guest};
 use crate::system::{Guest, Programs, System};
@@ -21,48 +22,72 @@ fn guest(scenario: &str) -> Guest {
     Guest { tap: Some(tap::NAME.to_owned()), ..Guest::new(&line) }
 }
 
-/// Sending, receiving and latency on all systems.
+/// Sending, receiving and latency on all systems, as far as they are wanted.
 pub fn run(
     programs: &Programs,
     systems: &[System],
-    runs: usize,
+    options: &RunOptions,
     report: &mut Report,
 ) -> Result<()> {
-    let runs = runs.max(3);
+    let runs = options.runs.div_ceil(8).max(3);
+    let guests: Vec<System> =
+        systems.iter().copied().filter(|system| *system != System::Floor).collect();
     tap::in_namespace(false, || {
-        for (depth, how) in DEPTHS {
-            for size in SIZES {
-                eprintln!("net send {size}, {how}: {runs} runs each");
-                let bench = format!("net send {size} bytes, {how}");
-                measure(systems, runs, report, &bench, "ticks", |system| {
-                    send(programs, system, size, depth)
-                })?;
-                let hull = report.median(&bench, "hull");
-                let firecracker = ratio(report.median(&bench, "firecracker"), hull);
-                report.target(&bench, "firecracker ÷ hull", firecracker, Bound::AtLeast(2.0));
-                let floor = ratio(hull, report.median(&bench, "floor"));
-                report.target(&bench, "hull ÷ bare write", floor, Bound::AtMost(2.0));
-            }
+        if options.wants("net-send") {
+            sends(programs, systems, runs, report)?;
         }
-        let guests: Vec<System> =
-            systems.iter().copied().filter(|system| *system != System::Floor).collect();
+        if options.wants("net-receive") {
+            receives(programs, &guests, runs, report)?;
+        }
+        if options.wants("net-echo") {
+            echoes(programs, &guests, runs, report)?;
+        }
+        Ok(())
+    })
+}
+
+fn sends(programs: &Programs, systems: &[System], runs: usize, report: &mut Report) -> Result<()> {
+    for (depth, how) in DEPTHS {
         for size in SIZES {
-            eprintln!("net receive {size}: {runs} runs each");
-            let bench = format!("net receive {size} bytes");
-            measure(&guests, runs, report, &bench, "ticks", |system| {
-                receive(programs, system, size)
+            eprintln!("net send {size}, {how}: {runs} runs each");
+            let bench = format!("net send {size} bytes, {how}");
+            measure(systems, runs, report, &bench, "ticks", |system| {
+                send(programs, system, size, depth)
             })?;
             let hull = report.median(&bench, "hull");
             let firecracker = ratio(report.median(&bench, "firecracker"), hull);
-            report.target(&bench, "firecracker ÷ hull", firecracker, Bound::AtLeast(1.2));
+            report.target(&bench, "firecracker ÷ hull", firecracker, Bound::AtLeast(2.0));
+            let floor = ratio(hull, report.median(&bench, "floor"));
+            report.target(&bench, "hull ÷ bare write", floor, Bound::AtMost(2.0));
         }
-        eprintln!("net latency: {runs} runs each");
-        let bench = "net echo, 64 bytes";
-        measure(&guests, runs, report, bench, "µs", |system| echo(programs, system))?;
-        let latency = ratio(report.median(bench, "hull"), report.median(bench, "firecracker"));
-        report.target(bench, "hull ÷ firecracker", latency, Bound::AtMost(1.0));
-        Ok(())
-    })
+    }
+    Ok(())
+}
+
+fn receives(
+    programs: &Programs,
+    guests: &[System],
+    runs: usize,
+    report: &mut Report,
+) -> Result<()> {
+    for size in SIZES {
+        eprintln!("net receive {size}: {runs} runs each");
+        let bench = format!("net receive {size} bytes");
+        measure(guests, runs, report, &bench, "ticks", |system| receive(programs, system, size))?;
+        let hull = report.median(&bench, "hull");
+        let firecracker = ratio(report.median(&bench, "firecracker"), hull);
+        report.target(&bench, "firecracker ÷ hull", firecracker, Bound::AtLeast(1.2));
+    }
+    Ok(())
+}
+
+fn echoes(programs: &Programs, guests: &[System], runs: usize, report: &mut Report) -> Result<()> {
+    eprintln!("net latency: {runs} runs each");
+    let bench = "net echo, 64 bytes";
+    measure(guests, runs, report, bench, "µs", |system| echo(programs, system))?;
+    let latency = ratio(report.median(bench, "hull"), report.median(bench, "firecracker"));
+    report.target(bench, "hull ÷ firecracker", latency, Bound::AtMost(1.0));
+    Ok(())
 }
 
 fn ratio(a: Option<f64>, b: Option<f64>) -> Option<f64> {

@@ -96,7 +96,9 @@ fn refusals_name_the_field_and_what_is_allowed() {
     assert!(problem(|c| c.kernel.path = PathBuf::new()).starts_with("kernel.path:"));
     assert!(problem(|c| c.console.mode = ConsoleMode::File).starts_with("console.path:"));
     let disk = DiskConfig { path: "d".into(), id: Some("x".into()), ..Default::default() };
-    assert!(problem(|c| c.disk = vec![disk.clone(), disk.clone()]).contains("two disks are called x"));
+    assert!(
+        problem(|c| c.disk = vec![disk.clone(), disk.clone()]).contains("two disks are called x")
+    );
     let queues = DiskConfig { queues: Some(17), path: "d".into(), ..Default::default() };
     assert_eq!(problem(|c| c.disk = vec![queues]), "disk[0].queues: 17 is not between 1 and 16");
     let tap = NetConfig { tap: Some("a-name-that-is-too-long".into()), ..Default::default() };

@@ -26,6 +26,9 @@ use crate::runtime::{self, Entry, Record};
 use crate::streams;
 use crate::terminal::{self, Escapes, RawMode};
 
+/// Bytes of guest memory that KVM takes long to get to know: about 10 ms a GiB.
+const LARGE: u64 = 16 << 30;
+
 /// Runs a machine until it ends.
 pub fn run(args: RunArgs, start: Instant) -> Result {
     let config = args.config()?;
@@ -123,7 +126,10 @@ impl Session {
     }
 
     fn run_once(&self, timings: &Arc<Timings>) -> Result<Ending> {
-        self.signals.interruptible()?;
+        let watch = match self.config.memory.size.0 {
+            LARGE.. => Some(self.signals.watch()?),
+            _ => self.signals.interruptible().map(|()| None)?,
+        };
         let hypervisor = Kvm::open(Path::new(DEVICE)).map_err(NoKvm)?;
         let window = window_size(libc::STDIN_FILENO);
         let host = Host {
@@ -133,6 +139,7 @@ impl Session {
             window,
         };
         let machine = Machine::new(&self.config, &host)?;
+        drop(watch);
         let mut services: Vec<Box<dyn Service>> = Vec::new();
         if let Some(entry) = &self.entry {
             services.push(Box::new(entry.control_socket()));

@@ -9,8 +9,11 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 
+use crate::io::STACK_SIZE;
 use crate::kernel::lease_break_signal;
 
 /// The signals that ask a machine to end. The others that end a process by default are left alone:
@@ -141,6 +144,24 @@ pub struct Signals {
     hooks: Hooks,
 }
 
+/// A thread that signals can end the process in.
+#[derive(Debug)]
+pub struct Watch {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            // It has nothing to panic about.
+            let _ = thread.join();
+        }
+    }
+}
+
 impl Signals {
     /// Blocks the signals for the calling thread and all that it starts from now on. To be called
     /// before there are other threads. Signals that are ignored stay so.
@@ -190,6 +211,28 @@ impl Signals {
     /// The kernel refused.
     pub fn interruptible(&self) -> io::Result<()> {
         change_mask(libc::SIG_UNBLOCK)
+    }
+
+    /// As [`interruptible`](Signals::interruptible), for an assembly with calls that take the kernel
+    /// seconds: it looks at a handler only afterwards, so another thread runs it, until the
+    /// [`Watch`] is dropped.
+    ///
+    /// # Errors
+    /// The host refused a thread.
+    pub fn watch(&self) -> io::Result<Watch> {
+        let over = Arc::new(AtomicBool::new(false));
+        let theirs = Arc::clone(&over);
+        let thread = std::thread::Builder::new()
+            .name("signals".into())
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                // Fails with no arguments that this one passes.
+                let _ = change_mask(libc::SIG_UNBLOCK);
+                while !theirs.load(Ordering::Acquire) {
+                    std::thread::park();
+                }
+            })?;
+        Ok(Watch { over, thread: Some(thread) })
     }
 
     /// Another handle on the same signals: each arrives at one of them.
@@ -317,6 +360,25 @@ mod tests {
             wait_for_ever();
         });
         assert_eq!(code, 77);
+    }
+
+    #[test]
+    fn a_watch_ends_what_cannot_be_interrupted() {
+        let code = signalled(libc::SIGTERM, |ready| {
+            let signals = Signals::block().unwrap();
+            let _watch = signals.watch().unwrap();
+            ready();
+            // Blocked here, as if in the kernel.
+            wait_for_ever();
+        });
+        assert_eq!(code, 128 + libc::SIGTERM);
+        let code = signalled(libc::SIGTERM, |ready| {
+            let signals = Signals::block().unwrap();
+            drop(signals.watch().unwrap());
+            ready();
+            end_by_event(&signals);
+        });
+        assert_eq!(code, 10 + libc::SIGTERM);
     }
 
     #[test]

@@ -66,10 +66,10 @@ impl Transport {
 
     /// As [`needs_reset`](Transport::needs_reset), and says why.
     pub(super) fn broken(&self, reason: &dyn fmt::Display) {
+        self.needs_reset();
         if let Some(held_back) = BROKEN.pass() {
             tracing::warn!(device = self.name, %reason, held_back, "device needs a reset");
         }
-        self.needs_reset();
     }
 
     /// Replaces the configuration space and tells the driver.

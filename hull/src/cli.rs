@@ -286,7 +286,7 @@ impl RunArgs {
             }),
         );
         for text in &self.disk {
-            config.disk.push(read_option::<DiskConfig>("disk", text, keyvalue::split(text))?);
+            config.disk.push(disk(text)?);
         }
         for text in &self.net {
             config.net.push(net(text)?);
@@ -317,9 +317,27 @@ fn read_option<T: DeserializeOwned>(
     })
 }
 
+/// A file's name alone is its path.
+fn disk(text: &str) -> std::result::Result<DiskConfig, UsageError> {
+    const FLAGS: [&str; 3] = ["ro", "root", "direct"];
+    let mut pairs = keyvalue::split(text);
+    if let Some(first) = pairs.first_mut()
+        && first.value.is_none()
+        && !FLAGS.contains(&first.key.as_str())
+    {
+        let path = std::mem::replace(&mut first.key, "path".to_owned());
+        first.value = Some(path);
+    }
+    read_option("disk", text, pairs)
+}
+
 /// `tap` without a name asks for a TAP to be made, which is what no name at all means as well.
 fn net(text: &str) -> std::result::Result<NetConfig, UsageError> {
     let mut pairs = keyvalue::split(text);
+    if pairs.is_empty() {
+        let reason = "write tap, tap=NAME or fd=N".to_owned();
+        return Err(UsageError::Option { option: "net", text: text.to_owned(), reason });
+    }
     pairs.retain(|pair| pair.key != "tap" || pair.value.is_some());
     read_option("net", text, pairs)
 }
@@ -354,10 +372,12 @@ fn console(text: &str) -> std::result::Result<ConsoleConfig, UsageError> {
 fn read_config(path: &Path) -> std::result::Result<VmConfig, UsageError> {
     let text = fs::read_to_string(path)
         .map_err(|source| UsageError::Read { path: path.to_owned(), source })?;
+    // Some editors put a byte order mark in front.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let parsed = if text.trim_start().starts_with('{') {
-        serde_json::from_str(&text).map_err(|err| err.to_string())
+        serde_json::from_str(text).map_err(|err| err.to_string())
     } else {
-        toml::from_str(&text).map_err(|err| err.to_string().trim_end().to_owned())
+        toml::from_str(text).map_err(|err| err.to_string().trim_end().to_owned())
     };
     parsed.map_err(|mut reason| {
         if let Some(nearest) = keyvalue::suggestion(&reason) {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io::{self, ErrorKind};
 
 use arch::boot::BootError;
+use arch::boot::placement::PlacementError;
 use vmm::config::ConfigError;
 use vmm::devices::virtio::blk::OpenError;
 use vmm::devices::virtio::net::tap::TapError;
@@ -52,6 +53,15 @@ fn find<'a, T: Error + 'static>(err: &'a (dyn Error + 'static)) -> Option<&'a T>
     std::iter::successors(Some(err), |&err| err.source()).find_map(|err| err.downcast_ref())
 }
 
+/// True if the process may not open as many files as the machine needs.
+fn out_of_descriptors(err: &(dyn Error + 'static)) -> bool {
+    let is = |err: &(dyn Error + 'static)| {
+        let io = err.downcast_ref::<io::Error>();
+        io.and_then(io::Error::raw_os_error) == Some(libc::EMFILE)
+    };
+    std::iter::successors(Some(err), |&err| err.source()).any(is)
+}
+
 /// What a person can do about `err`.
 fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
     // `BuildError::Load` shows itself as the error inside, which is then not in the chain.
@@ -59,6 +69,9 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
         && let Some(hint) = load_hint(load)
     {
         return Some(hint);
+    }
+    if out_of_descriptors(err) {
+        return Some("allow more open files: `ulimit -n 1024`".into());
     }
     if let Some(BootError::CmdlineTooLong { .. }) = find::<BootError>(err) {
         return Some(
@@ -141,8 +154,10 @@ fn load_hint(err: &LoadError) -> Option<String> {
             "add an --initrd that loads the virtio modules, or use a kernel that has them built \
              in; --force starts it all the same"
         }
-        LoadError::Placement(_) => "give the guest more --memory",
-        LoadError::Open { source, .. } if source.kind() == ErrorKind::NotFound => {
+        LoadError::Placement(
+            PlacementError::OutsideRam { .. } | PlacementError::NoRoomForInitrd { .. },
+        ) => "give the guest more --memory",
+        LoadError::Open { what: "kernel", source, .. } if source.kind() == ErrorKind::NotFound => {
             "look for kernels in /boot, or let `make run` in Hull's tree fetch one"
         }
         _ => return None,

@@ -15,7 +15,8 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::engine::{Completion, Engine, Origin};
-use super::{Command, Options, Report, ReportSink, StartedQueue, WorkerId};
+use super::linger::Linger;
+use super::{Command, Options, Report, ReportSink, StartedQueue, WorkerId, system_error};
 
 /// What a ready descriptor is, packed into the 32 bits that epoll carries along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +103,7 @@ struct Core {
 pub(super) struct EventLoop {
     manager: EventManager<Loop>,
     id: event_manager::SubscriberId,
+    linger: Linger,
 }
 
 struct Loop {
@@ -109,10 +111,6 @@ struct Loop {
     slots: Vec<Option<Slot>>,
     core: Core,
     shutdown: bool,
-}
-
-fn other(err: event_manager::Error) -> io::Error {
-    io::Error::other(err.to_string())
 }
 
 impl EventLoop {
@@ -133,18 +131,21 @@ impl EventLoop {
             reports,
             alone: options.alone,
         };
-        let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(other)?;
+        let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(system_error)?;
         let id =
             manager.add_subscriber(Loop { commands, slots: Vec::new(), core, shutdown: false });
-        Ok(EventLoop { manager, id })
+        Ok(EventLoop { manager, id, linger: Linger::new() })
     }
 
     /// Serves events until [`Command::Shutdown`].
     pub(super) fn run(mut self) {
         while self.manager.subscriber_mut(self.id).is_ok_and(|subscriber| !subscriber.shutdown) {
-            if let Err(err) = self.manager.run() {
-                tracing::error!(err = %err, "io thread cannot wait for events");
-                return;
+            match self.manager.run_with_timeout(self.linger.timeout()) {
+                Ok(events) => self.linger.found(events, Instant::now()),
+                Err(err) => {
+                    tracing::error!(err = %err, "io thread cannot wait for events");
+                    return;
+                }
             }
         }
     }
@@ -309,7 +310,7 @@ impl Loop {
                 entry.kicks.push((index, kick));
                 if let Err(err) = watched {
                     entry.faulted = true;
-                    let fault = Fault::Backend(other(err));
+                    let fault = Fault::Backend(system_error(err));
                     (self.core.reports)(Report::Fault { id, fault });
                 }
             }
@@ -405,7 +406,7 @@ impl Reactor for SlotReactor<'_, '_> {
         let source = Source::Ready { slot: self.slot, token };
         self.ops
             .add(Events::with_data_raw(fd, source.pack(), set | EventSet::EDGE_TRIGGERED))
-            .map_err(other)?;
+            .map_err(system_error)?;
         self.entry.watched.push(fd);
         Ok(())
     }

@@ -15,6 +15,7 @@
 
 mod engine;
 mod event_loop;
+mod linger;
 
 use std::io;
 use std::sync::Arc;
@@ -186,3 +187,11 @@ pub fn has_io_uring() -> bool {
 
 /// Stack of Hull's own threads in bytes; only touched pages count.
 pub(crate) const STACK_SIZE: usize = 256 * 1024;
+
+/// What the event manager met with, as the system says it.
+pub(crate) fn system_error(err: event_manager::Error) -> io::Error {
+    match err {
+        event_manager::Error::Epoll(errno) => errno.into(),
+        other => io::Error::other(other.to_string()),
+    }
+}

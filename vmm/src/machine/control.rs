@@ -27,7 +27,7 @@ use super::lifecycle::{self, Ending, Refusal, State, Step};
 use super::slot::Stopping;
 use super::{Machine, RunError, RunOptions};
 use crate::console::Output;
-use crate::io::{Report, WorkerId};
+use crate::io::{Report, WorkerId, system_error};
 use crate::seccomp::{self, ThreadKind};
 use crate::signals::Meaning;
 use crate::timings::Milestone;
@@ -146,7 +146,7 @@ impl Machine {
             }
         }
         let mut manager = EventManager::new_with_capacity(READY_EVENTS)
-            .map_err(|err| host("cannot wait for events")(other(err)))?;
+            .map_err(|err| host("cannot wait for events")(system_error(err)))?;
         let timer = TimerFd::new().map_err(|err| host("cannot make a timer")(err.into()))?;
         seccomp::apply(ThreadKind::Main, self.seccomp)
             .map_err(host("cannot filter the main thread"))?;
@@ -171,12 +171,12 @@ impl Machine {
                 _ => break,
             }
             if let Err(err) = manager.run() {
-                return Err(host("cannot wait for events")(other(err)));
+                return Err(host("cannot wait for events")(system_error(err)));
             }
         }
         let end = match manager.subscriber_mut(id) {
             Ok(control) => control.finish(),
-            Err(err) => return Err(host("the control loop is gone")(other(err))),
+            Err(err) => return Err(host("the control loop is gone")(system_error(err))),
         };
         if options.last {
             let _ = ManuallyDrop::new(manager);
@@ -190,10 +190,6 @@ impl Machine {
 fn give_back_heap() {
     // SAFETY: malloc_trim may be called at any time.
     unsafe { libc::malloc_trim(0) };
-}
-
-fn other(err: event_manager::Error) -> io::Error {
-    io::Error::other(err.to_string())
 }
 
 impl MutEventSubscriber for Control {
@@ -216,7 +212,7 @@ impl MutEventSubscriber for Control {
         }
         for (fd, source, set) in fds {
             if let Err(err) = ops.add(Events::with_data_raw(fd, source.pack(), set)) {
-                self.end = Some(Err(host("cannot wait for an event")(other(err))));
+                self.end = Some(Err(host("cannot wait for an event")(system_error(err))));
             }
         }
         self.watch_input(ops);

@@ -66,13 +66,13 @@ impl Pace {
         self.slow_until.is_none_or(|until| Instant::now() >= until)
     }
 
-    /// Makes a call and remembers whether it was slow.
-    fn time<T>(&mut self, call: impl FnOnce() -> T) -> T {
+    /// Makes a call and remembers whether it was slow. Returns how long it took as well.
+    fn time<T>(&mut self, call: impl FnOnce() -> T) -> (T, Duration) {
         let start = Instant::now();
         let result = call();
         let end = Instant::now();
         self.slow_until = (end - start > Self::SLOW).then_some(end + Self::SPELL);
-        result
+        (result, end - start)
     }
 }
 
@@ -243,7 +243,7 @@ impl BlockWorker {
         if here && !self.durable() {
             let flags = if self.nowait_writes { libc::RWF_NOWAIT } else { 0 };
             let from = &self.chain.readable;
-            match self.writes.time(|| transfer(libc::pwritev2, fd, from, offset, flags)) {
+            match self.writes.time(|| transfer(libc::pwritev2, fd, from, offset, flags)).0 {
                 Ok(written) if written == len => {
                     return finish(queue, head, &status, Status::Ok, 0);
                 }
@@ -258,11 +258,17 @@ impl BlockWorker {
         self.submit(head, Pending { status, step }, reactor);
     }
 
-    /// With nothing else under way.
+    /// With nothing else under way. A driver that sent nothing meanwhile has not waited for anything
+    /// but the flush, so that the next one is done here again, unless it took very long.
     fn flush(&mut self, queue: &mut Queue, head: u16, status: &GuestByte) {
+        const LONG: Duration = Duration::from_millis(100);
         let fd = self.settings.file.fd();
         // SAFETY: no memory is involved.
-        let done = self.flushes.time(|| unsafe { libc::fdatasync(fd) });
+        let (done, took) = self.flushes.time(|| unsafe { libc::fdatasync(fd) });
+        // A broken ring is for the next look at it to find.
+        if took < LONG && !queue.has_available().unwrap_or(true) {
+            self.flushes = Pace::default();
+        }
         finish(queue, head, status, if done == 0 { Status::Ok } else { Status::IoError }, 0);
     }
 

@@ -19,6 +19,8 @@ struct Load {
     scenario: &'static str,
     /// For tests/floor: arguments before and after the file's name.
     floor: Option<(&'static str, &'static [&'static str])>,
+    /// The same with as many buffers as the guest has.
+    floor_buffers: Option<&'static [&'static str]>,
     direct: bool,
     /// Firecracker's better engine divided by Hull, at least.
     target: Option<f64>,
@@ -30,7 +32,8 @@ const LOADS: &[Load] = &[
     Load {
         name: "blk read 4 KiB, depth 1",
         scenario: "op=read depth=1 count=20000",
-        floor: Some(("pread", &["4096", "200000"])),
+        floor: Some(("pread", &["4096", "200000", "1"])),
+        floor_buffers: None,
         direct: false,
         target: Some(1.0),
         floor_target: None,
@@ -38,7 +41,8 @@ const LOADS: &[Load] = &[
     Load {
         name: "blk read 4 KiB, depth 32",
         scenario: "op=read depth=32 count=100000",
-        floor: Some(("pread", &["4096", "200000"])),
+        floor: Some(("pread", &["4096", "200000", "1"])),
+        floor_buffers: Some(&["4096", "200000", "32"]),
         direct: false,
         target: Some(1.25),
         floor_target: Some(1.15),
@@ -46,7 +50,8 @@ const LOADS: &[Load] = &[
     Load {
         name: "blk read 4 KiB, depth 80",
         scenario: "op=read depth=80 count=100000",
-        floor: Some(("pread", &["4096", "200000"])),
+        floor: Some(("pread", &["4096", "200000", "1"])),
+        floor_buffers: Some(&["4096", "200000", "80"]),
         direct: false,
         target: Some(1.1),
         floor_target: Some(1.15),
@@ -54,7 +59,8 @@ const LOADS: &[Load] = &[
     Load {
         name: "blk read 1 MiB in sequence, depth 4",
         scenario: "op=read pattern=seq size=1M depth=4 count=1000",
-        floor: Some(("pread", &["1048576", "1000"])),
+        floor: Some(("pread", &["1048576", "1000", "1"])),
+        floor_buffers: None,
         direct: false,
         target: Some(1.0),
         floor_target: None,
@@ -63,6 +69,7 @@ const LOADS: &[Load] = &[
         name: "blk write 4 KiB, depth 32",
         scenario: "op=write depth=32 count=20000",
         floor: Some(("pwrite", &["4096", "20000", "0"])),
+        floor_buffers: None,
         direct: false,
         target: Some(1.0),
         floor_target: None,
@@ -71,6 +78,7 @@ const LOADS: &[Load] = &[
         name: "blk write 4 KiB, flush each 32",
         scenario: "op=write depth=32 flush=32 count=2000",
         floor: Some(("pwrite", &["4096", "2000", "32"])),
+        floor_buffers: None,
         direct: false,
         target: Some(1.0),
         floor_target: None,
@@ -78,12 +86,16 @@ const LOADS: &[Load] = &[
     Load {
         name: "blk read 4 KiB O_DIRECT, depth 32",
         scenario: "op=read depth=32 count=10000",
-        floor: Some(("pread", &["4096", "5000", "direct"])),
+        floor: Some(("pread", &["4096", "5000", "1", "direct"])),
+        floor_buffers: None,
         direct: true,
         target: None,
         floor_target: None,
     },
 ];
+
+/// The floor with as many buffers as the guest has.
+const MANY_BUFFERS: &str = "floor, many buffers";
 
 /// Runs all loads on all systems.
 pub fn run(
@@ -126,7 +138,10 @@ fn variants(system: System, load: &Load) -> Vec<(&'static str, Engine)> {
         }
         System::Qemu => vec![("qemu", Engine::Ring)],
         System::Hull => vec![("hull", Engine::Default)],
-        System::Floor => vec![("floor", Engine::Default)],
+        System::Floor => {
+            let buffers = load.floor_buffers.map(|_| (MANY_BUFFERS, Engine::Default));
+            std::iter::once(("floor", Engine::Default)).chain(buffers).collect()
+        }
     }
 }
 
@@ -144,10 +159,12 @@ fn measure(
         .collect();
     let mut ticks = vec![Vec::new(); variants.len()];
     for _ in 0..runs {
-        for (place, (system, (_, engine))) in variants.iter().enumerate() {
+        for (place, (system, (name, engine))) in variants.iter().enumerate() {
             let seen = match (system, load.floor) {
                 (System::Floor, None) => continue,
                 (System::Floor, Some((mode, arguments))) => {
+                    let many = load.floor_buffers.filter(|_| *name == MANY_BUFFERS);
+                    let arguments = many.unwrap_or(arguments);
                     let mut command = Command::new(&programs.floor);
                     command.arg(mode).arg(image).args(arguments);
                     let mut running = Running::spawn(command, tempfile::tempdir()?)?;

@@ -52,15 +52,26 @@ fn open(path: &str, size: usize, write: bool, direct: bool) -> Result<(File, u64
     Ok((file, blocks))
 }
 
-/// Prints ticks per `pread` of `size` bytes at random multiples of `size`.
-pub fn read_at_random(path: &str, size: &str, count: &str, direct: bool) -> Result<()> {
+/// Prints ticks per `pread` of `size` bytes at random multiples of `size`. One buffer stays in the
+/// processor's first cache, which those of a guest with many requests do not.
+pub fn read_at_random(
+    path: &str,
+    size: &str,
+    count: &str,
+    buffers: &str,
+    direct: bool,
+) -> Result<()> {
     let (size, count): (usize, u64) = (size.parse()?, count.parse()?);
     let (file, blocks) = open(path, size, false, direct)?;
-    let buffer = aligned(size)?;
+    let buffers: usize = buffers.parse()?;
+    let memory = aligned(size * buffers.max(1))?;
     let mut state = 0x9e37_79b9_7f4a_7c15;
     let start = ticks();
+    let mut at = 0;
     for _ in 0..count {
+        let buffer = &mut memory[at..at + size];
         file.read_exact_at(buffer, next(&mut state) % blocks * size as u64)?;
+        at = if at + 2 * size > memory.len() { 0 } else { at + size };
     }
     println!("result pread size={size} count={count} ticks={}", (ticks() - start) / count.max(1));
     Ok(())

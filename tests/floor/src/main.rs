@@ -4,7 +4,8 @@
 //!
 //! - `floor boot PAYLOAD MIB COMMAND-LINE` makes a VM, runs the payload to its first write to a
 //!   port, and exits.
-//! - `floor pread FILE SIZE COUNT [direct]` reads at random offsets and prints ticks per read.
+//! - `floor pread FILE SIZE COUNT BUFFERS [direct]` reads at random offsets, into each of that many
+//!   buffers in turn, and prints ticks per read.
 //! - `floor pwrite FILE SIZE COUNT FLUSH [direct]` writes likewise, with an fdatasync every FLUSH.
 //! - `floor tapwrite NAME SIZE COUNT` sends frames to a TAP and prints ticks per frame.
 
@@ -21,8 +22,12 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match arguments.as_slice() {
         ["boot", payload, mib, command_line] => boot::run(payload, mib, command_line),
-        ["pread", file, size, count] => io::read_at_random(file, size, count, false),
-        ["pread", file, size, count, "direct"] => io::read_at_random(file, size, count, true),
+        ["pread", file, size, count, buffers] => {
+            io::read_at_random(file, size, count, buffers, false)
+        }
+        ["pread", file, size, count, buffers, "direct"] => {
+            io::read_at_random(file, size, count, buffers, true)
+        }
         ["pwrite", file, size, count, flush] => {
             io::write_at_random(file, size, count, flush, false)
         }
@@ -30,7 +35,7 @@ fn main() -> ExitCode {
             io::write_at_random(file, size, count, flush, true)
         }
         ["tapwrite", name, size, count] => io::send_frames(name, size, count),
-        _ => Err("usage: floor boot PAYLOAD MIB COMMAND-LINE | pread FILE SIZE COUNT [direct] | \
+        _ => Err("usage: floor boot PAYLOAD MIB COMMAND-LINE | pread FILE SIZE COUNT BUFFERS [direct] | \
                   pwrite FILE SIZE COUNT FLUSH [direct] | tapwrite NAME SIZE COUNT"
             .into()),
     };

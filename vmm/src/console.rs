@@ -13,11 +13,12 @@ use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::files;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -207,9 +208,8 @@ impl Sink {
     /// # Errors
     /// The file is one of those, or cannot be opened. It is as it was then.
     pub fn create<'a>(path: &Path, used: impl IntoIterator<Item = &'a Path>) -> io::Result<Sink> {
-        let identity = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-        if let Some(this) = identity(path)
-            && used.into_iter().any(|path| identity(path) == Some(this))
+        if let Some(this) = files::identity(path)
+            && used.into_iter().any(|path| files::identity(path) == Some(this))
         {
             return Err(io::Error::other("the machine boots or reads from it"));
         }

@@ -2,7 +2,6 @@
 //! finds them. A new kind of device is one line here.
 
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
 use devices::virtio::blk::{Block, Cache, DiskFile, OpenError, Options};
@@ -15,6 +14,7 @@ use devices::virtio::rng::Rng;
 use super::build::BuildError;
 use crate::config::{CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, NetConfig, VmConfig};
 use crate::console::Output;
+use crate::files;
 
 /// A device to be wired.
 pub(super) struct Entry {
@@ -79,16 +79,7 @@ pub(super) fn devices(
 
 /// Name of the disk before the `n`th one that is the same file, if there is one.
 fn same_file(config: &VmConfig, n: usize) -> Option<String> {
-    let identity = |n: usize| {
-        let disk = config.disk.get(n)?;
-        let file = std::fs::metadata(&disk.path).ok()?;
-        // Of a device its number counts: any number of nodes may stand for it.
-        Some(if file.file_type().is_block_device() {
-            (0, file.rdev())
-        } else {
-            (file.dev(), file.ino())
-        })
-    };
+    let identity = |n: usize| files::identity(&config.disk.get(n)?.path);
     let this = identity(n)?;
     (0..n).find(|&other| identity(other) == Some(this)).map(|other| config.disk_name(other))
 }

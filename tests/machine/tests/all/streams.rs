@@ -270,6 +270,23 @@ fn shell_on_terminal(script: &str, arguments: &[&dyn AsRef<OsStr>]) -> (File, Ch
     (person, child, folder)
 }
 
+/// The processes of a shell's session, stopped ones too: ended when dropped, for a test that failed.
+struct Session(u32);
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Ok(id) = process.file_name().to_string_lossy().parse::<i32>() else { continue };
+            // SAFETY: the calls have no memory arguments; the session was made by this test.
+            unsafe {
+                if libc::getsid(id) == self.0 as i32 {
+                    libc::kill(id, libc::SIGKILL);
+                }
+            }
+        }
+    }
+}
+
 fn mode(terminal: &File) -> libc::termios {
     // SAFETY: termios is plain data, which tcgetattr fills.
     unsafe {
@@ -311,6 +328,7 @@ fn a_shell_gets_its_terminal_while_the_machine_is_stopped() {
             &pidfile,
         ],
     );
+    let _session = Session(shell.id());
     read_until(&terminal, "ready");
     assert!(is_raw(&terminal));
     let id: u32 = std::fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap();

@@ -66,8 +66,8 @@ pub struct RunOptions {
     /// Runs of each boot; other benches take a fraction of it.
     #[arg(long, default_value_t = 40)]
     runs: usize,
-    /// Writes all numbers to this file.
-    #[arg(long)]
+    /// Writes all numbers to this file; the last one named counts.
+    #[arg(long, overrides_with = "json")]
     json: Option<PathBuf>,
     /// Hull's binary; by default the one beside this program.
     #[arg(long)]
@@ -140,6 +140,7 @@ fn run(options: &RunOptions) -> Result<()> {
     report.print();
     if let Some(file) = &options.json {
         std::fs::write(file, serde_json::to_vec_pretty(&report)?)?;
+        println!("numbers: {}", file.display());
     }
     Ok(())
 }

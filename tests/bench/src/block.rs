@@ -1,8 +1,9 @@
 //! virtio-blk, driven by the payload: TSC ticks per completed request.
 
 use crate::Result;
+use crate::host::undisturbed;
 use crate::report::{Bound, Report};
-use crate::sample::{self, Running};
+use crate::sample::{self, Running, Sample};
 use crate::system::{Disk, Engine, Guest, Programs, System};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -160,29 +161,10 @@ fn measure(
     let mut ticks = vec![Vec::new(); variants.len()];
     for _ in 0..runs {
         for (place, (system, (name, engine))) in variants.iter().enumerate() {
-            let seen = match (system, load.floor) {
-                (System::Floor, None) => continue,
-                (System::Floor, Some((mode, arguments))) => {
-                    let many = load.floor_buffers.filter(|_| *name == MANY_BUFFERS);
-                    let arguments = many.unwrap_or(arguments);
-                    let mut command = Command::new(&programs.floor);
-                    command.arg(mode).arg(image).args(arguments);
-                    let mut running = Running::spawn(command, tempfile::tempdir()?)?;
-                    let first = running.wait_for("result")?;
-                    running.finish(first)?
-                }
-                _ => {
-                    let disk =
-                        Disk { path: image.to_owned(), engine: *engine, direct: load.direct };
-                    let line = format!("payload=blk {}", load.scenario);
-                    let guest = Guest { disk: Some(disk), ..Guest::new(&line) };
-                    let sample = sample::run(programs, *system, &guest, "result")?;
-                    if sample.result("failed")? != 0.0 {
-                        return Err(format!("{}: requests failed", system.name()).into());
-                    }
-                    sample
-                }
-            };
+            if *system == System::Floor && load.floor.is_none() {
+                continue;
+            }
+            let seen = undisturbed(|| one(programs, *system, name, *engine, image, load))?;
             ticks[place].push(seen.result("ticks")?);
         }
     }
@@ -190,6 +172,33 @@ fn measure(
         report.add(load.name, name, "ticks", values);
     }
     Ok(())
+}
+
+/// One sample of one system.
+fn one(
+    programs: &Programs,
+    system: System,
+    variant: &str,
+    engine: Engine,
+    image: &Path,
+    load: &Load,
+) -> Result<Sample> {
+    if let (System::Floor, Some((mode, arguments))) = (system, load.floor) {
+        let many = load.floor_buffers.filter(|_| variant == MANY_BUFFERS);
+        let mut command = Command::new(&programs.floor);
+        command.arg(mode).arg(image).args(many.unwrap_or(arguments));
+        let mut running = Running::spawn(command, tempfile::tempdir()?)?;
+        let first = running.wait_for("result")?;
+        return running.finish(first);
+    }
+    let disk = Disk { path: image.to_owned(), engine, direct: load.direct };
+    let line = format!("payload=blk {}", load.scenario);
+    let guest = Guest { disk: Some(disk), ..Guest::new(&line) };
+    let sample = sample::run(programs, system, &guest, "result")?;
+    if sample.result("failed")? != 0.0 {
+        return Err(format!("{}: requests failed", system.name()).into());
+    }
+    Ok(sample)
 }
 
 fn hold_against_targets(load: &Load, report: &mut Report) {

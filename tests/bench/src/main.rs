@@ -122,6 +122,7 @@ fn run(options: &RunOptions) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let programs = locate(options, &systems)?;
     let mut report = report::Report::new(host::describe(&programs));
+    let start = host::Clock::now();
 
     if options.wants("boot") {
         boot::cpu_time(&programs, &systems, options.runs, &mut report)?;
@@ -137,6 +138,7 @@ fn run(options: &RunOptions) -> Result<()> {
     }
     net::run(&programs, &systems, options, &mut report)?;
 
+    report.host.stolen = start.stolen();
     report.print();
     if let Some(file) = &options.json {
         std::fs::write(file, serde_json::to_vec_pretty(&report)?)?;

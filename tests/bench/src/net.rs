@@ -2,6 +2,7 @@
 
 use crate::Result;
 use crate::RunOptions;
+use crate::host::undisturbed;
 use crate::report::{Bound, Report};
 use crate::sample::{Running, Sample, median, run as run_guest};
 use crate::system::{Guest, Programs, System};
@@ -105,8 +106,8 @@ fn measure(
     let mut seen = vec![Vec::new(); systems.len()];
     for _ in 0..runs {
         for (place, system) in systems.iter().enumerate() {
-            let value =
-                one(*system).map_err(|error| format!("{bench}, {}: {error}", system.name()))?;
+            let value = undisturbed(|| one(*system))
+                .map_err(|error| format!("{bench}, {}: {error}", system.name()))?;
             seen[place].push(value);
         }
     }

@@ -79,7 +79,8 @@ impl Report {
     pub fn print(&self) {
         let host = &self.host;
         println!("kernel {}, {} × {}", host.kernel, host.processors, host.processor);
-        println!("KVM: {}, THP: {}, load: {}", host.kvm, host.transparent_hugepages, host.load);
+        print!("KVM: {}, THP: {}, load: {}", host.kvm, host.transparent_hugepages, host.load);
+        println!(", stolen: {:.1} %", host.stolen * 100.0);
         // A guest that polls, its monitor and the bench are three.
         if host.load > 0.5 {
             println!("note: the machine was busy before the run; ticks and times include waiting");

@@ -134,7 +134,7 @@ fn run(options: &RunOptions) -> Result<()> {
         memory::private_dirty(&programs, &systems, options.runs.div_ceil(8), &mut report)?;
     }
     if options.wants("blk") {
-        block::run(&programs, &systems, options.runs.div_ceil(8), &mut report)?;
+        block::run(&programs, &systems, options.runs.div_ceil(5), &mut report)?;
     }
     net::run(&programs, &systems, options, &mut report)?;
 

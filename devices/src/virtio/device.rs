@@ -188,6 +188,9 @@ pub enum Message {
     },
     /// Bytes for the guest's console.
     Input(Vec<u8>),
+    /// Connections of a socket device are gone, e.g. because the machine is a copy: its driver is to
+    /// close them and to read its address again (virtio 1.3 § 5.10.6.7).
+    TransportReset,
 }
 
 /// Readiness that a worker waits for.
@@ -197,6 +200,8 @@ pub enum Interest {
     Readable,
     /// Writable; edge-triggered.
     Writable,
+    /// Readable, writable, or closed by its peer; edge-triggered, with one report for all.
+    Both,
 }
 
 /// What an io thread offers the workers that it owns.

@@ -402,6 +402,7 @@ impl Reactor for SlotReactor<'_, '_> {
         let set = match interest {
             Interest::Readable => EventSet::IN,
             Interest::Writable => EventSet::OUT,
+            Interest::Both => EventSet::IN | EventSet::OUT,
         };
         let source = Source::Ready { slot: self.slot, token };
         self.ops
@@ -467,7 +468,67 @@ impl Reactor for SlotReactor<'_, '_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::IoThread;
     use super::*;
+    use crate::seccomp;
+    use devices::virtio::device::Message;
+    use devices::virtio::queue::Queue;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    /// Watches a socket with [`Interest::Both`] once it is told to, and says when it is called.
+    struct Watcher {
+        socket: UnixStream,
+        called: mpsc::Sender<u32>,
+    }
+
+    impl Worker for Watcher {
+        fn start_queue(&mut self, _: u16, _: Queue, _: &mut dyn Reactor) {}
+
+        fn stop_queue(&mut self, _: u16, _: &mut dyn Reactor) -> Option<QueueState> {
+            None
+        }
+
+        fn on_kick(&mut self, _: u16, _: &mut dyn Reactor) {}
+
+        fn on_event(&mut self, token: u32, _: &mut dyn Reactor) {
+            self.called.send(token).unwrap();
+        }
+
+        fn on_message(&mut self, _: Message, reactor: &mut dyn Reactor) {
+            reactor.watch(self.socket.as_raw_fd(), 7, Interest::Both).unwrap();
+        }
+    }
+
+    #[test]
+    fn both_reports_room_data_and_the_end() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let options = Options { index: 0, files: false, alone: false, seccomp: seccomp::Mode::Off };
+        let thread = IoThread::start(options, Box::new(|_| {})).unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let mut socket = theirs.try_clone().unwrap();
+        while socket.write(&[0; 65536]).is_ok() {}
+        let (called, calls) = mpsc::channel();
+        let id = WorkerId { device: 0, group: 0 };
+        let worker = Box::new(Watcher { socket: theirs, called });
+        thread.send(Command::Start { id, worker, queues: Vec::new() });
+        thread.send(Command::Message(id, Message::TransportReset));
+        let quiet = Duration::from_millis(50);
+        assert!(calls.recv_timeout(quiet).is_err(), "neither data nor room was there");
+        let mut sink = vec![0; 4 << 20];
+        assert!(ours.read(&mut sink).unwrap() > 0);
+        ours.set_nonblocking(true).unwrap();
+        while ours.read(&mut sink).is_ok() {}
+        assert_eq!(calls.recv_timeout(PATIENCE), Ok(7), "room");
+        while calls.recv_timeout(quiet).is_ok() {}
+        ours.write_all(b"x").unwrap();
+        assert_eq!(calls.recv_timeout(PATIENCE), Ok(7), "data");
+        while calls.recv_timeout(quiet).is_ok() {}
+        drop(ours);
+        assert_eq!(calls.recv_timeout(PATIENCE), Ok(7), "the end");
+        thread.send(Command::Stop(id));
+    }
 
     #[test]
     fn sources_survive_packing() {

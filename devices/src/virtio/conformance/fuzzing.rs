@@ -139,8 +139,9 @@ pub fn fuzz<D: Device>(device: D, data: &[u8]) {
                 harness.resume();
             }
             14 => {
-                let message = match input.byte() & 1 {
-                    0 => Message::Input(input.bytes(255)),
+                let message = match input.byte() & 3 {
+                    0 | 2 => Message::Input(input.bytes(255)),
+                    3 => Message::TransportReset,
                     _ => Message::Resize { columns: input.u16(), rows: input.u16() },
                 };
                 if let Some(config) = harness.device_mut().update(&message) {

@@ -98,6 +98,7 @@ impl Reactor for TestReactor {
         let set = match interest {
             Interest::Readable => EventSet::IN,
             Interest::Writable => EventSet::OUT,
+            Interest::Both => EventSet::IN | EventSet::OUT,
         };
         let event = EpollEvent::new(set | EventSet::EDGE_TRIGGERED, fd as u64);
         self.epoll.ctl(ControlOperation::Add, fd, event)?;

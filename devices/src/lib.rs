@@ -11,5 +11,6 @@ pub mod acpi;
 pub mod bus;
 pub mod i8042;
 pub mod memory;
+pub mod rate;
 pub mod serial;
 pub mod virtio;

@@ -5,4 +5,4 @@ use devices::virtio::conformance::fuzz;
 use devices::virtio::rng::Rng;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|data: &[u8]| fuzz(Rng, data));
+fuzz_target!(|data: &[u8]| fuzz(Rng::default(), data));

@@ -255,9 +255,13 @@ impl<D: Device> Harness<D> {
         self.run();
     }
 
-    /// Lets timers that workers have set expire. Returns whether there was one.
+    /// Lets timers that workers have set expire, and delays of queues end. Returns whether there was
+    /// one.
     pub fn expire_timers(&mut self) -> bool {
+        let later = std::mem::take(&mut self.reactor.later);
         let due = std::mem::take(&mut self.reactor.timers);
+        let any = !due.is_empty() || !later.is_empty();
+        self.kicks.extend(later.into_iter().map(|(_, index)| index));
         for &group in &due {
             self.reactor.group = group;
             if let Some(started) = self.workers.iter_mut().find(|w| w.group == group) {
@@ -265,7 +269,7 @@ impl<D: Device> Harness<D> {
             }
         }
         self.note_faults();
-        !due.is_empty()
+        any
     }
 
     fn each_worker(&mut self, mut call: impl FnMut(&mut dyn Worker, &mut TestReactor)) {

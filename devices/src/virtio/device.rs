@@ -25,6 +25,7 @@ use libc::iovec;
 
 use super::Kind;
 use super::queue::{Queue, QueueError, QueueState};
+use crate::rate::RateLimiter;
 
 /// Saved state of a device: what it is, in which layout, and the bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -188,9 +189,22 @@ pub enum Message {
     },
     /// Bytes for the guest's console.
     Input(Vec<u8>),
+    /// Another limit for requests, or none.
+    RateLimit(Traffic, Option<RateLimiter>),
     /// Connections of a socket device are gone, e.g. because the machine is a copy: its driver is to
     /// close them and to read its address again (virtio 1.3 § 5.10.6.7).
     TransportReset,
+}
+
+/// What a rate limit is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Traffic {
+    /// All requests of a device that makes no difference between them.
+    All,
+    /// What the guest receives through a network card.
+    Received,
+    /// What the guest sends.
+    Sent,
 }
 
 /// Readiness that a worker waits for.
@@ -227,6 +241,10 @@ pub trait Reactor {
 
     /// Calls [`Worker::on_kick`] for queue `index` again after the others had their turn.
     fn again(&mut self, index: u16);
+
+    /// Calls [`Worker::on_kick`] for queue `index` again after `delay`; replaces an earlier delay of
+    /// this queue.
+    fn later(&mut self, index: u16, delay: Duration);
 
     /// Calls [`Worker::on_timer`] after `delay`; replaces an earlier timer of this worker.
     fn set_timer(&mut self, delay: Duration);

@@ -1,11 +1,15 @@
 //! Virtio entropy device (virtio 1.3 § 5.4): fills the driver's buffers from getrandom(2).
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use super::Kind;
-use super::device::{BATCH, Device, Fault, Payload, Reactor, RestoreError, Worker};
+use super::device::{
+    BATCH, Device, Fault, Message, Payload, Reactor, RestoreError, Traffic, Worker,
+};
 use super::iobuf::IoBuf;
 use super::queue::{Chain, Queue, QueueError, QueueState};
+use crate::rate::RateLimiter;
 
 const NAME: &str = "virtio-rng";
 const VERSION: u16 = 1;
@@ -17,7 +21,16 @@ const MAX_REQUEST: u64 = 64 * 1024;
 
 /// The device. It has no state of its own.
 #[derive(Debug, Default)]
-pub struct Rng;
+pub struct Rng {
+    limit: Option<RateLimiter>,
+}
+
+impl Rng {
+    /// A device whose bytes and requests are limited.
+    pub fn new(limit: Option<RateLimiter>) -> Rng {
+        Rng { limit }
+    }
+}
 
 impl Device for Rng {
     fn kind(&self) -> Kind {
@@ -28,8 +41,15 @@ impl Device for Rng {
         &QUEUES
     }
 
+    fn update(&mut self, message: &Message) -> Option<Vec<u8>> {
+        if let Message::RateLimit(Traffic::All, limit) = message {
+            self.limit.clone_from(limit);
+        }
+        None
+    }
+
     fn worker(&mut self, _group: usize, _negotiated: u64) -> io::Result<Box<dyn Worker>> {
-        Ok(Box::<RngWorker>::default())
+        Ok(Box::new(RngWorker { limit: self.limit.clone(), ..RngWorker::default() }))
     }
 
     fn save(&self) -> Payload {
@@ -48,23 +68,51 @@ impl Device for Rng {
 struct RngWorker {
     queue: Option<Queue>,
     chain: Chain,
+    limit: Option<RateLimiter>,
+}
+
+/// Why serving stopped.
+enum Next {
+    /// There are no more requests.
+    Idle,
+    /// The others' turn.
+    Again,
+    /// The limit is reached for so long.
+    Later(Duration),
 }
 
 impl RngWorker {
-    /// Serves up to a batch of requests. Returns true if more may be waiting.
-    fn serve(queue: &mut Queue, chain: &mut Chain) -> Result<bool, QueueError> {
+    /// Serves up to a batch of requests.
+    fn serve(
+        queue: &mut Queue,
+        chain: &mut Chain,
+        limit: Option<&RateLimiter>,
+    ) -> Result<Next, QueueError> {
         queue.disable_kicks();
         for _ in 0..BATCH {
+            if let Some(limit) = limit
+                && queue.has_available()?
+                && let Err(wait) = limit.ready(Instant::now())
+            {
+                return Ok(Next::Later(wait));
+            }
             let Some(head) = queue.pop(chain)? else {
                 if queue.enable_kicks()? {
                     continue;
                 }
-                return Ok(false);
+                if let Some(limit) = limit {
+                    limit.idle();
+                }
+                return Ok(Next::Idle);
             };
             chain.writable.truncate(MAX_REQUEST);
-            queue.complete(head, fill(&mut chain.writable));
+            let filled = fill(&mut chain.writable);
+            queue.complete(head, filled);
+            if let Some(limit) = limit {
+                limit.charge(u64::from(filled));
+            }
         }
-        Ok(true)
+        Ok(Next::Again)
     }
 }
 
@@ -79,12 +127,20 @@ impl Worker for RngWorker {
 
     fn on_kick(&mut self, index: u16, reactor: &mut dyn Reactor) {
         let Some(queue) = &mut self.queue else { return };
-        match Self::serve(queue, &mut self.chain) {
-            Ok(true) => reactor.again(index),
-            Ok(false) => {}
+        match Self::serve(queue, &mut self.chain, self.limit.as_ref()) {
+            Ok(Next::Idle) => {}
+            Ok(Next::Again) => reactor.again(index),
+            Ok(Next::Later(wait)) => reactor.later(index, wait),
             Err(err) => reactor.fault(Fault::Queue(index, err)),
         }
         queue.notify();
+    }
+
+    fn on_message(&mut self, message: Message, reactor: &mut dyn Reactor) {
+        if let Message::RateLimit(Traffic::All, limit) = message {
+            self.limit = limit;
+            self.on_kick(0, reactor);
+        }
     }
 }
 
@@ -110,13 +166,14 @@ fn fill(buf: &mut IoBuf) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rate::{Bucket, Limits};
     use crate::virtio::conformance::{Harness, conformance};
 
     conformance!(Rng::default);
 
     #[test]
     fn fills_what_was_asked_for_and_no_more() {
-        let mut harness = Harness::new(Rng);
+        let mut harness = Harness::new(Rng::default());
         harness.activate();
         let (gpa, len) = harness.writable(64);
         let used = harness.request(0, &[(gpa, 32, true)]);
@@ -128,9 +185,51 @@ mod tests {
 
     #[test]
     fn a_gigantic_request_is_cut() {
-        let mut harness = Harness::new(Rng);
+        let mut harness = Harness::new(Rng::default());
         harness.activate();
         let used = harness.request(0, &[(0x10000, 0x20000, true)]);
         assert_eq!(used, Some(MAX_REQUEST as u32));
+    }
+
+    /// A bucket that does not fill while a test runs.
+    fn slow(size: u64) -> Option<RateLimiter> {
+        let bucket = Bucket { size, one_time_burst: 0, refill_ms: 1 << 30 };
+        let limits = Limits { bandwidth: Some(bucket), ops: None };
+        RateLimiter::new(limits, Instant::now())
+    }
+
+    #[test]
+    fn a_limit_holds_requests_up_and_another_one_lets_them_go() {
+        let mut harness = Harness::new(Rng::new(slow(40)));
+        harness.activate();
+        let served = |harness: &mut Harness<Rng>| {
+            let (gpa, _) = harness.writable(32);
+            harness.offer(0, &[(gpa, 32, true)]);
+            harness.kick(0);
+            harness.run();
+            std::iter::from_fn(|| harness.used(0)).count()
+        };
+        assert_eq!([served(&mut harness), served(&mut harness)], [1, 1], "the second is on credit");
+        assert_eq!(served(&mut harness), 0);
+        assert!(harness.expire_timers(), "nobody looks at the queue again");
+        harness.run();
+        assert_eq!(harness.used(0), None, "the bucket is still empty");
+        // A reset does not fill the bucket.
+        harness.reset();
+        harness.activate();
+        assert_eq!(served(&mut harness), 0);
+        harness.pause();
+        harness.resume();
+        assert_eq!(served(&mut harness), 0);
+        let message = Message::RateLimit(Traffic::All, slow(1000));
+        harness.device_mut().update(&message);
+        harness.message(&message);
+        assert_eq!(std::iter::from_fn(|| harness.used(0)).count(), 2);
+        let message = Message::RateLimit(Traffic::All, None);
+        harness.device_mut().update(&message);
+        harness.message(&message);
+        for _ in 0..100 {
+            assert_eq!(served(&mut harness), 1);
+        }
     }
 }

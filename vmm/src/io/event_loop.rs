@@ -88,12 +88,27 @@ struct Stopping {
     states: Vec<(u16, QueueState)>,
 }
 
+/// Something that is to happen at a time.
+struct Deadline {
+    at: Instant,
+    slot: usize,
+    due: Due,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Due {
+    /// [`Worker::on_timer`].
+    Timer,
+    /// [`Worker::on_kick`] of this queue.
+    Kick(u16),
+}
+
 /// Everything a worker's reactor needs, apart from the workers.
 struct Core {
     engine: Option<Engine>,
     wake: Arc<EventFd>,
     timer: TimerFd,
-    deadlines: Vec<(Instant, usize)>,
+    deadlines: Vec<Deadline>,
     again: VecDeque<(usize, u16)>,
     reports: ReportSink,
     alone: bool,
@@ -252,7 +267,7 @@ impl Loop {
             let _ = ops.remove(Events::empty_raw(fd));
         }
         self.core.again.retain(|&(slot, _)| slot != index);
-        self.core.deadlines.retain(|&(_, slot)| slot != index);
+        self.core.deadlines.retain(|deadline| deadline.slot != index);
         let queues = slot.stopping.map(|stopping| stopping.states).unwrap_or_default();
         // The worker goes before the report: whoever gets it may close what the worker used.
         drop(slot.worker);
@@ -365,24 +380,30 @@ impl Loop {
     fn expire(&mut self, ops: &mut EventOps) {
         let _ = self.core.timer.wait();
         let now = Instant::now();
-        let due: Vec<usize> = self
-            .core
-            .deadlines
-            .iter()
-            .filter(|&&(deadline, _)| deadline <= now)
-            .map(|&(_, slot)| slot)
-            .collect();
-        self.core.deadlines.retain(|&(deadline, _)| deadline > now);
-        for slot in due {
-            self.with(slot, ops, |worker, reactor| worker.on_timer(reactor));
+        let due: Vec<Deadline> =
+            self.core.deadlines.extract_if(.., |deadline| deadline.at <= now).collect();
+        for Deadline { slot, due, .. } in due {
+            match due {
+                Due::Timer => {
+                    self.with(slot, ops, |worker, reactor| worker.on_timer(reactor));
+                }
+                Due::Kick(queue) => self.kick(slot, queue, ops),
+            }
         }
         self.core.arm();
     }
 }
 
 impl Core {
+    /// Makes `due` happen to the worker in `slot` after `delay` and not when it was to happen before.
+    fn set_deadline(&mut self, slot: usize, due: Due, delay: Duration) {
+        self.deadlines.retain(|deadline| (deadline.slot, deadline.due) != (slot, due));
+        self.deadlines.push(Deadline { at: Instant::now() + delay, slot, due });
+        self.arm();
+    }
+
     fn arm(&mut self) {
-        let Some(next) = self.deadlines.iter().map(|&(deadline, _)| deadline).min() else { return };
+        let Some(next) = self.deadlines.iter().map(|deadline| deadline.at).min() else { return };
         // A duration of 0 would disarm the timer.
         let delay = next.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
         let _ = self.timer.reset(delay, None);
@@ -442,10 +463,12 @@ impl Reactor for SlotReactor<'_, '_> {
         let _ = self.core.wake.write(1);
     }
 
+    fn later(&mut self, index: u16, delay: Duration) {
+        self.core.set_deadline(self.slot, Due::Kick(index), delay);
+    }
+
     fn set_timer(&mut self, delay: Duration) {
-        self.core.deadlines.retain(|&(_, slot)| slot != self.slot);
-        self.core.deadlines.push((Instant::now() + delay, self.slot));
-        self.core.arm();
+        self.core.set_deadline(self.slot, Due::Timer, delay);
     }
 
     fn stopped(&mut self, index: u16, state: QueueState) {

@@ -72,7 +72,7 @@ pub(super) fn devices(
         add(name, Box::new(device), BackEnd::Polled);
     }
     if config.rng {
-        add("rng".into(), Box::new(Rng), BackEnd::Polled);
+        add("rng".into(), Box::new(Rng::default()), BackEnd::Polled);
     }
     Ok(devices)
 }

@@ -1,7 +1,8 @@
 //! Bytes to driver behaviour: the entry for fuzzers and for the random-driver test.
 
 use super::{FIRST_BUFFER, Harness, RAM, RINGS, RINGS_LEN};
-use crate::virtio::device::{Device, Message};
+use crate::rate::{Bucket, Limits, RateLimiter};
+use crate::virtio::device::{Device, Message, Traffic};
 use crate::virtio::mmio::reg;
 
 /// Operations in one run, so that a long input stays quick.
@@ -139,7 +140,8 @@ pub fn fuzz<D: Device>(device: D, data: &[u8]) {
                 harness.resume();
             }
             14 => {
-                let message = match input.byte() & 3 {
+                let message = match input.byte() & 7 {
+                    4..8 => rate_limit(&mut input),
                     0 | 2 => Message::Input(input.bytes(255)),
                     3 => Message::TransportReset,
                     _ => Message::Resize { columns: input.u16(), rows: input.u16() },
@@ -155,4 +157,19 @@ pub fn fuzz<D: Device>(device: D, data: &[u8]) {
             }
         }
     }
+}
+
+/// A limit that is soon reached, or none.
+fn rate_limit(input: &mut Input<'_>) -> Message {
+    let traffic = match input.byte() % 3 {
+        0 => Traffic::All,
+        1 => Traffic::Received,
+        _ => Traffic::Sent,
+    };
+    let mut bucket = || {
+        let size = u64::from(input.byte());
+        Some(Bucket { size, one_time_burst: u64::from(input.byte()), refill_ms: 1 << 20 })
+    };
+    let limits = Limits { bandwidth: bucket(), ops: bucket() };
+    Message::RateLimit(traffic, RateLimiter::new(limits, std::time::Instant::now()))
 }

@@ -34,6 +34,8 @@ pub(super) struct TestReactor {
     pub(super) unsettled: bool,
     pub(super) again: Vec<u16>,
     pub(super) timers: Vec<usize>,
+    /// Queues to be looked at later, with their groups.
+    pub(super) later: Vec<(usize, u16)>,
     pub(super) stopped: Vec<(u16, QueueState)>,
     pub(super) faults: Vec<Fault>,
     watches: Vec<Watch>,
@@ -50,6 +52,7 @@ impl TestReactor {
             unsettled: false,
             again: Vec::new(),
             timers: Vec::new(),
+            later: Vec::new(),
             stopped: Vec::new(),
             faults: Vec::new(),
             watches: Vec::new(),
@@ -86,6 +89,7 @@ impl TestReactor {
     /// Forgets what belongs to the worker of `group`, which is gone.
     pub(super) fn forget(&mut self, group: usize) {
         self.timers.retain(|&g| g != group);
+        self.later.retain(|&(g, _)| g != group);
         self.again.clear();
         for watch in self.watches.extract_if(.., |watch| watch.group == group) {
             let _ = self.epoll.ctl(ControlOperation::Delete, watch.fd, EpollEvent::default());
@@ -127,6 +131,13 @@ impl Reactor for TestReactor {
     fn again(&mut self, index: u16) {
         if !self.again.contains(&index) {
             self.again.push(index);
+        }
+    }
+
+    fn later(&mut self, index: u16, delay: Duration) {
+        assert!(!delay.is_zero());
+        if !self.later.contains(&(self.group, index)) {
+            self.later.push((self.group, index));
         }
     }
 

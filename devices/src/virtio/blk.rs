@@ -18,8 +18,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub use file::{DiskFile, OpenError};
 
 use super::Kind;
-use super::device::{Device, Payload, RestoreError, Worker};
+use super::device::{Device, Message, Payload, RestoreError, Traffic, Worker};
 use super::queue::MAX_SIZE;
+use crate::rate::RateLimiter;
 
 const NAME: &str = "virtio-blk";
 const VERSION: u16 = 1;
@@ -86,6 +87,7 @@ pub struct Block {
     queues: Vec<u16>,
     /// The driver's write cache is on. Shared with the workers, which look at each write.
     writeback: Arc<AtomicBool>,
+    limit: Option<RateLimiter>,
 }
 
 impl Block {
@@ -102,7 +104,14 @@ impl Block {
             id,
             queues: vec![MAX_SIZE; usize::from(options.queues.max(1))],
             writeback,
+            limit: None,
         }
+    }
+
+    /// Limits what all queues together do: bytes are those of data that is read or written, and
+    /// each request is an operation, a flush too.
+    pub fn set_limit(&mut self, limit: Option<RateLimiter>) {
+        self.limit = limit;
     }
 }
 
@@ -159,6 +168,13 @@ impl Device for Block {
         }
     }
 
+    fn update(&mut self, message: &Message) -> Option<Vec<u8>> {
+        if let Message::RateLimit(Traffic::All, limit) = message {
+            self.set_limit(limit.clone());
+        }
+        None
+    }
+
     fn worker(&mut self, _group: usize, negotiated: u64) -> io::Result<Box<dyn Worker>> {
         // § 5.2.6.2: without FLUSH the driver cannot ask for durability, so it always gets it.
         let always_durable = negotiated & feature::FLUSH == 0;
@@ -168,6 +184,7 @@ impl Device for Block {
             writeback: Arc::clone(&self.writeback),
             always_durable,
             ignore_flush: self.cache == Cache::Unsafe,
+            limit: self.limit.clone(),
         })))
     }
 

@@ -25,8 +25,9 @@ use tap::Tap;
 use tx::Sender;
 
 use super::Kind;
-use super::device::{Device, Payload, Reactor, RestoreError, Worker};
+use super::device::{Device, Message, Payload, Reactor, RestoreError, Traffic, Worker};
 use super::queue::{Chain, Queue, QueueState};
+use crate::rate::RateLimiter;
 
 const NAME: &str = "virtio-net";
 const VERSION: u16 = 1;
@@ -102,6 +103,25 @@ pub struct Net {
     sizes: Vec<u16>,
     /// Queue pairs that the driver uses: 1 until it asks for more.
     pairs: Arc<AtomicU16>,
+    limits: NetLimits,
+}
+
+/// What limits the traffic of all queue pairs together: bytes are those of Ethernet frames, and each
+/// frame is an operation. A frame that was left unsegmented is one.
+#[derive(Clone, Debug, Default)]
+struct NetLimits {
+    received: Option<RateLimiter>,
+    sent: Option<RateLimiter>,
+}
+
+impl NetLimits {
+    fn set(&mut self, traffic: Traffic, limit: Option<RateLimiter>) {
+        match traffic {
+            Traffic::All => {}
+            Traffic::Received => self.received = limit,
+            Traffic::Sent => self.sent = limit,
+        }
+    }
 }
 
 impl Net {
@@ -121,7 +141,13 @@ impl Net {
         if taps.len() > 1 {
             sizes.push(CONTROL_QUEUE_SIZE);
         }
-        Ok(Net { taps, mac, mtu, sizes, pairs: Arc::new(AtomicU16::new(1)) })
+        let pairs = Arc::new(AtomicU16::new(1));
+        Ok(Net { taps, mac, mtu, sizes, pairs, limits: NetLimits::default() })
+    }
+
+    /// Limits what the guest receives or sends; a card has no limit for [`Traffic::All`].
+    pub fn set_limit(&mut self, traffic: Traffic, limit: Option<RateLimiter>) {
+        self.limits.set(traffic, limit);
     }
 
     /// Largest frame with header that the TAP can deliver to a driver that agreed on `negotiated`.
@@ -169,6 +195,13 @@ impl Device for Net {
         config
     }
 
+    fn update(&mut self, message: &Message) -> Option<Vec<u8>> {
+        if let Message::RateLimit(traffic, limit) = message {
+            self.set_limit(*traffic, limit.clone());
+        }
+        None
+    }
+
     fn worker(&mut self, group: usize, negotiated: u64) -> io::Result<Box<dyn Worker>> {
         let multi_queue = negotiated & feature::MQ != 0;
         // § 5.1.2: without MQ the control queue comes right after the one pair.
@@ -191,6 +224,7 @@ impl Device for Net {
             tap: tap.clone(),
             mergeable: negotiated & feature::MRG_RXBUF != 0,
             largest: self.largest_frame(negotiated),
+            limits: self.limits.clone(),
             rx: None,
             tx: None,
         }))
@@ -266,6 +300,7 @@ struct PairWorker {
     tap: Tap,
     mergeable: bool,
     largest: u64,
+    limits: NetLimits,
     rx: Option<Receiver>,
     tx: Option<Sender>,
 }
@@ -280,9 +315,11 @@ impl Worker for PairWorker {
         let tap = self.tap.clone();
         if is_receive(index) {
             let (mergeable, largest) = (self.mergeable, self.largest);
-            self.rx = Some(Receiver::new(queue, index, tap, mergeable, largest, reactor));
+            let mut rx = Receiver::new(queue, index, tap, mergeable, largest, reactor);
+            rx.set_limit(self.limits.received.clone());
+            self.rx = Some(rx);
         } else {
-            self.tx = Some(Sender::new(queue, index, tap));
+            self.tx = Some(Sender::new(queue, index, tap, self.limits.sent.clone()));
         }
     }
 
@@ -298,7 +335,7 @@ impl Worker for PairWorker {
     fn on_kick(&mut self, index: u16, reactor: &mut dyn Reactor) {
         if is_receive(index) {
             if let Some(rx) = &mut self.rx {
-                rx.receive(reactor);
+                rx.on_kick(reactor);
             }
         } else if let Some(tx) = &mut self.tx {
             tx.send(reactor);
@@ -319,6 +356,22 @@ impl Worker for PairWorker {
     fn on_timer(&mut self, reactor: &mut dyn Reactor) {
         if let Some(rx) = &mut self.rx {
             rx.on_timer(reactor);
+        }
+    }
+
+    fn on_message(&mut self, message: Message, reactor: &mut dyn Reactor) {
+        let Message::RateLimit(traffic, limit) = message else { return };
+        self.limits.set(traffic, limit.clone());
+        match (traffic, &mut self.rx, &mut self.tx) {
+            (Traffic::Received, Some(rx), _) => {
+                rx.set_limit(limit);
+                rx.on_kick(reactor);
+            }
+            (Traffic::Sent, _, Some(tx)) => {
+                tx.set_limit(limit);
+                tx.send(reactor);
+            }
+            _ => {}
         }
     }
 }

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use super::pending::{Pending, Step};
 use super::request::{self, Disk, Kind, Status};
 use super::{DiskFile, ID_LEN};
-use crate::virtio::device::{BATCH, Fault, Reactor, Worker};
+use crate::rate::RateLimiter;
+use crate::virtio::device::{BATCH, Fault, Message, Reactor, Traffic, Worker};
 use crate::virtio::iobuf::{GuestByte, IoBuf};
 use crate::virtio::queue::{Chain, Queue, QueueError, QueueState};
 
@@ -25,6 +26,7 @@ pub(super) struct Settings {
     pub(super) writeback: Arc<AtomicBool>,
     pub(super) always_durable: bool,
     pub(super) ignore_flush: bool,
+    pub(super) limit: Option<RateLimiter>,
 }
 
 /// The data half of a disk queue.
@@ -91,6 +93,8 @@ enum Next {
     Settle,
     /// The others' turn.
     Again,
+    /// The limit is reached for so long.
+    Later(Duration),
 }
 
 impl BlockWorker {
@@ -125,9 +129,18 @@ impl BlockWorker {
         let mut submitted = 0;
         queue.disable_kicks();
         while self.budget > 0 {
+            if let Some(limit) = &self.settings.limit
+                && queue.has_available().map_err(ring)?
+                && let Err(wait) = limit.ready(Instant::now())
+            {
+                return Ok(Next::Later(wait));
+            }
             let Some(head) = queue.pop(&mut self.chain).map_err(ring)? else {
                 if queue.enable_kicks().map_err(ring)? {
                     continue;
+                }
+                if let Some(limit) = &self.settings.limit {
+                    limit.idle();
                 }
                 return Ok(Next::Kick);
             };
@@ -139,6 +152,13 @@ impl BlockWorker {
                     return Err(Fault::Request(self.index, what));
                 }
             };
+            if let Some(limit) = &self.settings.limit {
+                limit.charge(match kind {
+                    Ok(Kind::Read(_)) => self.chain.writable.len(),
+                    Ok(Kind::Write(_)) => self.chain.readable.len(),
+                    _ => 0,
+                });
+            }
             match kind {
                 Ok(Kind::Read(offset)) if together => {
                     self.submit_read(head, status, offset, 0, reactor);
@@ -181,6 +201,7 @@ impl BlockWorker {
             Ok(Next::Kick) => {}
             Ok(Next::Settle) => self.more = true,
             Ok(Next::Again) => reactor.again(self.index),
+            Ok(Next::Later(wait)) => reactor.later(self.index, wait),
             Err(fault) => reactor.fault(fault),
         }
         queue.publish();
@@ -333,6 +354,13 @@ impl Worker for BlockWorker {
         }
         if let Step::Read { rest, .. } | Step::Write { rest, .. } = pending.step {
             self.spare.push(rest);
+        }
+    }
+
+    fn on_message(&mut self, message: Message, reactor: &mut dyn Reactor) {
+        if let Message::RateLimit(Traffic::All, limit) = message {
+            self.settings.limit = limit;
+            self.on_kick(self.index, reactor);
         }
     }
 

@@ -8,12 +8,13 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libc::iovec;
 
 use super::tap::Tap;
 use super::{Drops, HEADER};
+use crate::rate::RateLimiter;
 use crate::virtio::device::{BATCH, Fault, Interest, Reactor};
 use crate::virtio::queue::{Chain, MAX_SIZE, Queue, QueueState};
 
@@ -58,6 +59,9 @@ pub(super) struct Receiver {
     /// The driver did not offer more within [`PATIENCE`].
     short: bool,
     waiting: bool,
+    limit: Option<RateLimiter>,
+    /// The limit was reached; the queue is looked at later.
+    limited: bool,
     drops: Drops,
 }
 
@@ -73,6 +77,8 @@ enum Pause {
     Starved,
     /// Others have to have their turn.
     Batch,
+    /// The limit is reached for so long.
+    Later(Duration),
 }
 
 impl Receiver {
@@ -103,8 +109,14 @@ impl Receiver {
             readable: true,
             short: false,
             waiting: false,
+            limit: None,
+            limited: false,
             drops: Drops::new("received"),
         }
+    }
+
+    pub(super) fn set_limit(&mut self, limit: Option<RateLimiter>) {
+        self.limit = limit;
     }
 
     /// Gives held chains back to the ring.
@@ -121,6 +133,12 @@ impl Receiver {
         self.receive(reactor);
     }
 
+    /// The driver offered buffers, or a wait for the limit is over.
+    pub(super) fn on_kick(&mut self, reactor: &mut dyn Reactor) {
+        self.limited = false;
+        self.receive(reactor);
+    }
+
     /// The driver took its time to offer buffers.
     pub(super) fn on_timer(&mut self, reactor: &mut dyn Reactor) {
         if std::mem::take(&mut self.waiting) {
@@ -131,7 +149,10 @@ impl Receiver {
     }
 
     /// Passes frames on, up to a batch of them.
-    pub(super) fn receive(&mut self, reactor: &mut dyn Reactor) {
+    fn receive(&mut self, reactor: &mut dyn Reactor) {
+        if self.limited {
+            return;
+        }
         self.queue.disable_kicks();
         let waited = std::mem::take(&mut self.waiting);
         match self.run() {
@@ -144,6 +165,10 @@ impl Receiver {
                 }
             }
             Ok(Pause::Batch) => reactor.again(self.index),
+            Ok(Pause::Later(wait)) => {
+                self.limited = true;
+                reactor.later(self.index, wait);
+            }
             Err(fault) => reactor.fault(fault),
         }
         self.queue.notify();
@@ -158,6 +183,11 @@ impl Receiver {
             if !enough && (self.held.is_empty() || !self.short) {
                 return Ok(Pause::Starved);
             }
+            if let Some(limit) = &self.limit
+                && let Err(wait) = limit.ready(Instant::now())
+            {
+                return Ok(Pause::Later(wait));
+            }
             match self.read() {
                 Ok(len) => self.deliver(len)?,
                 Err(err) => match err.raw_os_error() {
@@ -165,7 +195,12 @@ impl Receiver {
                     // The frame is gone: the buffers are shorter than its header (EINVAL), or the
                     // kernel had no memory for it.
                     Some(libc::EINVAL | libc::EFAULT | libc::ENOMEM) => self.drops.count(&err),
-                    Some(libc::EAGAIN) => self.readable = false,
+                    Some(libc::EAGAIN) => {
+                        self.readable = false;
+                        if let Some(limit) = &self.limit {
+                            limit.idle();
+                        }
+                    }
                     // The interface is gone. Should it come back, readiness is reported anew.
                     _ => {
                         self.drops.count(&err);
@@ -247,6 +282,9 @@ impl Receiver {
                 self.readable = false;
             }
             return Ok(());
+        }
+        if let Some(limit) = &self.limit {
+            limit.charge(len - HEADER);
         }
         if len > self.held_bytes {
             // It was longer than the buffers: what there is of it is of no use.

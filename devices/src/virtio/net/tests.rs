@@ -9,6 +9,7 @@ use crate::virtio::features::{EVENT_IDX, INDIRECT_DESC, VERSION_1};
 use crate::virtio::mmio::reg;
 
 mod interface;
+mod limits;
 
 const RX: u16 = 0;
 const TX: u16 = 1;

@@ -1,9 +1,11 @@
 //! Sending: each request is one frame, written to the TAP straight from guest memory.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use super::tap::Tap;
 use super::{Drops, HEADER, MAX_FRAME};
+use crate::rate::RateLimiter;
 use crate::virtio::device::{BATCH, Fault, Interest, Reactor};
 use crate::virtio::iobuf::IoBuf;
 use crate::virtio::queue::{Chain, Queue, QueueError, QueueState};
@@ -16,6 +18,7 @@ pub(super) struct Sender {
     chain: Chain,
     /// The TAP had no room; readiness is waited for.
     blocked: bool,
+    limit: Option<RateLimiter>,
     drops: Drops,
 }
 
@@ -27,12 +30,18 @@ enum Pause {
     Blocked,
     /// Others have to have their turn.
     Batch,
+    /// The limit is reached for so long.
+    Later(Duration),
 }
 
 impl Sender {
-    pub(super) fn new(queue: Queue, index: u16, tap: Tap) -> Sender {
-        let drops = Drops::new("sent");
-        Sender { queue, index, tap, chain: Chain::default(), blocked: false, drops }
+    pub(super) fn new(queue: Queue, index: u16, tap: Tap, limit: Option<RateLimiter>) -> Sender {
+        let (chain, drops) = (Chain::default(), Drops::new("sent"));
+        Sender { queue, index, tap, chain, blocked: false, limit, drops }
+    }
+
+    pub(super) fn set_limit(&mut self, limit: Option<RateLimiter>) {
+        self.limit = limit;
     }
 
     /// Frames are sent or not taken, so nothing is in flight.
@@ -61,6 +70,7 @@ impl Sender {
         match self.run() {
             Ok(Pause::Empty) => {}
             Ok(Pause::Batch) => reactor.again(self.index),
+            Ok(Pause::Later(wait)) => reactor.later(self.index, wait),
             Ok(Pause::Blocked) => {
                 self.blocked = true;
                 let (fd, token) = (self.tap.waiting_fd(), u32::from(self.index));
@@ -75,9 +85,18 @@ impl Sender {
 
     fn run(&mut self) -> Result<Pause, QueueError> {
         for _ in 0..BATCH {
+            if let Some(limit) = &self.limit
+                && self.queue.has_available()?
+                && let Err(wait) = limit.ready(Instant::now())
+            {
+                return Ok(Pause::Later(wait));
+            }
             let Some(head) = self.queue.pop(&mut self.chain)? else {
                 if self.queue.enable_kicks()? {
                     continue;
+                }
+                if let Some(limit) = &self.limit {
+                    limit.idle();
                 }
                 return Ok(Pause::Empty);
             };
@@ -89,6 +108,9 @@ impl Sender {
                 // The TAP is down or gone, or did not like the header: a frame may get lost.
                 Err(err) => self.drops.count(&err),
                 Ok(()) => {}
+            }
+            if let Some(limit) = &self.limit {
+                limit.charge(self.chain.readable.len().saturating_sub(HEADER));
             }
             self.queue.complete(head, 0);
         }

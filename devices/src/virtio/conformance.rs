@@ -423,6 +423,10 @@ impl<D: Device, T: Send> Device for (D, T) {
         self.0.reset();
     }
 
+    fn end(&mut self) {
+        self.0.end();
+    }
+
     fn save(&self) -> Payload {
         self.0.save()
     }

@@ -129,6 +129,10 @@ pub trait Device: Send {
     /// commands, beside the transport's registers, goes back to power-on.
     fn reset(&mut self) {}
 
+    /// The machine ended, workers are gone: what others would take for a living one, e.g. a socket,
+    /// goes. The device may not be dropped after this, since the process ends with it.
+    fn end(&mut self) {}
+
     /// State that is neither configuration nor the transport's.
     fn save(&self) -> Payload;
 

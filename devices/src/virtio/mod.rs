@@ -12,7 +12,7 @@
 //! - [`mmio`]: the transport's registers as a plain value.
 //! - [`device`]: the contract: what a device offers, what a worker does, what it may ask of its
 //!   io thread.
-//! - one file per device: [`rng`], [`blk`], [`net`], [`console`].
+//! - one file per device: [`rng`], [`blk`], [`net`], [`console`], [`vsock`].
 
 pub mod blk;
 pub mod console;
@@ -22,6 +22,7 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod vsock;
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
@@ -53,6 +54,8 @@ pub enum Kind {
     Console = 3,
     /// Entropy source.
     Rng = 4,
+    /// Socket.
+    Vsock = 19,
 }
 
 impl Kind {
@@ -63,6 +66,7 @@ impl Kind {
             Kind::Block => "blk",
             Kind::Console => "console",
             Kind::Rng => "rng",
+            Kind::Vsock => "vsock",
         }
     }
 }

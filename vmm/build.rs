@@ -9,7 +9,7 @@ use std::{env, fs, io};
 
 use policy::Policy;
 
-const POLICIES: [&str; 4] = ["main", "vcpu", "io", "pool"];
+const POLICIES: [&str; 5] = ["main", "vcpu", "io", "pool", "api"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let directory = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../resources/seccomp");

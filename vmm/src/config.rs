@@ -6,6 +6,7 @@
 //! opening files and devices is the machine's business.
 
 mod values;
+mod vsock;
 
 use std::path::{Path, PathBuf};
 
@@ -14,6 +15,7 @@ use arch::layout;
 use serde::{Deserialize, Serialize};
 
 pub use values::{ByteSize, HostAddress, MacAddress};
+pub use vsock::VsockConfig;
 
 use crate::memory::PAGE_SIZE;
 use crate::seccomp;
@@ -35,6 +37,8 @@ pub struct VmConfig {
     pub name: Option<String>,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
     pub cpus: u32,
+    /// Two vCPUs each are threads of one core.
+    pub smt: bool,
     /// What a guest reset leads to.
     pub on_reboot: OnReboot,
     /// System call filters.
@@ -55,6 +59,9 @@ pub struct VmConfig {
     /// Network cards, in the order of their names in the guest.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub net: Vec<NetConfig>,
+    /// Streams between the guest and programs of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
 }
 
 impl Default for VmConfig {
@@ -62,6 +69,7 @@ impl Default for VmConfig {
         VmConfig {
             name: None,
             cpus: 1,
+            smt: false,
             on_reboot: OnReboot::Exit,
             seccomp: seccomp::Mode::On,
             i8042: false,
@@ -71,6 +79,7 @@ impl Default for VmConfig {
             console: ConsoleConfig::default(),
             disk: Vec::new(),
             net: Vec::new(),
+            vsock: None,
         }
     }
 }
@@ -116,11 +125,14 @@ pub struct MemoryConfig {
     pub size: ByteSize,
     /// Take RAM from the host's pool of 2 MiB pages.
     pub huge_pages: bool,
+    /// Firecracker's clients ask for it where they want diff snapshots. It changes nothing here, and
+    /// is remembered for them.
+    pub track_dirty_pages: bool,
 }
 
 impl Default for MemoryConfig {
     fn default() -> Self {
-        MemoryConfig { size: ByteSize(512 << 20), huge_pages: false }
+        MemoryConfig { size: ByteSize(512 << 20), huge_pages: false, track_dirty_pages: false }
     }
 }
 
@@ -202,6 +214,9 @@ pub struct DiskConfig {
     pub id: Option<String>,
     /// The guest's root file system is on this disk.
     pub root: bool,
+    /// Id of the partition of a root disk that the root file system is on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partuuid: Option<String>,
     /// Write cache.
     pub cache: CacheMode,
     /// Go past the host's page cache (`O_DIRECT`).
@@ -215,6 +230,9 @@ pub struct DiskConfig {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct NetConfig {
+    /// Name in messages; `net` and its number if there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// An existing TAP interface; without a name one is made for the life of the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
@@ -256,14 +274,25 @@ impl VmConfig {
     /// # Errors
     /// The first field that no machine can be made from.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.kernel.path.as_os_str().is_empty() {
+            return error("kernel.path", "a machine needs a kernel");
+        }
+        self.validate_without_kernel()
+    }
+
+    /// As [`VmConfig::validate`], of a machine that may not have a kernel yet.
+    ///
+    /// # Errors
+    /// The first field that no machine can be made from.
+    pub fn validate_without_kernel(&self) -> Result<(), ConfigError> {
         if let Some(name) = &self.name {
             validate_name(name)?;
         }
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return error("cpus", format!("{} is not between 1 and {MAX_CPUS}", self.cpus));
         }
-        if self.kernel.path.as_os_str().is_empty() {
-            return error("kernel.path", "a machine needs a kernel");
+        if self.smt && self.cpus > 1 && !self.cpus.is_multiple_of(2) {
+            return error("cpus", format!("{} is odd; with smt it has to be 1 or even", self.cpus));
         }
         if self.kernel.cmdline.as_ref().is_some_and(|text| text.contains('\0')) {
             return error("kernel.cmdline", "contains a NUL character");
@@ -274,6 +303,7 @@ impl VmConfig {
         }
         self.validate_disks()?;
         self.validate_nets()?;
+        self.vsock.as_ref().map_or(Ok(()), VsockConfig::validate)?;
         self.validate_device_count()
     }
 
@@ -296,6 +326,15 @@ impl VmConfig {
             if (0..n).any(|other| self.disk_name(other) == name) {
                 return error(format!("disk[{n}].id"), format!("two disks are called {name}"));
             }
+            let fits = |id: &&String| {
+                (1..=64).contains(&id.len())
+                    && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')
+            };
+            if let Some(id) = disk.partuuid.as_ref().filter(|id| !fits(id)) {
+                let problem =
+                    format!("{id:?} is not the id of a partition: digits, a to f and '-'");
+                return error(format!("disk[{n}].partuuid"), problem);
+            }
             validate_queues(disk.queues, || format!("disk[{n}].queues"))?;
         }
         Ok(())
@@ -303,6 +342,17 @@ impl VmConfig {
 
     fn validate_nets(&self) -> Result<(), ConfigError> {
         for (n, net) in self.net.iter().enumerate() {
+            let name = self.net_name(n);
+            if (0..n).any(|other| self.net_name(other) == name) {
+                return error(format!("net[{n}].id"), format!("two cards are called {name}"));
+            }
+            if let Some(id) = net.id.as_ref().filter(|id| validate_name(id).is_err()) {
+                let problem = format!(
+                    "{id:?} is not 1 to 64 letters, digits, '-', '_' or '.', starting with a letter \
+                     or digit"
+                );
+                return error(format!("net[{n}].id"), problem);
+            }
             if let Some(tap) = &net.tap {
                 let valid = !tap.is_empty()
                     && tap.len() < libc::IFNAMSIZ
@@ -339,12 +389,13 @@ impl VmConfig {
 
     fn validate_device_count(&self) -> Result<(), ConfigError> {
         let disks = (0..self.disk.len()).map(|n| self.disk_name(n));
-        let nets = (0..self.net.len()).map(|n| format!("net{n}"));
+        let nets = (0..self.net.len()).map(|n| self.net_name(n));
+        let vsock = self.vsock.as_ref().map(|_| "vsock".to_owned());
         let rng = self.rng.then(|| "rng".to_owned());
         let console = (self.console.device == ConsoleDevice::Virtio
             && self.console.mode != ConsoleMode::Off)
             .then(|| "console".to_owned());
-        match console.into_iter().chain(disks).chain(nets).chain(rng).nth(MAX_VIRTIO_DEVICES) {
+        match console.into_iter().chain(disks).chain(nets).chain(vsock).chain(rng).nth(MAX_VIRTIO_DEVICES) {
             None => Ok(()),
             Some(extra) => error(
                 extra,
@@ -364,6 +415,12 @@ impl VmConfig {
     pub fn disk_name(&self, n: usize) -> String {
         let id = self.disk.get(n).and_then(|disk| disk.id.clone());
         id.unwrap_or_else(|| format!("disk{n}"))
+    }
+
+    /// Name of the `n`th network card in messages: its id, or `net` and its number.
+    pub fn net_name(&self, n: usize) -> String {
+        let id = self.net.get(n).and_then(|net| net.id.clone());
+        id.unwrap_or_else(|| format!("net{n}"))
     }
 }
 

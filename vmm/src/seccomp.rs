@@ -39,6 +39,8 @@ pub enum ThreadKind {
     Io,
     /// Does blocking file operations for an io thread.
     Pool,
+    /// Serves the REST API.
+    Api,
 }
 
 impl ThreadKind {
@@ -49,6 +51,7 @@ impl ThreadKind {
             ThreadKind::Vcpu => "vcpu",
             ThreadKind::Io => "io",
             ThreadKind::Pool => "pool",
+            ThreadKind::Api => "api",
         }
     }
 
@@ -67,6 +70,7 @@ impl ThreadKind {
             ThreadKind::Vcpu => program!("vcpu"),
             ThreadKind::Io => program!("io"),
             ThreadKind::Pool => program!("pool"),
+            ThreadKind::Api => program!("api"),
         }
     }
 }
@@ -205,9 +209,12 @@ impl Line {
 mod tests {
     use super::*;
 
+    const KINDS: [ThreadKind; 5] =
+        [ThreadKind::Main, ThreadKind::Vcpu, ThreadKind::Io, ThreadKind::Pool, ThreadKind::Api];
+
     #[test]
     fn programs_are_whole() {
-        for kind in [ThreadKind::Main, ThreadKind::Vcpu, ThreadKind::Io, ThreadKind::Pool] {
+        for kind in KINDS {
             for mode in [Mode::On, Mode::Log] {
                 let program = kind.program(mode);
                 assert!(!program.is_empty() && program.len() % 8 == 0);
@@ -260,7 +267,7 @@ mod tests {
             // SAFETY: the path is a valid C string.
             unsafe { libc::syscall(libc::SYS_open, c"/".as_ptr(), 0) };
         };
-        for kind in [ThreadKind::Main, ThreadKind::Vcpu, ThreadKind::Io, ThreadKind::Pool] {
+        for kind in KINDS {
             let (code, text) = in_filtered_child(kind, open);
             assert_eq!(code, EXIT_CODE, "{text}");
             let expected = format!("the {} thread made the system call open,", kind.name());

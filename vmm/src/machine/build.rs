@@ -412,14 +412,21 @@ fn command_line(config: &VmConfig, virtio_devices: usize) -> String {
             // ACPI says that there is none, and Linux probes the ports all the same.
             words.extend(["i8042.noaux".into(), "i8042.nokbd".into()]);
         }
-        if let Some(n) = config.disk.iter().position(|disk| disk.root) {
-            words.push(format!("root=/dev/{}", disk_node(n)));
-            words.push(if config.disk[n].ro { "ro" } else { "rw" }.into());
-        }
+        words.extend(root_arguments(config));
     }
     words.extend((0..virtio_devices).filter_map(VirtioSlot::new).map(|slot| slot.cmdline_option()));
     words.extend(config.kernel.cmdline.clone());
     words.join(" ")
+}
+
+/// The words of a kernel command line that say where the root file system is, if a disk has it.
+pub fn root_arguments(config: &VmConfig) -> Option<String> {
+    let (n, disk) = config.disk.iter().enumerate().find(|(_, disk)| disk.root)?;
+    let place = match &disk.partuuid {
+        Some(id) => format!("PARTUUID={id}"),
+        None => format!("/dev/{}", disk_node(n)),
+    };
+    Some(format!("root={place} {}", if disk.ro { "ro" } else { "rw" }))
 }
 
 /// Words of the default command line beside console and root:

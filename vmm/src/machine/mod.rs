@@ -24,9 +24,10 @@ mod vcpu;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-pub use build::{BuildError, Host};
+pub use build::{BuildError, Host, root_arguments};
 pub use event::{Command, Handle, Reply, ReplyTo};
 pub use lifecycle::{Ending, Refusal, State};
+pub use table::check_disk;
 
 use crate::console::Console;
 use crate::hypervisor::{Failure, HypervisorError, Vm};

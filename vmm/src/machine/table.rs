@@ -10,6 +10,7 @@ use devices::virtio::device::Device;
 use devices::virtio::net::tap::{Tap, TapError};
 use devices::virtio::net::{Net, NetOptions};
 use devices::virtio::rng::Rng;
+use devices::virtio::vsock::{Listener, Vsock};
 
 use super::build::BuildError;
 use crate::config::{CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, NetConfig, VmConfig};
@@ -66,15 +67,29 @@ pub(super) fn devices(
         add(name, Box::new(device), back_end);
     }
     for (n, net) in config.net.iter().enumerate() {
-        let name = format!("net{n}");
+        let name = config.net_name(n);
         let device = card(config, n, net)
             .map_err(|source| BuildError::Device { device: name.clone(), source })?;
         add(name, Box::new(device), BackEnd::Polled);
+    }
+    if let Some(vsock) = &config.vsock {
+        let listener = Listener::open(&vsock.path)
+            .map_err(|err| BuildError::Device { device: "vsock".into(), source: err.into() })?;
+        files::allow_many();
+        add("vsock".into(), Box::new(Vsock::new(listener, vsock.cid)), BackEnd::Polled);
     }
     if config.rng {
         add("rng".into(), Box::new(Rng::default()), BackEnd::Polled);
     }
     Ok(devices)
+}
+
+/// Opens the disk of this configuration, and closes it again: whether a machine could have it.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn check_disk(disk: &DiskConfig) -> Result<(), OpenError> {
+    block(String::new(), disk).map(drop)
 }
 
 /// Name of the disk before the `n`th one that is the same file, if there is one.

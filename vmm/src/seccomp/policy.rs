@@ -208,11 +208,12 @@ mod tests {
 
     use super::*;
 
-    const POLICIES: [&str; 4] = [
+    const POLICIES: [&str; 5] = [
         include_str!("../../../resources/seccomp/main.policy"),
         include_str!("../../../resources/seccomp/vcpu.policy"),
         include_str!("../../../resources/seccomp/io.policy"),
         include_str!("../../../resources/seccomp/pool.policy"),
+        include_str!("../../../resources/seccomp/api.policy"),
     ];
 
     /// Runs a program for one call as the kernel does; returns its answer.

@@ -1,0 +1,89 @@
+//! Bodies of requests: read up to a limit, then as JSON.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, Request};
+use axum::http::{Method, StatusCode};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Body as _;
+use serde::de::DeserializeOwned;
+
+use crate::fault::Fault;
+use crate::instance::Shared;
+
+/// How long a client may take to send a body.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A body of JSON. Whatever type of content the client claims: Firecracker does not look either.
+#[derive(Debug)]
+pub struct Json<T>(pub T);
+
+impl<T: DeserializeOwned> FromRequest<Shared> for Json<T> {
+    type Rejection = Fault;
+
+    async fn from_request(request: Request, shared: &Shared) -> Result<Json<T>, Fault> {
+        let method = request.method().clone();
+        let bytes = read(request.into_body(), shared.limits().body).await?;
+        if bytes.is_empty() {
+            return Err(Fault::bad(format!("Empty {method} request.")));
+        }
+        parse(&bytes).map(Json)
+    }
+}
+
+/// That a request for something has no body.
+#[derive(Debug)]
+pub struct Nothing;
+
+impl FromRequest<Shared> for Nothing {
+    type Rejection = Fault;
+
+    async fn from_request(request: Request, shared: &Shared) -> Result<Nothing, Fault> {
+        let method = request.method().clone();
+        let bytes = read(request.into_body(), shared.limits().body).await?;
+        if bytes.is_empty() || method == Method::PATCH {
+            return Ok(Nothing);
+        }
+        Err(Fault::bad(format!("{method} request cannot have a body.")))
+    }
+}
+
+async fn read(body: Body, limit: usize) -> Result<Vec<u8>, Fault> {
+    let too_large = || {
+        let message = format!("The body is larger than the limit of {limit} bytes.");
+        Fault::with_status(StatusCode::PAYLOAD_TOO_LARGE, message)
+    };
+    // What is announced as too large is not waited for.
+    if body.size_hint().lower() > limit as u64 {
+        return Err(too_large());
+    }
+    match tokio::time::timeout(PATIENCE, Limited::new(body, limit).collect()).await {
+        Ok(Ok(bytes)) => Ok(bytes.to_bytes().to_vec()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(error)) => Err(Fault::bad(format!("The body cannot be read: {error}."))),
+        Err(_) => Err(Fault::with_status(
+            StatusCode::REQUEST_TIMEOUT,
+            format!("The body did not arrive within {} s.", PATIENCE.as_secs()),
+        )),
+    }
+}
+
+/// Reads JSON; a problem is told with the path of its field.
+///
+/// # Errors
+/// The bytes are not JSON, or not of a `T`.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Fault> {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let wrong = |path: &str, error: &serde_json::Error| {
+        let place =
+            if path.is_empty() || path == "." { String::new() } else { format!("{path}: ") };
+        Fault::bad(format!(
+            "An error occurred when deserializing the json body of a request: {place}{error}."
+        ))
+    };
+    let value = serde_path_to_error::deserialize(&mut json)
+        .map_err(|error| wrong(&error.path().to_string(), error.inner()))?;
+    json.end().map_err(|error| wrong("", &error))?;
+    Ok(value)
+}

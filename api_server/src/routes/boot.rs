@@ -1,0 +1,28 @@
+//! `/boot-source`.
+
+use axum::extract::State;
+
+use crate::body::{Json, Nothing};
+use crate::fault::{Done, Found};
+use crate::instance::{Shared, check_file};
+use crate::types::boot::BootSource;
+
+/// What is booted.
+#[utoipa::path(get, path = "/boot-source", responses((status = 200, body = BootSource)))]
+pub async fn get(State(shared): State<Shared>, _: Nothing) -> Found<BootSource> {
+    Ok(axum::Json((&shared.config().kernel).into()))
+}
+
+/// Says what is booted. Before the start only.
+#[utoipa::path(put, path = "/boot-source", request_body = BootSource, responses((status = 204)))]
+pub async fn put(State(shared): State<Shared>, Json(source): Json<BootSource>) -> Done {
+    shared.before_start()?;
+    check_file("kernel", &source.kernel_image_path)?;
+    if let Some(initrd) = &source.initrd_path {
+        check_file("initrd", initrd)?;
+    }
+    shared.configure(|config| {
+        config.kernel = source.into();
+        Ok(())
+    })
+}

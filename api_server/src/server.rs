@@ -1,0 +1,177 @@
+//! HTTP on a Unix socket: connections in, requests out to the routes, on one thread.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{HeaderValue, header};
+use axum::response::Response;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::Semaphore;
+use vmm::seccomp::{self, ThreadKind};
+
+use crate::instance::{Instance, Shared};
+use crate::routes;
+
+/// Connections at a time. What comes on top waits in the socket's backlog.
+const CONNECTIONS: usize = 2048;
+/// How long a client may take to send the head of a request.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Most bytes of the head of a request.
+const HEAD: usize = 16 * 1024;
+
+/// Why there is no server.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// Somebody listens there.
+    #[error("another process listens on {}", .0.display())]
+    InUse(PathBuf),
+    /// Something else than a socket is there.
+    #[error("{} exists and is not a socket", .0.display())]
+    NotASocket(PathBuf),
+    /// The socket cannot be made.
+    #[error("cannot listen on {}", path.display())]
+    Bind {
+        /// The path.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// No thread, or no event loop in it.
+    #[error("cannot start the API's thread")]
+    Thread(#[source] io::Error),
+}
+
+/// The socket of an API, mode 0600. Its file goes with it.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Socket {
+    /// Listens on `path`. A socket that a dead process left there is replaced.
+    ///
+    /// # Errors
+    /// [`ServerError`]; nothing is left then.
+    pub fn bind(path: &Path) -> Result<Socket, ServerError> {
+        let failed = |source| ServerError::Bind { path: path.to_owned(), source };
+        if let Ok(metadata) = std::fs::symlink_metadata(path) {
+            if !metadata.file_type().is_socket() {
+                return Err(ServerError::NotASocket(path.to_owned()));
+            }
+            match UnixStream::connect(path) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    std::fs::remove_file(path).map_err(failed)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Ok(_) | Err(_) => return Err(ServerError::InUse(path.to_owned())),
+            }
+        }
+        // Before anybody can connect: bind(2) takes the mode from the mask, and starts no queue.
+        // SAFETY: umask has no memory arguments; there is one thread yet.
+        let mask = unsafe { libc::umask(0o177) };
+        let bound = UnixListener::bind(path);
+        // SAFETY: as above.
+        unsafe { libc::umask(mask) };
+        let listener = bound.map_err(failed)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Socket { listener, path: path.to_owned() })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Serves `instance` on `socket`, on a thread called `api`, for as long as the process lives.
+///
+/// # Errors
+/// [`ServerError::Thread`].
+pub fn serve(socket: Socket, instance: Instance, filter: seccomp::Mode) -> Result<(), ServerError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(ServerError::Thread)?;
+    let main = move || {
+        runtime.block_on(async move {
+            match tokio::net::UnixListener::from_std(socket.listener) {
+                Ok(listener) => match seccomp::apply(ThreadKind::Api, filter) {
+                    Ok(()) => accept(listener, Arc::new(instance)).await,
+                    Err(error) => tracing::error!(%error, "cannot filter the API's thread"),
+                },
+                Err(error) => tracing::error!(%error, "cannot listen"),
+            }
+        });
+    };
+    let thread = std::thread::Builder::new().name("api".into()).spawn(main);
+    thread.map(drop).map_err(ServerError::Thread)
+}
+
+async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
+    let server = HeaderValue::from_static(match shared.program().name {
+        "Firecracker" => "Firecracker API",
+        _ => "Hull API",
+    });
+    let router = routes::router(shared);
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let connection = connection(stream, router.clone(), server.clone());
+                tokio::spawn(async move {
+                    connection.await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                // Out of descriptors: others may be closed in a moment.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: tokio::net::UnixStream, router: Router, server: HeaderValue) {
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let (router, server) = (router.clone(), server.clone());
+        async move {
+            let request = routes::tolerate(request.map(axum::body::Body::new));
+            let mut response = call(router, request).await;
+            response.headers_mut().insert(header::SERVER, server);
+            Ok::<_, std::convert::Infallible>(response)
+        }
+    });
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE)
+        .max_buf_size(HEAD)
+        .pipeline_flush(true)
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+    if let Err(error) = served {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+async fn call(router: Router, request: axum::extract::Request) -> Response {
+    use axum::response::IntoResponse;
+    use hyper::service::Service;
+    use hyper_util::service::TowerToHyperService;
+    match TowerToHyperService::new(router).call(request).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
+    .into_response()
+}

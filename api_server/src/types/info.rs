@@ -1,0 +1,46 @@
+//! `/`, `/version` and `/vm/config`.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::boot::BootSource;
+use super::drive::Drive;
+use super::machine::MachineConfiguration;
+use super::net::NetworkInterface;
+use super::small::EntropyDevice;
+
+/// What runs here.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct InstanceInfo {
+    /// Name of the machine.
+    pub id: String,
+    /// `Not started`, `Running` or `Paused`.
+    pub state: &'static str,
+    /// Version of the monitor.
+    pub vmm_version: &'static str,
+    /// `Firecracker` for its clients, else `Hull`.
+    pub app_name: &'static str,
+}
+
+/// Version of the API.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct FirecrackerVersion {
+    /// The version of Firecracker whose API this is.
+    pub firecracker_version: &'static str,
+}
+
+/// Everything that is configured.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct FullVmConfiguration {
+    /// What is booted.
+    pub boot_source: BootSource,
+    /// Disks.
+    pub drives: Vec<Drive>,
+    /// CPUs and memory.
+    pub machine_config: MachineConfiguration,
+    /// Network cards.
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// Source of entropy.
+    pub entropy: Option<EntropyDevice>,
+}

@@ -8,7 +8,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use serde::de::DeserializeOwned;
 use vmm::config::{
     BootMode, ByteSize, ConfigError, ConsoleConfig, ConsoleMode, DiskConfig, NetConfig, OnReboot,
-    VmConfig,
+    VmConfig, VsockConfig,
 };
 use vmm::seccomp;
 
@@ -90,6 +90,9 @@ pub struct RunArgs {
     /// A network card: tap[=NAME][,mac=ADDR][,host=ADDR/PREFIX][,mtu=N][,queues=N], or fd=N
     #[arg(short, long, value_name = "OPTIONS")]
     pub net: Vec<String>,
+    /// Streams between the guest and programs of the host: path=SOCKET[,cid=N]
+    #[arg(long, value_name = "OPTIONS")]
+    pub vsock: Option<String>,
     /// Give the guest a source of entropy
     #[arg(long)]
     pub rng: bool,
@@ -291,6 +294,9 @@ impl RunArgs {
         for text in &self.net {
             config.net.push(net(text)?);
         }
+        if let Some(text) = &self.vsock {
+            config.vsock = Some(vsock(text)?);
+        }
         if let Some(text) = &self.console {
             config.console = console(text)?;
         }
@@ -340,6 +346,16 @@ fn net(text: &str) -> std::result::Result<NetConfig, UsageError> {
     }
     pairs.retain(|pair| pair.key != "tap" || pair.value.is_some());
     read_option("net", text, pairs)
+}
+
+/// A socket's path alone is enough.
+fn vsock(text: &str) -> std::result::Result<VsockConfig, UsageError> {
+    let mut pairs = keyvalue::split(text);
+    if let Some(first) = pairs.first_mut().filter(|first| first.value.is_none()) {
+        let path = std::mem::replace(&mut first.key, "path".to_owned());
+        first.value = Some(path);
+    }
+    read_option("vsock", text, pairs)
 }
 
 /// `MODE[,device=…]`, with `file=PATH` as a mode.
@@ -519,6 +535,8 @@ mod tests {
             "--on-reboot",
             "restart",
             "--rng",
+            "--vsock",
+            "path=v.sock,cid=7",
         ])
         .unwrap();
         assert_eq!((config.cpus, config.memory.size), (2, ByteSize(128 << 20)));
@@ -527,6 +545,18 @@ mod tests {
         assert_eq!(config.net[1].tap.as_deref(), Some("t0"));
         assert_eq!(config.console.path.as_deref(), Some(Path::new("/x")));
         assert_eq!(config.on_reboot, OnReboot::Restart);
+        assert_eq!(config.vsock, Some(VsockConfig { path: "v.sock".into(), cid: 7 }));
+    }
+
+    #[test]
+    fn a_socket_device_in_few_words() {
+        let config = config(&["--vsock", "/run/v"]).unwrap();
+        assert_eq!(config.vsock, Some(VsockConfig { path: "/run/v".into(), cid: 3 }));
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(toml::from_str::<VmConfig>(&text).unwrap(), config, "{text}");
+        for text in ["", "cid=5", "path=v,cid=2", "path=v,port=3"] {
+            assert!(self::config(&["--vsock", text]).is_err(), "{text}");
+        }
     }
 
     #[test]

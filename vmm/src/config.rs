@@ -395,7 +395,8 @@ impl VmConfig {
         let console = (self.console.device == ConsoleDevice::Virtio
             && self.console.mode != ConsoleMode::Off)
             .then(|| "console".to_owned());
-        match console.into_iter().chain(disks).chain(nets).chain(vsock).chain(rng).nth(MAX_VIRTIO_DEVICES) {
+        let mut devices = console.into_iter().chain(disks).chain(nets).chain(vsock).chain(rng);
+        match devices.nth(MAX_VIRTIO_DEVICES) {
             None => Ok(()),
             Some(extra) => error(
                 extra,

@@ -519,6 +519,9 @@ impl Control {
         }
         self.machine.vcpus.clear();
         self.machine.io.clear();
+        for slot in &mut self.machine.slots {
+            slot.device.end();
+        }
         self.machine.timings().mark(Milestone::End);
         self.flush_output();
         self.end.take().unwrap_or(Ok(Ending::Quit))

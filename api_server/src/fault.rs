@@ -61,7 +61,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
-        tracing::info!(status = self.status.as_u16(), message = self.message, "request refused");
+        tracing::info!(status = self.status.as_u16(), why = self.message, "request refused");
         (self.status, axum::Json(FaultBody { fault_message: self.message })).into_response()
     }
 }

@@ -18,4 +18,4 @@ mod server;
 pub mod types;
 
 pub use instance::{Instance, Limits, Program, Start};
-pub use server::{ServerError, Socket, serve};
+pub use server::{ServerError, Socket, SocketFile, serve};

@@ -1,7 +1,9 @@
 //! HTTP on a Unix socket: connections in, requests out to the routes, on one thread.
 
+use std::ffi::CString;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Semaphore;
+use vmm::files::remove_if_same;
 use vmm::seccomp::{self, ThreadKind};
 
 use crate::instance::{Instance, Shared};
@@ -48,11 +51,44 @@ pub enum ServerError {
     Thread(#[source] io::Error),
 }
 
-/// The socket of an API, mode 0600. Its file goes with it.
+/// The socket of an API, mode 0600.
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
+    file: SocketFile,
+}
+
+/// The file of a socket, removed when dropped unless another has taken its place.
+#[derive(Debug)]
+pub struct SocketFile {
     path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode number.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // A path with a zero byte cannot have been bound.
+        if let Ok(path) = CString::new(self.path.as_os_str().as_bytes()) {
+            remove_if_same(&path, self.identity);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 impl Socket {
@@ -81,22 +117,29 @@ impl Socket {
         // SAFETY: as above.
         unsafe { libc::umask(mask) };
         let listener = bound.map_err(failed)?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        let identity = identity(path).map_err(failed)?;
+        let file = SocketFile { path: path.to_owned(), identity };
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Socket { listener, path: path.to_owned() })
+        Ok(Socket { listener, file })
     }
 
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Its file.
+    pub fn file(&self) -> &SocketFile {
+        &self.file
     }
 }
 
-/// Serves `instance` on `socket`, on a thread called `api`, for as long as the process lives.
+/// Serves `instance` on `socket`, on a thread called `api`, for as long as the process lives. Returns
+/// the socket's file, for it to go when the process ends.
 ///
 /// # Errors
 /// [`ServerError::Thread`].
-pub fn serve(socket: Socket, instance: Instance, filter: seccomp::Mode) -> Result<(), ServerError> {
+pub fn serve(
+    socket: Socket,
+    instance: Instance,
+    filter: seccomp::Mode,
+) -> Result<SocketFile, ServerError> {
+    let Socket { listener, file } = socket;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -104,7 +147,7 @@ pub fn serve(socket: Socket, instance: Instance, filter: seccomp::Mode) -> Resul
         .map_err(ServerError::Thread)?;
     let main = move || {
         runtime.block_on(async move {
-            match tokio::net::UnixListener::from_std(socket.listener) {
+            match tokio::net::UnixListener::from_std(listener) {
                 Ok(listener) => match seccomp::apply(ThreadKind::Api, filter) {
                     Ok(()) => accept(listener, Arc::new(instance)).await,
                     Err(error) => tracing::error!(%error, "cannot filter the API's thread"),
@@ -114,7 +157,7 @@ pub fn serve(socket: Socket, instance: Instance, filter: seccomp::Mode) -> Resul
         });
     };
     let thread = std::thread::Builder::new().name("api".into()).spawn(main);
-    thread.map(drop).map_err(ServerError::Thread)
+    thread.map(|_| file).map_err(ServerError::Thread)
 }
 
 async fn accept(listener: tokio::net::UnixListener, shared: Shared) {

@@ -33,6 +33,11 @@ pub struct Cli {
 pub enum Command {
     /// Start a machine and stay with it until it ends
     Run(Box<RunArgs>),
+    /// Serve the REST API on a Unix socket, for a machine to be configured and started there
+    Api(ApiArgs),
+    /// Be Firecracker: its command line, its API, its exit codes
+    #[command(disable_help_flag = true)]
+    Firecracker(FirecrackerCommand),
     /// List the machines that run
     Ps(PsArgs),
     /// Press a machine's power button; end it if that does not help
@@ -43,6 +48,37 @@ pub enum Command {
     Completions(CompletionsArgs),
     /// Print the manual page
     Man,
+}
+
+/// Options of `hull api`.
+#[derive(Debug, Args)]
+pub struct ApiArgs {
+    /// Where the API is served
+    #[arg(long, value_name = "PATH")]
+    pub sock: PathBuf,
+    /// Name of the machine [default: vm-PID]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// System call filters: on, log (log what they would refuse) or off [default: on]
+    #[arg(long, value_name = "MODE")]
+    pub seccomp: Option<Seccomp>,
+    /// What is logged to standard error
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    pub log: Level,
+    /// Write the process id to this file; it is removed at the end
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+    /// Most bytes of a request's body
+    #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
+    pub max_body: usize,
+}
+
+/// `hull firecracker`: everything behind it is Firecracker's.
+#[derive(Debug, Args)]
+pub struct FirecrackerCommand {
+    /// Options of Firecracker; --help lists them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+    pub arguments: Vec<std::ffi::OsString>,
 }
 
 const RUN_EXAMPLES: &str = "\
@@ -170,6 +206,16 @@ pub enum Seccomp {
     Off,
 }
 
+impl From<Seccomp> for seccomp::Mode {
+    fn from(mode: Seccomp) -> seccomp::Mode {
+        match mode {
+            Seccomp::On => seccomp::Mode::On,
+            Seccomp::Log => seccomp::Mode::Log,
+            Seccomp::Off => seccomp::Mode::Off,
+        }
+    }
+}
+
 /// Options of `hull ps`.
 #[derive(Debug, Args)]
 pub struct PsArgs {
@@ -280,14 +326,7 @@ impl RunArgs {
                 Reboot::Restart => OnReboot::Restart,
             }),
         );
-        set(
-            &mut config.seccomp,
-            self.seccomp.map(|mode| match mode {
-                Seccomp::On => seccomp::Mode::On,
-                Seccomp::Log => seccomp::Mode::Log,
-                Seccomp::Off => seccomp::Mode::Off,
-            }),
-        );
+        set(&mut config.seccomp, self.seccomp.map(seccomp::Mode::from));
         for text in &self.disk {
             config.disk.push(disk(text)?);
         }

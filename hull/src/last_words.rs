@@ -7,6 +7,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
+use vmm::files::remove_if_same;
+
 use crate::streams;
 use crate::terminal;
 
@@ -67,22 +69,6 @@ impl Drop for Published {
     fn drop(&mut self) {
         // The list is not freed: a handler may be at it on another thread. There is one a process.
         LEFTOVERS.store(std::ptr::null_mut(), Ordering::SeqCst);
-    }
-}
-
-/// Removes the file at `path` if it is the one on that device with that inode number, as far as can
-/// be known without holding its folder. Async-signal-safe.
-pub fn remove_if_same(path: &std::ffi::CStr, (device, inode): (u64, u64)) {
-    // SAFETY: the path is valid; stat is plain data, which the call fills.
-    unsafe {
-        let mut stat: libc::stat = std::mem::zeroed();
-        // The system call that main's filter lets pass.
-        let (call, flags) = (libc::SYS_newfstatat, libc::AT_SYMLINK_NOFOLLOW);
-        if libc::syscall(call, libc::AT_FDCWD, path.as_ptr(), &raw mut stat, flags) == 0
-            && (stat.st_dev, stat.st_ino) == (device, inode)
-        {
-            libc::unlink(path.as_ptr());
-        }
     }
 }
 

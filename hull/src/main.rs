@@ -4,6 +4,7 @@
 
 #![cfg_attr(not(test), no_main)]
 
+mod api;
 mod cli;
 mod doctor;
 mod exit;
@@ -16,6 +17,7 @@ mod ps;
 mod report;
 mod run;
 mod runtime;
+mod session;
 mod stop;
 mod streams;
 mod terminal;
@@ -51,6 +53,8 @@ fn run_command(start: Instant) -> Code {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(args) => run::run(*args, start),
+        Command::Api(args) => api::api(&args, start),
+        Command::Firecracker(_args) => Ok(Code::FAILURE),
         Command::Ps(args) => ps::ps(&args),
         Command::Stop(args) => stop::stop(&args),
         Command::Doctor(args) => doctor::doctor(&args),

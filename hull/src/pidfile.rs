@@ -8,7 +8,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::last_words::{Leftovers, remove_if_same};
+use vmm::files::remove_if_same;
+
+use crate::last_words::Leftovers;
 
 /// More than a process id and white space are long, in bytes.
 const LONGEST: u64 = 32;

@@ -99,7 +99,6 @@ pub fn directory() -> PathBuf {
 #[derive(Debug)]
 pub struct Entry {
     // The lock in it is held, and its files removed at the end.
-    #[cfg_attr(not(test), expect(dead_code))]
     files: Files,
     control: Arc<Control>,
 }
@@ -129,6 +128,14 @@ impl Entry {
         files.write(record).map_err(failed)?;
         let control = Control { socket, ignored: AtomicU32::new(0) };
         Ok(Entry { files, control: Arc::new(control) })
+    }
+
+    /// Says something else of the machine, whose name stays.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn update(&self, record: &Record) -> io::Result<()> {
+        self.files.write(record)
     }
 
     /// The control socket, for a machine to serve. Those that follow each other under this entry

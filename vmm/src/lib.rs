@@ -13,7 +13,7 @@
 
 pub mod config;
 pub mod console;
-mod files;
+pub mod files;
 pub mod hypervisor;
 pub mod io;
 pub mod kernel;

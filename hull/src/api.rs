@@ -1,0 +1,55 @@
+//! `hull api`: a machine that clients configure and start over its socket.
+
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Instant;
+
+use api_server::{Instance, Limits, Program, Socket, Start};
+use vmm::config::VmConfig;
+use vmm::timings::Timings;
+
+use crate::cli::{ApiArgs, Result};
+use crate::logging;
+use crate::run;
+use crate::session::{Session, Wanted};
+
+/// The version of Firecracker whose API is served.
+pub const FIRECRACKER: &str = "1.12.1";
+
+/// Serves the API until the machine that is started there ends.
+pub fn api(args: &ApiArgs, start: Instant) -> Result {
+    logging::start(args.log);
+    let mut config = VmConfig { name: args.name.clone(), ..VmConfig::default() };
+    config.seccomp = args.seccomp.map_or(config.seccomp, Into::into);
+    config.validate_without_kernel()?;
+    let program =
+        Program { name: "Hull", version: env!("CARGO_PKG_VERSION"), api_version: FIRECRACKER };
+    let socket = Socket::bind(&args.sock)?;
+    let wanted = Wanted { pidfile: args.pidfile.as_deref(), socket: Some(socket.file()) };
+    let session = Session::prepare(&mut config, wanted)?;
+    let (starts, wishes) = mpsc::channel();
+    let filter = config.seccomp;
+    let instance = Instance::new(program, Limits { body: args.max_body }, config, starts);
+    let _file = api_server::serve(socket, instance, filter)?;
+    start_wished(&session, &wishes, start)
+}
+
+/// Starts the machine that a client wishes for, and stays with it until it ends.
+pub fn start_wished(session: &Session, wishes: &mpsc::Receiver<Start>, start: Instant) -> Result {
+    loop {
+        session.interruptible()?;
+        // The sender lives in the API's thread, which lives as long as the process.
+        let wish: Start = wishes.recv()?;
+        let config = wish.config.clone();
+        let timings = Arc::new(Timings::new(start));
+        match session.build(&config, &timings) {
+            Err(error) => wish.failed(error.as_ref()),
+            Ok(machine) => {
+                session.describe(&config)?;
+                wish.started(machine.handle());
+                let ending = session.run(machine, &config)?;
+                return Ok(run::end(&ending));
+            }
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! What a process has beside its machine: signals, a name, a pid file, the host side of the console.
+//! Machines that follow each other in one process share it.
+
+use std::io::{self, IsTerminal};
+use std::os::fd::{BorrowedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use api_server::SocketFile;
+use vmm::config::{ConsoleMode, OnReboot, VmConfig};
+use vmm::console::{Console, Sink, plain, window_size};
+use vmm::hypervisor::HypervisorError;
+use vmm::hypervisor::kvm::{DEVICE, Kvm};
+use vmm::machine::{Ending, Host, Machine, RunOptions, Service};
+use vmm::seccomp;
+use vmm::signals::{Hooks, Signals};
+use vmm::timings::Timings;
+
+use crate::cli::Result;
+use crate::host::KvmKind;
+use crate::last_words::{self, Leftovers, Published};
+use crate::pidfile::PidFile;
+use crate::runtime::{self, Entry, Record};
+use crate::terminal::{self, Escapes, RawMode};
+
+/// Bytes of guest memory that KVM takes long to get to know: about 10 ms a GiB.
+const LARGE: u64 = 16 << 30;
+
+/// What a process has beside its machine.
+pub struct Session {
+    // Dropped first: what it speaks of goes after it.
+    _leftovers: Published,
+    entry: Option<Entry>,
+    _pidfile: Option<PidFile>,
+    signals: Signals,
+}
+
+/// What is to be prepared.
+#[derive(Clone, Copy, Default)]
+pub struct Wanted<'a> {
+    /// Where the process id is written.
+    pub pidfile: Option<&'a Path>,
+    /// A socket that goes with the process.
+    pub socket: Option<&'a SocketFile>,
+}
+
+impl Session {
+    /// Takes over the signals, and a name in the runtime directory: the one of `config`, or one that
+    /// is made up and put into it.
+    ///
+    /// # Errors
+    /// The name or the pid file is another's; the system refused something. Nothing is left then.
+    pub fn prepare(config: &mut VmConfig, wanted: Wanted<'_>) -> Result<Session> {
+        // Before there is any other thread, so that all of them have these signals blocked.
+        let signals = Signals::block()?.with_hooks(Hooks {
+            end: last_words::clean_up,
+            stop: terminal::lend,
+            go_on: terminal::take_back,
+        });
+        seccomp::install_handler(terminal::restore)?;
+        let named = config.name.is_some();
+        config.name.get_or_insert_with(|| format!("vm-{}", std::process::id()));
+        let record = record(config);
+        let entry = match Entry::create(&runtime::directory(), &record) {
+            Ok(entry) => Some(entry),
+            // Who did not ask for a name can do without an entry.
+            Err(err) if !named => {
+                tracing::info!(%err, "`hull ps` will not show this machine");
+                None
+            }
+            Err(err) => return Err(err.into()),
+        };
+        let pidfile = wanted.pidfile.map(PidFile::create).transpose()?;
+        let mut leftovers = Leftovers::default();
+        if entry.is_some() {
+            for path in runtime::paths(&runtime::directory(), &record.name) {
+                leftovers.add(&path);
+            }
+        }
+        if let Some(pidfile) = &pidfile {
+            pidfile.leave_to(&mut leftovers);
+        }
+        if let Some(socket) = wanted.socket {
+            let (device, inode) = socket.identity();
+            leftovers.add_if_same(socket.path(), device, inode);
+        }
+        let _leftovers = leftovers.publish();
+        Ok(Session { _leftovers, entry, _pidfile: pidfile, signals })
+    }
+
+    /// Says in the runtime directory what the machine is now.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn describe(&self, config: &VmConfig) -> io::Result<()> {
+        self.entry.as_ref().map_or(Ok(()), |entry| entry.update(&record(config)))
+    }
+
+    /// Lets signals end the process from now on, until a machine runs: for who waits.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn interruptible(&self) -> io::Result<()> {
+        self.signals.interruptible()
+    }
+
+    /// Builds the machine of `config`.
+    ///
+    /// # Errors
+    /// There is no KVM, or no machine can be built; nothing of it is left then.
+    pub fn build(&self, config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine> {
+        let watch = match config.memory.size.0 {
+            LARGE.. => Some(self.signals.watch()?),
+            _ => self.signals.interruptible().map(|()| None)?,
+        };
+        let hypervisor = Kvm::open(Path::new(DEVICE)).map_err(NoKvm)?;
+        let host = Host {
+            hypervisor: &hypervisor,
+            pvm: KvmKind::detect() == KvmKind::Pvm,
+            timings: Arc::clone(timings),
+            window: window_size(libc::STDIN_FILENO),
+        };
+        let machine = Machine::new(config, &host)?;
+        drop(watch);
+        Ok(machine)
+    }
+
+    /// Runs a machine that [`Session::build`] made of `config`, until it ends.
+    ///
+    /// # Errors
+    /// Its console cannot be had, or it cannot go on.
+    pub fn run(&self, machine: Machine, config: &VmConfig) -> Result<Ending> {
+        let mut services: Vec<Box<dyn Service>> = Vec::new();
+        if let Some(entry) = &self.entry {
+            services.push(Box::new(entry.control_socket()));
+        }
+        // Last, so that an error before it finds the terminal as it was.
+        let (console, _raw) = console(config)?;
+        let signals = Some(self.signals.try_clone()?);
+        let last = config.on_reboot == OnReboot::Exit;
+        if last {
+            give_back_stack();
+        }
+        let options = RunOptions { console, signals, services, last };
+        Ok(machine.run(options)?)
+    }
+}
+
+fn record(config: &VmConfig) -> Record {
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    Record {
+        name: config.name.clone().unwrap_or_default(),
+        pid: std::process::id() as i32,
+        started,
+        cpus: config.cpus,
+        memory: config.memory.size.0,
+        kernel: config.kernel.path.to_string_lossy().into_owned(),
+    }
+}
+
+/// Returns the pages of the main thread's stack that only reading options needed. The machine runs for
+/// long and is one of many. To be called on the main thread only: what lies below its stack is
+/// free by the kernel's layout, below another thread's may be anything.
+fn give_back_stack() {
+    const PAGE: usize = 4096;
+    /// Far below what option parsing reaches; the stack may grow to 8 MiB.
+    const DEPTH: usize = 256 * 1024;
+    let marker = 0u8;
+    // A page stays between here and what goes, for the frames of the call itself.
+    let end = (&raw const marker as usize & !(PAGE - 1)) - PAGE;
+    // SAFETY: nothing below the stack pointer is in use. Pages that the stack never reached are not
+    // mapped, which is an error of no consequence.
+    unsafe { libc::madvise((end - DEPTH) as *mut libc::c_void, DEPTH, libc::MADV_DONTNEED) };
+}
+
+/// A standard stream without the buffer that std would put on it.
+fn inherited(fd: RawFd) -> BorrowedFd<'static> {
+    // SAFETY: nothing in this program closes a standard stream.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+/// Opens the host side of the console.
+fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
+    let (stdin, stdout) = (inherited(libc::STDIN_FILENO), inherited(libc::STDOUT_FILENO));
+    let mode = match config.console.mode {
+        ConsoleMode::Auto if stdin.is_terminal() => ConsoleMode::Tty,
+        ConsoleMode::Auto => ConsoleMode::Stdio,
+        mode => mode,
+    };
+    let stdio = || -> io::Result<Console> {
+        Ok(Console {
+            sink: Sink::for_fd(stdout)?,
+            input: Some(stdin.try_clone_to_owned()?),
+            filter: Box::new(plain),
+        })
+    };
+    match mode {
+        ConsoleMode::Tty => {
+            let mut console = stdio()?;
+            let mut escapes = Escapes::default();
+            console.filter = Box::new(move |typed| escapes.filter(typed));
+            let raw = RawMode::enter(stdin).map_err(NoTerminal)?;
+            Ok((console, Some(raw)))
+        }
+        ConsoleMode::Stdio | ConsoleMode::Auto => Ok((stdio()?, None)),
+        ConsoleMode::File => {
+            let path = config.console.path.clone().unwrap_or_default();
+            let sink = Sink::create(&path, config.files())
+                .map_err(|source| ConsoleFile { path, source })?;
+            Ok((Console { sink, ..Console::off() }, None))
+        }
+        ConsoleMode::Off => Ok((Console::off(), None)),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("--console tty needs a terminal as standard input")]
+struct NoTerminal(#[source] io::Error);
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the console to {}", path.display())]
+struct ConsoleFile {
+    path: PathBuf,
+    source: io::Error,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use KVM")]
+struct NoKvm(#[source] HypervisorError);

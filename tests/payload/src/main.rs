@@ -45,6 +45,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("blk", virtio::blk::scenario),
     ("net", virtio::net::scenario),
     ("console", virtio::console::scenario),
+    ("vsock", virtio::vsock::scenario),
 ];
 
 /// Called by start.s at privilege level 3.

@@ -6,6 +6,7 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod vsock;
 
 use crate::boot::Boot;
 use crate::println;
@@ -20,6 +21,8 @@ pub const BLOCK: u32 = 2;
 pub const CONSOLE: u32 = 3;
 /// See `NET`.
 pub const ENTROPY: u32 = 4;
+/// See `NET`.
+pub const SOCKET: u32 = 19;
 
 /// Descriptor continues in `next`.
 pub const NEXT: u16 = 1;

@@ -335,6 +335,11 @@ impl Running {
         unsafe { libc::kill(self.id() as libc::pid_t, signal) };
     }
 
+    /// True if it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.as_mut().is_none_or(|child| matches!(child.try_wait(), Ok(Some(_))))
+    }
+
     /// Waits for its end.
     pub fn finish(mut self) -> Outcome {
         let Some(mut child) = self.child.take() else { panic!("the guest is gone") };

@@ -21,3 +21,5 @@ mod net;
 mod rng;
 #[cfg(test)]
 mod streams;
+#[cfg(test)]
+mod vsock;

@@ -1,5 +1,7 @@
 //! What a client is told when a request is not done: a status, and `{"fault_message": …}`.
 
+use std::fmt;
+
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -46,6 +48,14 @@ impl Fault {
         Fault::bad("The microVM stopped before the request was done.")
     }
 }
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Fault {}
 
 /// An error and its causes, in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {

@@ -18,7 +18,11 @@ use tokio::sync::oneshot;
 use vmm::config::{DiskConfig, NetConfig, VmConfig};
 use vmm::machine::{Command, Handle, Reply, State, check_disk, root_arguments};
 
+use crate::body;
 use crate::fault::{DONE, Done, Fault, chain};
+use crate::types::boot::BootSource;
+use crate::types::check_id;
+use crate::types::info::ConfigFile;
 
 /// Bounds of what a client may ask for.
 #[derive(Clone, Copy, Debug)]
@@ -48,20 +52,29 @@ pub struct Program {
 pub struct Start {
     /// What is to be built.
     pub config: VmConfig,
-    reply: oneshot::Sender<Result<Handle, String>>,
+    inner: Arc<Mutex<Inner>>,
+    reply: oneshot::Sender<Result<(), String>>,
 }
 
 impl Start {
     /// The machine is built and runs from now on.
     pub fn started(self, handle: Handle) {
+        lock(&self.inner).phase = Phase::Started(handle);
         // A client that is gone has its machine all the same.
-        let _ = self.reply.send(Ok(handle));
+        let _ = self.reply.send(Ok(()));
     }
 
-    /// It cannot be built; nothing of it is left.
+    /// It cannot be built; nothing of it is left, and it can be configured otherwise.
     pub fn failed(self, error: &dyn std::error::Error) {
+        lock(&self.inner).phase = Phase::Configuring;
         let _ = self.reply.send(Err(chain(error)));
     }
+}
+
+/// Locks what handlers and the starter share. Every change is one assignment: a panic cannot leave
+/// half of one.
+fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
+    inner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 enum Phase {
@@ -77,10 +90,11 @@ struct Inner {
 
 /// The machine behind the API.
 pub struct Instance {
+    id: Option<String>,
     program: Program,
     limits: Limits,
     starts: mpsc::Sender<Start>,
-    inner: Mutex<Inner>,
+    inner: Arc<Mutex<Inner>>,
 }
 
 /// As handlers share it.
@@ -96,14 +110,72 @@ impl Instance {
         starts: mpsc::Sender<Start>,
     ) -> Instance {
         let inner = Inner { config, phase: Phase::Configuring };
-        Instance { program, limits, starts, inner: Mutex::new(inner) }
+        Instance { id: None, program, limits, starts, inner: Arc::new(Mutex::new(inner)) }
     }
 
     /// A machine that runs already.
     pub fn running(program: Program, limits: Limits, config: VmConfig, handle: Handle) -> Instance {
         let (starts, _) = mpsc::channel();
         let inner = Inner { config, phase: Phase::Started(handle) };
-        Instance { program, limits, starts, inner: Mutex::new(inner) }
+        Instance { id: None, program, limits, starts, inner: Arc::new(Mutex::new(inner)) }
+    }
+
+    /// Has clients told this id instead of the machine's name.
+    #[must_use]
+    pub fn with_id(self, id: &str) -> Instance {
+        Instance { id: Some(id.to_owned()), ..self }
+    }
+
+    /// What the machine is called.
+    pub fn id(&self) -> String {
+        self.id.clone().or_else(|| self.config().name).unwrap_or_default()
+    }
+
+    /// Configures the machine as a file in the form of `GET /vm/config` says, and wishes for its
+    /// start.
+    ///
+    /// # Errors
+    /// What is wrong with it; the machine is to be given up then.
+    pub fn configure_from(&self, json: &[u8]) -> Result<(), Fault> {
+        let file: ConfigFile = body::parse(json)?;
+        let Some(source) = file.boot_source else {
+            return Err(Fault::bad("boot-source: a machine needs a kernel."));
+        };
+        self.put_boot_source(source)?;
+        if let Some(machine) = file.machine_config {
+            self.configure(|config| machine.put_into(config))?;
+        }
+        for drive in file.drives {
+            check_id(&drive.drive_id)?;
+            self.put_drive(drive.try_into()?)?;
+        }
+        for interface in file.network_interfaces {
+            check_id(&interface.iface_id)?;
+            self.put_net(interface.into())?;
+        }
+        if let Some(_entropy) = file.entropy {
+            self.configure(|config| {
+                config.rng = true;
+                Ok(())
+            })?;
+        }
+        self.wish().map(drop)
+    }
+
+    /// Says what is booted.
+    ///
+    /// # Errors
+    /// See [`Instance::configure`]; a file cannot be read.
+    pub fn put_boot_source(&self, source: BootSource) -> Done {
+        self.before_start()?;
+        check_file("kernel", &source.kernel_image_path)?;
+        if let Some(initrd) = &source.initrd_path {
+            check_file("initrd", initrd)?;
+        }
+        self.configure(|config| {
+            config.kernel = source.into();
+            Ok(())
+        })
     }
 
     /// What clients are told of the program.
@@ -117,8 +189,7 @@ impl Instance {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Every change is made in one assignment: a panic in between cannot leave half of one.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// A copy of the configuration.
@@ -180,35 +251,30 @@ impl Instance {
     /// There is no kernel, the machine was started already, or it cannot be built; it can be
     /// configured otherwise and tried again then.
     pub async fn start(&self) -> Done {
+        match self.wish()?.await {
+            Ok(Ok(())) => Ok(DONE),
+            Ok(Err(message)) => Err(Fault::bad(format!("Start microvm error: {message}"))),
+            Err(_) => Err(Fault::gone()),
+        }
+    }
+
+    /// Has the machine built.
+    fn wish(&self) -> Result<oneshot::Receiver<Result<(), String>>, Fault> {
         let (reply, outcome) = oneshot::channel();
-        {
-            let mut inner = self.lock();
-            if !matches!(inner.phase, Phase::Configuring) {
-                return Err(Fault::after_start());
-            }
-            if inner.config.kernel.path.as_os_str().is_empty() {
-                return Err(Fault::bad("Cannot start microvm without kernel configuration."));
-            }
-            let config = to_be_built(&inner.config);
-            self.starts.send(Start { config, reply }).map_err(|_| Fault::gone())?;
-            inner.phase = Phase::Starting;
-        }
-        let outcome = outcome.await;
         let mut inner = self.lock();
-        match outcome {
-            Ok(Ok(handle)) => {
-                inner.phase = Phase::Started(handle);
-                Ok(DONE)
-            }
-            Ok(Err(message)) => {
-                inner.phase = Phase::Configuring;
-                Err(Fault::bad(message))
-            }
-            Err(_) => {
-                inner.phase = Phase::Configuring;
-                Err(Fault::gone())
-            }
+        if !matches!(inner.phase, Phase::Configuring) {
+            return Err(Fault::after_start());
         }
+        if inner.config.kernel.path.as_os_str().is_empty() {
+            return Err(Fault::bad(
+                "Start microvm error: Cannot start microvm without kernel configuration.",
+            ));
+        }
+        let config = to_be_built(&inner.config);
+        let start = Start { config, inner: Arc::clone(&self.inner), reply };
+        self.starts.send(start).map_err(|_| Fault::gone())?;
+        inner.phase = Phase::Starting;
+        Ok(outcome)
     }
 
     /// Halts the machine, or lets it go on. What it does already is done.

@@ -17,5 +17,6 @@ mod routes;
 mod server;
 pub mod types;
 
+pub use fault::Fault;
 pub use instance::{Instance, Limits, Program, Start};
 pub use server::{ServerError, Socket, SocketFile, serve};

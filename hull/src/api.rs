@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use api_server::{Instance, Limits, Program, Socket, Start};
 use vmm::config::VmConfig;
+use vmm::machine::Machine;
 use vmm::timings::Timings;
 
 use crate::cli::{ApiArgs, Result};
@@ -40,16 +41,19 @@ pub fn start_wished(session: &Session, wishes: &mpsc::Receiver<Start>, start: In
         session.interruptible()?;
         // The sender lives in the API's thread, which lives as long as the process.
         let wish: Start = wishes.recv()?;
-        let config = wish.config.clone();
         let timings = Arc::new(Timings::new(start));
-        match session.build(&config, &timings) {
+        match session.build(&wish.config, &timings) {
             Err(error) => wish.failed(error.as_ref()),
-            Ok(machine) => {
-                session.describe(&config)?;
-                wish.started(machine.handle());
-                let ending = session.run(machine, &config)?;
-                return Ok(run::end(&ending));
-            }
+            Ok(machine) => return run(session, wish, machine),
         }
     }
+}
+
+/// Runs the machine that was wished for until it ends.
+pub fn run(session: &Session, wish: Start, machine: Machine) -> Result {
+    let config = wish.config.clone();
+    session.describe(&config)?;
+    wish.started(machine.handle());
+    let ending = session.run(machine, &config)?;
+    Ok(run::end(&ending))
 }

@@ -15,6 +15,10 @@ impl Code {
     pub const USAGE: Code = Code(2);
     /// The guest crashed by a triple fault.
     pub const TRIPLE_FAULT: Code = Code(3);
+    /// Firecracker's, of a configuration file that is not valid.
+    pub const CONFIGURATION: Code = Code(152);
+    /// Firecracker's, of options that are not valid.
+    pub const ARGUMENTS: Code = Code(153);
 
     /// The code of a process that a signal asked to end: 128 and its number, as shells have it.
     fn signal(number: i32) -> Code {

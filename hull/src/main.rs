@@ -8,6 +8,7 @@ mod api;
 mod cli;
 mod doctor;
 mod exit;
+mod firecracker;
 mod host;
 mod keyvalue;
 mod last_words;
@@ -22,7 +23,7 @@ mod stop;
 mod streams;
 mod terminal;
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{OsString, c_char, c_int};
 use std::time::Instant;
 
 use clap::Parser;
@@ -50,11 +51,17 @@ pub extern "C" fn main(_arguments: c_int, _vector: *const *const c_char) -> c_in
 }
 
 fn run_command(start: Instant) -> Code {
+    if firecracker::is_meant(std::env::args_os().next()) {
+        return firecracker::firecracker(std::env::args_os(), start);
+    }
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(args) => run::run(*args, start),
         Command::Api(args) => api::api(&args, start),
-        Command::Firecracker(_args) => Ok(Code::FAILURE),
+        Command::Firecracker(args) => {
+            let name = OsString::from("firecracker");
+            Ok(firecracker::firecracker(std::iter::once(name).chain(args.arguments), start))
+        }
         Command::Ps(args) => ps::ps(&args),
         Command::Stop(args) => stop::stop(&args),
         Command::Doctor(args) => doctor::doctor(&args),

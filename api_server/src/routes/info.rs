@@ -14,7 +14,7 @@ use crate::types::small::EntropyDevice;
 pub async fn instance(State(shared): State<Shared>, _: Nothing) -> Found<InstanceInfo> {
     let program = shared.program();
     Ok(Json(InstanceInfo {
-        id: shared.config().name.unwrap_or_default(),
+        id: shared.id(),
         state: shared.state().await,
         vmm_version: program.version,
         app_name: program.name,

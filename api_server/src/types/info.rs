@@ -1,6 +1,6 @@
 //! `/`, `/version` and `/vm/config`.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::boot::BootSource;
@@ -40,6 +40,24 @@ pub struct FullVmConfiguration {
     /// CPUs and memory.
     pub machine_config: MachineConfiguration,
     /// Network cards.
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// Source of entropy.
+    pub entropy: Option<EntropyDevice>,
+}
+
+/// A configuration file: what can be put, by section.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ConfigFile {
+    /// What is booted.
+    pub boot_source: Option<BootSource>,
+    /// Disks.
+    #[serde(default)]
+    pub drives: Vec<Drive>,
+    /// CPUs and memory.
+    pub machine_config: Option<MachineConfiguration>,
+    /// Network cards.
+    #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
     /// Source of entropy.
     pub entropy: Option<EntropyDevice>,

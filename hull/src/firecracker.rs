@@ -1,0 +1,236 @@
+//! `hull firecracker`, and what the binary is when it is called `firecracker`: Firecracker's command
+//! line and exit codes, so that what starts `firecracker` today starts Hull by changing a path.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Instant;
+
+use api_server::{Fault, Instance, Limits, Program, Socket};
+use clap::Parser;
+use vmm::config::{ByteSize, VmConfig};
+use vmm::seccomp;
+use vmm::timings::Timings;
+
+use crate::api::{self, FIRECRACKER, start_wished};
+use crate::cli::Result;
+use crate::exit::Code;
+use crate::logging::{self, Level};
+use crate::report;
+use crate::session::{Session, Wanted};
+use crate::streams;
+
+/// Version of the snapshot format that Firecracker 1.12.1 names.
+const SNAPSHOT_VERSION: &str = "v6.0.0";
+
+/// Where the API is if nothing else is said.
+const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
+
+/// Memory of a machine of which nothing else is said.
+const DEFAULT_MEMORY: u64 = 128 << 20;
+
+/// Firecracker's options.
+#[derive(Debug, Parser)]
+#[command(name = "firecracker", disable_version_flag = true, args_override_self = false)]
+struct Options {
+    /// Path to the Unix socket of the API
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    api_sock: PathBuf,
+    /// Name of the machine
+    #[arg(long, value_name = "ID", default_value = "anonymous-instance")]
+    id: String,
+    /// A machine's configuration (JSON); the machine is started at once
+    #[arg(long, value_name = "FILE")]
+    config_file: Option<PathBuf>,
+    /// No API; needs --config-file
+    #[arg(long, requires = "config_file")]
+    no_api: bool,
+    /// Contents of the metadata service (JSON)
+    #[arg(long, value_name = "FILE")]
+    metadata: Option<PathBuf>,
+    /// File or named pipe for log lines
+    #[arg(long, value_name = "FILE")]
+    log_path: Option<PathBuf>,
+    /// What is logged: Off, Error, Warn, Info, Debug, Trace
+    #[arg(long, value_name = "LEVEL")]
+    level: Option<String>,
+    /// Show the level in log lines
+    #[arg(long)]
+    show_level: bool,
+    /// Show file and line in log lines
+    #[arg(long)]
+    show_log_origin: bool,
+    /// Log lines of this module only
+    #[arg(long, value_name = "MODULE")]
+    module: Option<String>,
+    /// File or named pipe for metrics
+    #[arg(long, value_name = "FILE")]
+    metrics_path: Option<PathBuf>,
+    /// Log how long the guest took to boot
+    #[arg(long)]
+    boot_timer: bool,
+    /// A filter program of one's own; not supported, Hull has its own filters
+    #[arg(long, value_name = "FILE", conflicts_with = "no_seccomp")]
+    seccomp_filter: Option<PathBuf>,
+    /// No system call filters
+    #[arg(long)]
+    no_seccomp: bool,
+    /// When this process was started, µs of the monotonic clock
+    #[arg(long, value_name = "MICROSECONDS")]
+    start_time_us: Option<u64>,
+    /// Processor time of this process at its start, µs
+    #[arg(long, value_name = "MICROSECONDS")]
+    start_time_cpu_us: Option<u64>,
+    /// Processor time of the process that started this one, µs
+    #[arg(long, value_name = "MICROSECONDS")]
+    parent_cpu_time_us: Option<u64>,
+    /// Most bytes of a request's body
+    #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
+    http_api_max_payload_size: usize,
+    /// Most bytes of the metadata
+    #[arg(long, value_name = "BYTES")]
+    mmds_size_limit: Option<usize>,
+    /// Devices on a PCI bus; accepted, they are on MMIO all the same
+    #[arg(long)]
+    enable_pci: bool,
+    /// Print the version
+    #[arg(long)]
+    version: bool,
+    /// Print the version of the snapshot format
+    #[arg(long)]
+    snapshot_version: bool,
+    /// Print the version of a snapshot's state file
+    #[arg(long, value_name = "FILE")]
+    describe_snapshot: Option<PathBuf>,
+}
+
+/// The configuration file is not one of a machine.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot configure the machine from {}", path.display())]
+pub struct BadConfiguration {
+    path: PathBuf,
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// An option whose value is not one of it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct BadOption(String);
+
+/// True if the binary was called as `firecracker`.
+pub fn is_meant(argv0: Option<OsString>) -> bool {
+    argv0.is_some_and(|name| Path::new(&name).file_name().is_some_and(|n| n == "firecracker"))
+}
+
+/// Runs as Firecracker would with these arguments, of which the first is a name.
+pub fn firecracker(arguments: impl IntoIterator<Item = OsString>, start: Instant) -> Code {
+    let options = match Options::try_parse_from(arguments) {
+        Ok(options) => options,
+        Err(error) => {
+            // To a closed stream there is nothing to be said.
+            let _ = error.print();
+            return if error.use_stderr() { Code::ARGUMENTS } else { Code::SUCCESS };
+        }
+    };
+    run(&options, start).unwrap_or_else(|error| {
+        report::print(error.as_ref());
+        if error.is::<BadConfiguration>() {
+            Code::CONFIGURATION
+        } else if error.is::<BadOption>() {
+            Code::ARGUMENTS
+        } else {
+            Code::FAILURE
+        }
+    })
+}
+
+fn run(options: &Options, start: Instant) -> Result {
+    if options.version {
+        let hull = env!("CARGO_PKG_VERSION");
+        streams::print(&format!("Firecracker v{FIRECRACKER}\nHull v{hull}\n"))?;
+        return Ok(Code::SUCCESS);
+    }
+    if options.snapshot_version {
+        streams::print(&format!("{SNAPSHOT_VERSION}\n"))?;
+        return Ok(Code::SUCCESS);
+    }
+    check_instance_id(&options.id)?;
+    logging::start(level(options.level.as_deref())?);
+    if options.enable_pci {
+        tracing::warn!("--enable-pci: devices are on MMIO, there is no PCI bus yet");
+    }
+    if options.seccomp_filter.is_some() {
+        tracing::warn!("--seccomp-filter: Hull's own filters are used");
+    }
+    let mut config = VmConfig::default();
+    config.memory.size = ByteSize(DEFAULT_MEMORY);
+    config.i8042 = true;
+    if options.no_seccomp {
+        config.seccomp = seccomp::Mode::Off;
+    }
+    let socket = match options.no_api {
+        true => None,
+        false => Some(Socket::bind(&options.api_sock)?),
+    };
+    let wanted = Wanted { socket: socket.as_ref().map(Socket::file), ..Wanted::default() };
+    let session = Session::prepare(&mut config, wanted)?;
+    let (starts, wishes) = mpsc::channel();
+    let filter = config.seccomp;
+    let program = Program { name: "Firecracker", version: FIRECRACKER, api_version: FIRECRACKER };
+    let limits = Limits { body: options.http_api_max_payload_size };
+    let instance = Instance::new(program, limits, config, starts).with_id(&options.id);
+    if let Some(path) = &options.config_file {
+        configure(&instance, path)?;
+    }
+    let _file = socket.map(|socket| api_server::serve(socket, instance, filter)).transpose()?;
+    if let Some(path) = &options.config_file {
+        // The wish that the file made. There is no other way to a machine than this file.
+        session.interruptible()?;
+        let wish = wishes.recv()?;
+        let timings = Arc::new(Timings::new(start));
+        let machine = session
+            .build(&wish.config, &timings)
+            .map_err(|source| BadConfiguration { path: path.clone(), source })?;
+        return api::run(&session, wish, machine);
+    }
+    start_wished(&session, &wishes, start)
+}
+
+/// Puts the configuration of a file into the machine, and wishes for its start.
+fn configure(instance: &Instance, path: &Path) -> std::result::Result<(), BadConfiguration> {
+    let read = || -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let text = fs::read(path)?;
+        instance.configure_from(&text).map_err(|fault: Fault| fault.to_string())?;
+        Ok(())
+    };
+    read().map_err(|source| BadConfiguration { path: path.to_owned(), source })
+}
+
+/// An instance's id: letters, digits and `-`, at most 64.
+fn check_instance_id(id: &str) -> std::result::Result<(), BadOption> {
+    let valid = (1..=64).contains(&id.len())
+        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    match valid {
+        true => Ok(()),
+        false => Err(BadOption(format!("--id: {id:?} is not 1 to 64 letters, digits and '-'"))),
+    }
+}
+
+fn level(name: Option<&str>) -> std::result::Result<Level, BadOption> {
+    let Some(name) = name else { return Ok(Level::Warn) };
+    Ok(match name.to_ascii_lowercase().as_str() {
+        "off" => Level::Off,
+        "error" => Level::Error,
+        "warn" | "warning" => Level::Warn,
+        "info" => Level::Info,
+        "debug" => Level::Debug,
+        "trace" => Level::Trace,
+        _ => {
+            return Err(BadOption(format!(
+                "--level: {name:?} is not Off, Error, Warn, Info, Debug or Trace"
+            )));
+        }
+    })
+}

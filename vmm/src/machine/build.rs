@@ -23,7 +23,7 @@ use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Machine;
-use super::bus::{AcpiPort, Buses, SerialPort};
+use super::bus::{AcpiPort, Buses, KeyboardPort, SerialPort};
 use super::control::Parts;
 use super::event::{Event, Sender};
 use super::slot::Slot;
@@ -153,7 +153,7 @@ impl Machine {
             seccomp: config.seccomp,
         };
         let serial = wiring.serial(config, &output)?;
-        let acpi_port = wiring.acpi()?;
+        let (keyboard, acpi_port) = wiring.legacy(config)?;
         let console = devices.iter().position(|entry| entry.device.kind() == Kind::Console);
         for entry in devices {
             wiring.virtio(entry)?;
@@ -205,6 +205,7 @@ impl Machine {
                 vcpus_ready,
                 output,
                 serial,
+                keyboard,
                 acpi: acpi_port,
                 console,
             },
@@ -249,10 +250,15 @@ impl Wiring<'_> {
         Ok(Some(serial))
     }
 
-    fn acpi(&mut self) -> Result<Arc<AcpiPort>, BuildError> {
-        let port = Arc::new(AcpiPort::new(self.line(interrupts::GED_GSI)?));
-        self.buses.add_legacy(Arc::clone(&port))?;
-        Ok(port)
+    fn legacy(
+        &mut self,
+        config: &VmConfig,
+    ) -> Result<(Arc<KeyboardPort>, Arc<AcpiPort>), BuildError> {
+        let irq = config.i8042.then(|| self.line(interrupts::I8042_KEYBOARD_GSI)).transpose()?;
+        let keyboard = Arc::new(KeyboardPort::new(irq));
+        let acpi = Arc::new(AcpiPort::new(self.line(interrupts::GED_GSI)?));
+        self.buses.add_legacy(Arc::clone(&keyboard), Arc::clone(&acpi))?;
+        Ok((keyboard, acpi))
     }
 
     /// Index of the io thread for a device with this back-end: the one that all share, or one of

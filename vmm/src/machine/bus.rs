@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arch::{interrupts, layout};
 use devices::acpi::{AcpiRegisters, Event as AcpiEvent};
 use devices::bus::{Bus, BusError};
-use devices::i8042::I8042;
+use devices::i8042::{Effect as KeyboardEffect, I8042};
 use devices::serial::{Effect, Serial};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -86,9 +86,38 @@ impl AcpiPort {
     }
 }
 
+/// The keyboard controller and the keyboard's interrupt line, if there is a keyboard.
+pub(super) struct KeyboardPort {
+    registers: Mutex<I8042>,
+    irq: Option<EventFd>,
+}
+
+impl KeyboardPort {
+    pub(super) fn new(irq: Option<EventFd>) -> KeyboardPort {
+        KeyboardPort { registers: Mutex::new(I8042::new(irq.is_some())), irq }
+    }
+
+    fn registers(&self) -> MutexGuard<'_, I8042> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Presses Ctrl, Alt and Del. Returns false if there is no keyboard, or the guest does not
+    /// listen to it.
+    pub(super) fn ctrl_alt_del(&self) -> bool {
+        let effect = self.registers().ctrl_alt_del();
+        effect.inspect(|effect| self.finish(effect)).is_some()
+    }
+
+    fn finish(&self, effect: &KeyboardEffect) {
+        if let Some(irq) = self.irq.as_ref().filter(|_| effect.interrupt) {
+            let _ = irq.write(1);
+        }
+    }
+}
+
 enum PortDevice {
     Serial(Arc<SerialPort>),
-    I8042(I8042),
+    Keyboard(Arc<KeyboardPort>),
     Acpi(Arc<AcpiPort>),
 }
 
@@ -120,9 +149,13 @@ impl Buses {
         self.ports.insert(start, Serial::LEN, "COM1", PortDevice::Serial(serial))
     }
 
-    pub(super) fn add_legacy(&mut self, acpi: Arc<AcpiPort>) -> Result<(), BusError> {
+    pub(super) fn add_legacy(
+        &mut self,
+        keyboard: Arc<KeyboardPort>,
+        acpi: Arc<AcpiPort>,
+    ) -> Result<(), BusError> {
         let i8042 = u64::from(interrupts::I8042_DATA_PORT);
-        self.ports.insert(i8042, I8042::LEN, "i8042", PortDevice::I8042(I8042))?;
+        self.ports.insert(i8042, I8042::LEN, "i8042", PortDevice::Keyboard(keyboard))?;
         let sleep = u64::from(interrupts::SLEEP_CONTROL_PORT);
         self.ports.insert(sleep, AcpiRegisters::LEN, "ACPI", PortDevice::Acpi(acpi))?;
         let (timer, len) = (layout::BOOT_TIMER, layout::BOOT_TIMER_SIZE);
@@ -150,7 +183,10 @@ impl Buses {
                     let effect = serial.registers().read(offset, element);
                     serial.finish(&effect);
                 }
-                PortDevice::I8042(i8042) => i8042.read(offset, element),
+                PortDevice::Keyboard(keyboard) => {
+                    let effect = keyboard.registers().read(offset, element);
+                    keyboard.finish(&effect);
+                }
                 PortDevice::Acpi(acpi) => acpi.registers().read(offset, element),
             }
         }
@@ -181,8 +217,10 @@ impl Buses {
                     }
                     serial.finish(&effect);
                 }
-                PortDevice::I8042(i8042) => {
-                    if i8042.write(offset, element) {
+                PortDevice::Keyboard(keyboard) => {
+                    let effect = keyboard.registers().write(offset, element);
+                    keyboard.finish(&effect);
+                    if effect.reset {
                         return Outcome::Reset;
                     }
                 }

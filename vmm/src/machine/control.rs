@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::console::ConsoleIo;
-use super::bus::{AcpiPort, SerialPort};
+use super::bus::{AcpiPort, KeyboardPort, SerialPort};
 use super::event::{Command, Event, ReplyTo, VcpuEvent};
 use super::lifecycle::{self, Ending, Refusal, State, Step};
 use super::slot::Stopping;
@@ -46,6 +46,7 @@ pub(super) struct Parts {
     pub(super) vcpus_ready: mpsc::Receiver<io::Result<()>>,
     pub(super) output: Arc<Output>,
     pub(super) serial: Option<Arc<SerialPort>>,
+    pub(super) keyboard: Arc<KeyboardPort>,
     pub(super) acpi: Arc<AcpiPort>,
     /// Index of the virtio console, if there is one.
     pub(super) console: Option<usize>,
@@ -285,6 +286,7 @@ impl Control {
             Command::Pause => Step::Pause,
             Command::Resume => Step::Resume,
             Command::PowerButton => Step::PowerButton,
+            Command::CtrlAltDel => Step::CtrlAltDel,
         };
         if let Err(refusal) = lifecycle::check(&self.state, step) {
             return reply(Err(refusal));
@@ -293,7 +295,8 @@ impl Control {
             let step = match step {
                 Step::Pause => "pause",
                 Step::Resume => "resume",
-                _ => "power-button",
+                Step::CtrlAltDel => "ctrl-alt-del",
+                Step::PowerButton | Step::Start => "power-button",
             };
             return reply(Err(Refusal::Busy { step, under_way: "pause" }));
         }
@@ -302,6 +305,10 @@ impl Control {
             Command::Resume => {
                 self.resume();
                 reply(Ok(self.state.clone()));
+            }
+            Command::CtrlAltDel => {
+                let pressed = self.machine.control.keyboard.ctrl_alt_del();
+                reply(if pressed { Ok(self.state.clone()) } else { Err(Refusal::NoKeyboard) });
             }
             _ => {
                 self.machine.control.acpi.raise(AcpiEvent::PowerButton);

@@ -20,6 +20,8 @@ pub enum Command {
     Resume,
     /// Press the power button. Answered when the guest was told, not when it is off.
     PowerButton,
+    /// Press Ctrl, Alt and Del on the guest's keyboard.
+    CtrlAltDel,
     /// End the machine now, as if the power was cut.
     Quit,
 }

@@ -54,6 +54,8 @@ pub enum Step {
     Resume,
     /// Press the power button.
     PowerButton,
+    /// Press Ctrl, Alt and Del.
+    CtrlAltDel,
 }
 
 impl Step {
@@ -63,6 +65,7 @@ impl Step {
             Step::Pause => "pause",
             Step::Resume => "resume",
             Step::PowerButton => "power-button",
+            Step::CtrlAltDel => "ctrl-alt-del",
         }
     }
 
@@ -70,7 +73,7 @@ impl Step {
     fn allowed_in(self) -> &'static [State] {
         match self {
             Step::Start => &[State::Configured],
-            Step::Pause | Step::PowerButton => &[State::Running],
+            Step::Pause | Step::PowerButton | Step::CtrlAltDel => &[State::Running],
             Step::Resume => &[State::Paused],
         }
     }
@@ -97,6 +100,9 @@ pub enum Refusal {
         /// The change under way.
         under_way: &'static str,
     },
+    /// The guest has no keyboard, or does not listen to it.
+    #[error("the guest has no keyboard that it listens to")]
+    NoKeyboard,
     /// The machine ended before it got that far.
     #[error("the machine stopped before {0} was done")]
     Gone(&'static str),

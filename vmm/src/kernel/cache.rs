@@ -69,57 +69,83 @@ fn digest(file: &mut File) -> io::Result<blake3::Hash> {
     Ok(hasher.finalize())
 }
 
-/// The entry at `path`, if there is one that can be trusted: ours or root's, and not writable.
+/// The entry at `path`, if there is one that can be trusted: ours or root's, not writable, in a
+/// directory that is the same.
 fn find(path: &Path) -> Option<Unpacked> {
-    let mut file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path).ok()?;
+    let warn = |what: &str| tracing::warn!(path = %path.display(), "kernel cache entry {what}");
+    // Of a pipe that somebody put there, nobody may wait for the other end.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let mut file = match File::options().read(true).custom_flags(flags).open(path) {
+        Ok(file) => file,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return None,
+        Err(err) => {
+            warn(&format!("cannot be used: {err}"));
+            return None;
+        }
+    };
     let metadata = file.metadata().ok()?;
-    // SAFETY: geteuid has no arguments and cannot fail.
-    let own = metadata.uid() == unsafe { libc::geteuid() } || metadata.uid() == 0;
-    if !own || !metadata.is_file() || metadata.mode() & 0o222 != 0 {
-        tracing::warn!(path = %path.display(), "kernel cache entry ignored: wrong owner or mode");
+    let directory = fs::metadata(path.parent()?).ok()?;
+    if !metadata.is_file() || !is_ours(&metadata, 0o222) || !is_ours(&directory, 0o022) {
+        warn("is not used: others own it, or may write it");
         return None;
     }
     match KernelImage::parse(&mut file) {
         Ok(KernelImage::Elf(elf)) => Some(Unpacked { file, elf, stable: true }),
         _ => {
-            tracing::warn!(path = %path.display(), "kernel cache entry is damaged and replaced");
+            warn("is damaged and replaced");
             let _ = fs::remove_file(path);
             None
         }
     }
 }
 
-/// Writes a new entry and opens it.
+/// Writes a new entry and opens it for reading: what was written, whatever is at `path` by then.
 fn store(path: &Path, bytes: &[u8]) -> io::Result<File> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    if !is_ours(&fs::metadata(directory)?, 0o022) {
+        return Err(io::Error::other("others may write the directory, or own it"));
+    }
     let mut file =
         File::options().write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(directory)?;
     file.write_all(bytes)?;
     file.set_permissions(Permissions::from_mode(0o444))?;
     // The data must be there before the name: after a crash of the host an entry is whole.
     file.sync_all()?;
-    let from = std::ffi::CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    let to = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
-    // SAFETY: both are valid C strings.
-    let linked = unsafe {
-        libc::linkat(
-            libc::AT_FDCWD,
-            from.as_ptr(),
-            libc::AT_FDCWD,
-            to.as_ptr(),
-            libc::AT_SYMLINK_FOLLOW,
-        )
-    };
-    if linked < 0 {
-        let err = io::Error::last_os_error();
-        // Another process was faster; its entry has the same bytes.
-        if err.kind() != io::ErrorKind::AlreadyExists {
-            return Err(err);
+    let written = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let entry = File::open(&written)?;
+    match link(Path::new(&written), path) {
+        // Another process was faster, and its entry has the same bytes: or it is none.
+        Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {
+            if find(path).is_none() {
+                let aside = path.with_extension(std::process::id().to_string());
+                let _ = fs::remove_file(&aside);
+                link(Path::new(&written), &aside)?;
+                fs::rename(&aside, path).inspect_err(|_| drop(fs::remove_file(&aside)))?;
+            }
         }
+        linked => linked?,
     }
-    drop(file);
-    File::open(path)
+    Ok(entry)
+}
+
+/// linkat(2) of what `from`, a link of /proc, stands for.
+fn link(from: &Path, to: &Path) -> io::Result<()> {
+    let from = std::ffi::CString::new(from.as_os_str().as_encoded_bytes())?;
+    let to = std::ffi::CString::new(to.as_os_str().as_encoded_bytes())?;
+    let (here, follow) = (libc::AT_FDCWD, libc::AT_SYMLINK_FOLLOW);
+    // SAFETY: both are valid C strings.
+    match unsafe { libc::linkat(here, from.as_ptr(), here, to.as_ptr(), follow) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// True if a file is this user's or root's, and nobody may write it by the bits of `writable`.
+fn is_ours(metadata: &fs::Metadata, writable: u32) -> bool {
+    // SAFETY: geteuid has no arguments and cannot fail.
+    let own = metadata.uid() == unsafe { libc::geteuid() } || metadata.uid() == 0;
+    own && metadata.mode() & writable == 0
 }
 
 /// `bytes` in a file without a name.
@@ -164,11 +190,40 @@ mod tests {
     }
 
     #[test]
-    fn a_writable_entry_is_not_trusted() {
+    fn what_others_may_write_is_not_trusted_but_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.elf");
-        fs::write(&path, b"anything").unwrap();
-        assert!(find(&path).is_none());
-        assert!(path.exists());
+        let elsewhere = dir.path().join("elsewhere");
+        fs::write(&elsewhere, b"foreign").unwrap();
+        let spoil: [(&str, &dyn Fn()); 3] = [
+            ("writable", &|| fs::write(&path, b"anything").unwrap()),
+            ("a link", &|| std::os::unix::fs::symlink(&elsewhere, &path).unwrap()),
+            ("a pipe", &|| {
+                let path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+                // SAFETY: a valid C string.
+                assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o444) }, 0);
+            }),
+        ];
+        for (what, spoil) in spoil {
+            let _ = fs::remove_file(&path);
+            spoil();
+            assert!(find(&path).is_none(), "{what}");
+            let mut text = String::new();
+            store(&path, b"bytes").unwrap().read_to_string(&mut text).unwrap();
+            assert_eq!(text, "bytes", "{what}");
+            let entry = fs::symlink_metadata(&path).unwrap();
+            assert!(entry.is_file() && entry.mode() & 0o777 == 0o444, "{what}");
+            assert_eq!(fs::read(&elsewhere).unwrap(), b"foreign");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_others_may_write_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.elf");
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
+        assert!(store(&path, b"bytes").is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

@@ -193,6 +193,7 @@ fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
             sink: Sink::for_fd(stdout)?,
             input: Some(stdin.try_clone_to_owned()?),
             filter: Box::new(plain),
+            typed: false,
         })
     };
     match mode {
@@ -200,6 +201,7 @@ fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
             let mut console = stdio()?;
             let mut escapes = Escapes::default();
             console.filter = Box::new(move |typed| escapes.filter(typed));
+            console.typed = true;
             let raw = RawMode::enter(stdin).map_err(NoTerminal)?;
             Ok((console, Some(raw)))
         }

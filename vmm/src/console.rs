@@ -273,12 +273,15 @@ pub struct Console {
     pub input: Option<OwnedFd>,
     /// What is done with input first.
     pub filter: InputFilter,
+    /// A person types: what a guest does not take is dropped in the end, so that the filter goes on
+    /// seeing what is meant for it. Otherwise the input is read no faster than the guest takes it.
+    pub typed: bool,
 }
 
 impl Console {
     /// A console that shows nothing and has no input.
     pub fn off() -> Console {
-        Console { sink: Sink::Null, input: None, filter: Box::new(plain) }
+        Console { sink: Sink::Null, input: None, filter: Box::new(plain), typed: false }
     }
 }
 

@@ -154,7 +154,11 @@ impl Machine {
         self.control.output.set_sink(options.console.sink);
         let id = manager.add_subscriber(Control {
             machine: self,
-            console: ConsoleIo::new(options.console.input, options.console.filter),
+            console: ConsoleIo::new(
+                options.console.input,
+                options.console.filter,
+                options.console.typed,
+            ),
             options: Services { signals: options.signals, services: options.services },
             state: State::Configured,
             change: None,

@@ -17,8 +17,14 @@ use crate::machine::lifecycle::Ending;
 /// How long the end of a machine waits for the reader of its console.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Typed bytes that may wait for the guest before no more are read.
+/// Bytes that may wait for the guest before no more are read.
 const INPUT_CAPACITY: usize = 4096;
+
+/// Bytes that a person may type (or paste) ahead of the guest. More is dropped, and the bell rings.
+const TYPED_CAPACITY: usize = 1 << 20;
+
+/// The bell of a terminal.
+const BELL: &[u8] = b"\x07";
 
 /// Typed bytes that a virtio console may hold before it has passed them on.
 const CONSOLE_WINDOW: usize = 4096;
@@ -27,6 +33,7 @@ const CONSOLE_WINDOW: usize = 4096;
 pub(super) struct ConsoleIo {
     input: Option<OwnedFd>,
     filter: InputFilter,
+    by_hand: bool,
     typed: VecDeque<u8>,
     /// Bytes that the virtio console holds.
     held: usize,
@@ -36,10 +43,31 @@ pub(super) struct ConsoleIo {
 }
 
 impl ConsoleIo {
-    /// A console that is typed to on `input`, if at all.
-    pub(super) fn new(input: Option<OwnedFd>, filter: InputFilter) -> ConsoleIo {
-        let typed = VecDeque::new();
-        ConsoleIo { input, filter, typed, held: 0, input_watched: false, sink_watched: None }
+    /// A console that is typed to on `input`, if at all; `by_hand` by a person.
+    pub(super) fn new(input: Option<OwnedFd>, filter: InputFilter, by_hand: bool) -> ConsoleIo {
+        ConsoleIo {
+            input,
+            filter,
+            by_hand,
+            typed: VecDeque::new(),
+            held: 0,
+            input_watched: false,
+            sink_watched: None,
+        }
+    }
+
+    /// True if no more is to be read until the guest took some.
+    fn is_full(&self) -> bool {
+        !self.by_hand && self.typed.len() >= INPUT_CAPACITY
+    }
+
+    /// Keeps `bytes` for the guest. Returns false if they are too many.
+    fn keep(&mut self, bytes: Vec<u8>) -> bool {
+        let fits = !self.by_hand || self.typed.len() + bytes.len() <= TYPED_CAPACITY;
+        if fits {
+            self.typed.extend(bytes);
+        }
+        fits
     }
 
     /// True if typed bytes wait for the guest.
@@ -102,7 +130,7 @@ impl Control {
 
     pub(super) fn watch_input(&mut self, ops: &mut EventOps) {
         let Some(input) = &self.console.input else { return };
-        if self.console.input_watched || self.console.typed.len() >= INPUT_CAPACITY {
+        if self.console.input_watched || self.console.is_full() {
             return;
         }
         let fd = input.as_raw_fd();
@@ -140,7 +168,9 @@ impl Control {
                 if filtered.quit {
                     self.end_by_will(Ending::Quit);
                 }
-                self.console.typed.extend(filtered.bytes);
+                if !self.console.keep(filtered.bytes) {
+                    self.machine.control.output.push_some(BELL);
+                }
                 self.feed_input(ops);
             }
             Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
@@ -174,7 +204,7 @@ impl Control {
         } else {
             self.console.typed.clear();
         }
-        if self.console.typed.len() >= INPUT_CAPACITY {
+        if self.console.is_full() {
             self.unwatch_input(ops);
         } else {
             self.watch_input(ops);

@@ -20,22 +20,22 @@ mod connections;
 mod host;
 mod packet;
 mod rx;
+mod tx;
 
 use std::io;
 use std::sync::mpsc;
 
 use super::Kind;
-use super::device::{BATCH, Device, Fault, Message, Payload, Reactor, RestoreError, Worker};
+use super::device::{Device, Fault, Message, Payload, Reactor, RestoreError, Worker};
 use super::queue::{Chain, Queue, QueueState};
 use connections::Connections;
 pub use host::{LONGEST_PATH, ListenError, Listener};
-use packet::{FromGuest, HEADER_LEN};
 use rx::{RX, Receiver};
+use tx::{Sender, TX};
 
 const NAME: &str = "virtio-vsock";
 const VERSION: u16 = 1;
 const QUEUES: [u16; 3] = [256, 256, 64];
-const TX: u16 = 1;
 const EVENT: u16 = 2;
 
 /// Smallest address of a guest; those below have meanings of their own (§ 5.10.4).
@@ -108,7 +108,6 @@ impl Device for Vsock {
             tx: None,
             event: None,
             chain: Chain::default(),
-            sending: false,
             broken: false,
         }))
     }
@@ -145,11 +144,9 @@ struct VsockWorker {
     /// Sockets are watched.
     started: bool,
     rx: Option<Receiver>,
-    tx: Option<Queue>,
+    tx: Option<Sender>,
     event: Option<Queue>,
     chain: Chain,
-    /// The transmit queue may have packets.
-    sending: bool,
     /// The device needs a reset.
     broken: bool,
 }
@@ -184,8 +181,11 @@ impl VsockWorker {
         if let Some(rx) = &mut self.rx {
             rx.notify();
         }
-        for queue in [&mut self.tx, &mut self.event].into_iter().flatten() {
-            queue.notify();
+        if let Some(tx) = &mut self.tx {
+            tx.notify();
+        }
+        if let Some(event) = &mut self.event {
+            event.notify();
         }
     }
 
@@ -199,7 +199,8 @@ impl VsockWorker {
             let stalled = !connections.has_room();
             unfinished.rx |= connections.deliver(rx, reactor)?;
             // What stopped the guest is out of its way.
-            unfinished.tx |= stalled && self.sending && connections.has_room();
+            let sending = self.tx.as_ref().is_some_and(|tx| tx.pending);
+            unfinished.tx |= stalled && sending && connections.has_room();
         }
         self.tell_of_reset()?;
         Ok(unfinished)
@@ -207,34 +208,10 @@ impl VsockWorker {
 
     /// Takes up to a batch of the guest's packets. Returns whether there may be more.
     fn send(&mut self, reactor: &mut dyn Reactor) -> Result<bool, Fault> {
-        let (Some(queue), Some(connections)) = (&mut self.tx, &mut self.connections) else {
+        let (Some(tx), Some(connections)) = (&mut self.tx, &mut self.connections) else {
             return Ok(false);
         };
-        if !self.sending {
-            return Ok(false);
-        }
-        let broken = |err| Fault::Queue(TX, err);
-        queue.disable_kicks();
-        for _ in 0..BATCH {
-            if !connections.has_room() {
-                return Ok(false);
-            }
-            let Some(head) = queue.pop(&mut self.chain).map_err(broken)? else {
-                if queue.enable_kicks().map_err(broken)? {
-                    continue;
-                }
-                self.sending = false;
-                return Ok(false);
-            };
-            let mut header = [0; HEADER_LEN];
-            let data = &mut self.chain.readable;
-            // A packet that is shorter than its header says nothing.
-            if data.read(&mut header) == HEADER_LEN {
-                connections.packet(&FromGuest::new(&header), data, reactor);
-            }
-            queue.complete(head, 0);
-        }
-        Ok(true)
+        tx.send(connections, reactor)
     }
 
     fn tell_of_reset(&mut self) -> Result<(), Fault> {
@@ -265,7 +242,7 @@ impl Worker for VsockWorker {
         let Some(connections) = &mut self.connections else { return };
         match index {
             RX => self.rx = Some(Receiver::new(queue, connections.guest())),
-            TX => self.tx = Some(queue),
+            TX => self.tx = Some(Sender::new(queue)),
             _ => self.event = Some(queue),
         }
         if !std::mem::replace(&mut self.started, true)
@@ -284,14 +261,16 @@ impl Worker for VsockWorker {
         }
         let state = match index {
             RX => self.rx.take().map(Receiver::stop),
-            TX => self.tx.take().map(|queue| queue.state()),
+            TX => self.tx.take().map(Sender::stop),
             _ => self.event.take().map(|queue| queue.state()),
         };
         Some(state.unwrap_or_default())
     }
 
     fn on_kick(&mut self, index: u16, reactor: &mut dyn Reactor) {
-        self.sending |= index == TX;
+        if let Some(tx) = self.tx.as_mut().filter(|_| index == TX) {
+            tx.pending = true;
+        }
         self.work(reactor);
     }
 

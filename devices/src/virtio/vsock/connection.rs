@@ -21,6 +21,11 @@ use crate::virtio::iobuf::IoBuf;
 /// Bytes of one connection that are passed to the guest before another has its turn.
 pub(super) const PIECE: u64 = 64 << 10;
 
+/// Elements of one sendmsg(2).
+const ELEMENTS: usize = 64;
+
+const NOTHING: iovec = iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
 /// A line that asks for a port is no longer than this, in bytes. The longest sensible one has 19.
 const LONGEST_LINE: usize = 32;
 
@@ -47,6 +52,8 @@ pub(super) enum State {
 pub(super) enum Fate {
     /// It goes on.
     Stays,
+    /// It goes on, and takes the data of the packet by [`Connection::pass_on`].
+    Takes,
     /// It is over, and the guest has to be told.
     Reset,
     /// It is over for the guest; the host still has bytes to take.
@@ -207,8 +214,8 @@ impl Connection {
         }
     }
 
-    /// A packet of this connection came.
-    pub(super) fn packet(&mut self, header: &FromGuest, data: &mut IoBuf) -> Fate {
+    /// A packet of this connection came, with `len` bytes of data.
+    pub(super) fn packet(&mut self, header: &FromGuest, len: u64) -> Fate {
         self.take_credit(header);
         match (self.state, header.op) {
             (_, Some(Op::Reset)) if self.backlog.is_empty() => Fate::Gone,
@@ -219,7 +226,7 @@ impl Connection {
             }
             (State::Resetting, _) => Fate::Stays,
             (State::Requested, Some(Op::Response)) if !self.request => self.accepted(),
-            (State::Open, Some(Op::Data)) => self.data(data),
+            (State::Open, Some(Op::Data)) => self.admit(len),
             (State::Open, Some(Op::Shutdown)) => self.shut_down(header.flags),
             (State::Open, Some(Op::CreditUpdate)) => Fate::Stays,
             (State::Open, Some(Op::CreditRequest)) => {
@@ -249,37 +256,50 @@ impl Connection {
         }
     }
 
-    /// Bytes from the guest.
-    fn data(&mut self, data: &mut IoBuf) -> Fate {
-        let (waiting, len) = ((self.received - self.forwarded).0, data.len());
-        let within = u64::from(waiting) + len <= u64::from(self.buffer);
-        if self.guest_shutdown & NO_SEND != 0 || !within {
+    /// The guest sends `len` bytes: has it the room, and does it still send?
+    fn admit(&mut self, len: u64) -> Fate {
+        let waiting = u64::from((self.received - self.forwarded).0);
+        if self.guest_shutdown & NO_SEND != 0 || waiting + len > u64::from(self.buffer) {
             return Fate::Reset;
         }
         // It fits, as it is within the buffer.
         self.received += len as u32;
-        if self.backlog.is_empty() && self.host_shutdown & NO_RECEIVE == 0 {
-            match self.socket.as_ref().map(|socket| send_vectored(socket, data.iovecs())) {
-                Some(Ok(sent)) => {
-                    data.advance(sent as u64);
+        Fate::Takes
+    }
+
+    /// Passes data on that was admitted, and keeps what the host does not take.
+    pub(super) fn pass_on(&mut self, parts: &mut [IoBuf]) {
+        if self.socket.is_none() {
+            // A packet behind these broke the rules.
+            return;
+        }
+        let mut rest = parts;
+        while self.backlog.is_empty() && self.host_shutdown & NO_RECEIVE == 0 && !rest.is_empty() {
+            let Some(socket) = &self.socket else { break };
+            match send_parts(socket, rest) {
+                Ok(sent) => {
                     self.count_forwarded(sent);
+                    rest = advance(rest, sent);
                 }
-                Some(Err(err)) if is_temporary(&err) => {}
-                _ => self.host_left(),
+                Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => self.host_left(),
             }
         }
-        if self.host_shutdown & NO_RECEIVE != 0 {
-            // Nobody takes it. The guest is told, and what is on its way may come.
-            self.count_forwarded(data.len() as usize);
-        } else if !data.is_empty() {
+        for part in rest {
+            let len = part.len() as usize;
+            if self.host_shutdown & NO_RECEIVE != 0 {
+                // Nobody takes it. The guest is told, and what is on its way may come.
+                self.count_forwarded(len);
+                continue;
+            }
             let start = self.backlog.len();
-            self.backlog.resize(start + data.len() as usize, 0);
+            self.backlog.resize(start + len, 0);
             let (front, back) = self.backlog.as_mut_slices();
             let split = front.len();
-            let read = data.read(&mut front[start.min(split)..]);
-            data.read(&mut back[(start + read).saturating_sub(split)..]);
+            let read = part.read(&mut front[start.min(split)..]);
+            part.read(&mut back[(start + read).saturating_sub(split)..]);
         }
-        Fate::Stays
     }
 
     fn count_forwarded(&mut self, bytes: usize) {
@@ -472,7 +492,7 @@ fn receive(fd: RawFd, bytes: &mut [u8], flags: libc::c_int) -> io::Result<usize>
 
 /// Sends some of `parts`, without a signal where nobody receives.
 fn send(fd: RawFd, parts: &[&[u8]]) -> io::Result<usize> {
-    let mut list = [iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; 2];
+    let mut list = [NOTHING; 2];
     for (slot, part) in list.iter_mut().zip(parts) {
         *slot = iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() };
     }
@@ -480,10 +500,27 @@ fn send(fd: RawFd, parts: &[&[u8]]) -> io::Result<usize> {
     unsafe { send_list(fd, &list) }
 }
 
-/// Sends some of a chain that is held.
-fn send_vectored(socket: &OwnedFd, list: &[iovec]) -> io::Result<usize> {
+/// Sends some of chains that are held.
+fn send_parts(socket: &OwnedFd, parts: &[IoBuf]) -> io::Result<usize> {
+    let mut list = [NOTHING; ELEMENTS];
+    let elements = parts.iter().flat_map(IoBuf::iovecs);
+    let count = list.iter_mut().zip(elements).map(|(slot, element)| *slot = *element).count();
     // SAFETY: the list describes guest RAM.
-    unsafe { send_list(socket.as_raw_fd(), list) }
+    unsafe { send_list(socket.as_raw_fd(), &list[..count]) }
+}
+
+/// Drops the first `count` bytes of `parts`, and parts without any more.
+fn advance(mut parts: &mut [IoBuf], mut count: usize) -> &mut [IoBuf] {
+    while let Some((first, _)) = parts.split_first_mut() {
+        let step = first.len().min(count as u64);
+        first.advance(step);
+        count -= step as usize;
+        if !first.is_empty() {
+            break;
+        }
+        parts = &mut parts[1..];
+    }
+    parts
 }
 
 /// Sends some of `list`.
@@ -491,8 +528,7 @@ fn send_vectored(socket: &OwnedFd, list: &[iovec]) -> io::Result<usize> {
 /// # Safety
 /// Its elements are readable.
 unsafe fn send_list(fd: RawFd, list: &[iovec]) -> io::Result<usize> {
-    // SAFETY: msghdr is plain data; what it points to is the caller's promise. A chain has no more
-    // elements than sendmsg(2) takes.
+    // SAFETY: msghdr is plain data; what it points to is the caller's promise.
     let sent = unsafe {
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_iov = list.as_ptr().cast_mut();

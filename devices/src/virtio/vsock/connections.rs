@@ -192,7 +192,7 @@ impl Connections {
     fn settle(&mut self, place: u16, fate: Fate, reactor: &mut dyn Reactor) {
         let Some(connection) = self.at(place) else { return };
         match fate {
-            Fate::Stays => {}
+            Fate::Stays | Fate::Takes => {}
             Fate::Gone => return self.remove(place, reactor),
             Fate::Reset => {
                 connection.state = State::Resetting;
@@ -357,33 +357,47 @@ impl Connections {
         self.refusals.len() < MOST_REFUSALS
     }
 
-    /// The guest sent a packet. There must be [room](Connections::has_room).
+    /// The guest sent a packet with this much behind its header. There must be
+    /// [room](Connections::has_room). Returns the place of the connection that takes its data.
     pub(super) fn packet(
         &mut self,
         header: &FromGuest,
-        data: &mut IoBuf,
+        behind: u64,
         reactor: &mut dyn Reactor,
-    ) {
+    ) -> Option<u16> {
         // § 5.10.6.2: nobody else's address may be used.
         if header.source != self.guest {
-            return;
+            return None;
         }
         if !header.stream || header.destination != HOST_CID {
-            return self.refuse(header);
+            self.refuse(header);
+            return None;
         }
-        let complete = u64::from(header.len) <= data.len();
-        data.truncate(u64::from(header.len));
         let Some(&place) = self.by_ports.get(&header.ports) else {
-            return match header.op {
+            match header.op {
                 Some(Op::Request) => self.connect(header, reactor),
                 _ => self.refuse(header),
-            };
+            }
+            return None;
         };
+        let len = u64::from(header.len);
         let fate = match self.at(place) {
-            Some(connection) if complete => connection.packet(header, data),
+            Some(connection) if len <= behind => connection.packet(header, len),
             _ => Fate::Reset,
         };
+        if fate == Fate::Takes {
+            return Some(place);
+        }
         self.settle(place, fate, reactor);
+        None
+    }
+
+    /// Passes data on that the connection at `place` takes.
+    pub(super) fn pass_on(&mut self, place: u16, data: &mut [IoBuf], reactor: &mut dyn Reactor) {
+        if let Some(connection) = self.at(place) {
+            connection.pass_on(data);
+        }
+        self.settle(place, Fate::Stays, reactor);
     }
 
     fn refuse(&mut self, header: &FromGuest) {

@@ -8,7 +8,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use serde::de::DeserializeOwned;
 use vmm::config::{
     BootMode, ByteSize, ConfigError, ConsoleConfig, ConsoleMode, DiskConfig, NetConfig, OnReboot,
-    VmConfig, VsockConfig,
+    RateLimit, VmConfig, VsockConfig,
 };
 use vmm::seccomp;
 
@@ -87,6 +87,9 @@ Examples:
   hull run --kernel vmlinux --disk path=root.ext4,root --net tap --cpus 2 --memory 1G
   hull run --config machine.toml --print-config
 
+A RATE is 10M (bytes per second), 1000ops (requests per second), both (10M:1000ops), or a bucket,
+the time in which it refills, and a burst for once: 10M/100ms+50M.
+
 In a terminal, Ctrl-A x ends the machine and Ctrl-A ? helps.";
 
 /// Options of `hull run`.
@@ -120,19 +123,20 @@ pub struct RunArgs {
     /// Take the guest's memory from the host's pool of 2 MiB pages
     #[arg(long)]
     pub huge_pages: bool,
-    /// A disk: path=FILE[,ro][,id=NAME][,root][,cache=writeback|writethrough|unsafe][,direct][,queues=N]
+    /// A disk: path=FILE[,ro][,id=NAME][,root][,cache=writeback|writethrough|unsafe][,direct][,queues=N][,rate=RATE]
     #[arg(short, long, value_name = "OPTIONS")]
     pub disk: Vec<String>,
-    /// A network card: tap[=NAME][,mac=ADDR][,host=ADDR/PREFIX][,mtu=N][,queues=N], or fd=N
+    /// A network card: tap[=NAME][,mac=ADDR][,host=ADDR/PREFIX][,mtu=N][,queues=N][,rx-rate=RATE][,tx-rate=RATE], or fd=N
     #[arg(short, long, value_name = "OPTIONS")]
     pub net: Vec<String>,
     /// Streams between the guest and programs of the host: path=SOCKET[,cid=N]
     #[arg(long, value_name = "OPTIONS")]
     pub vsock: Option<String>,
-    /// Give the guest a source of entropy
-    #[arg(long)]
-    pub rng: bool,
-    /// The guest's console: tty, stdio, file=PATH or off [,device=serial|virtio]
+    /// Give the guest a source of entropy [=rate=RATE]
+    #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true,
+          default_missing_value = "")]
+    pub rng: Option<String>,
+    /// The guest's console: tty, stdio, file=PATH or off [,device=serial|virtio][,rate=RATE]
     #[arg(long, value_name = "OPTIONS")]
     pub console: Option<String>,
     /// Name of the machine [default: vm-PID]
@@ -252,6 +256,13 @@ pub struct CompletionsArgs {
     pub shell: clap_complete::Shell,
 }
 
+/// What may follow `--rng=`.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RngOptions {
+    rate: Option<RateLimit>,
+}
+
 /// A command line or configuration file that says nothing sensible.
 #[derive(Debug, thiserror::Error)]
 pub enum UsageError {
@@ -316,7 +327,11 @@ impl RunArgs {
         set(&mut config.cpus, self.cpus);
         set(&mut config.memory.size, self.memory);
         config.memory.huge_pages |= self.huge_pages;
-        config.rng |= self.rng;
+        if let Some(text) = &self.rng {
+            let options: RngOptions = read_option("rng", text, keyvalue::split(text))?;
+            config.rng = true;
+            set(&mut config.rng_rate, options.rate.map(Some));
+        }
         config.i8042 |= self.i8042;
         set(&mut config.name, self.name.clone().map(Some));
         set(
@@ -596,6 +611,45 @@ mod tests {
         for text in ["", "cid=5", "path=v,cid=2", "path=v,port=3"] {
             assert!(self::config(&["--vsock", text]).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn rates_are_read_from_options_and_files() {
+        let config = config(&[
+            "--disk",
+            "a,rate=10M/100ms+50M:7ops",
+            "--net",
+            "tap,rx-rate=1M,tx-rate=9ops",
+            "--rng=rate=1K",
+            "--console",
+            "stdio,rate=2K",
+        ])
+        .unwrap();
+        let text = toml::to_string(&config).unwrap();
+        for line in [
+            "rate = \"10M/100ms+50M:7ops/s\"",
+            "rx-rate = \"1M/s\"",
+            "tx-rate = \"9ops/s\"",
+            "rng-rate = \"1K/s\"",
+            "rate = \"2K/s\"",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
+        assert_eq!(toml::from_str::<VmConfig>(&text).unwrap(), config);
+        let table =
+            "kernel.path = \"k\"\n[[disk]]\npath = \"a\"\nrate = { bandwidth = \"1K\", ops = 3 }";
+        let read: VmConfig = toml::from_str(table).unwrap();
+        assert_eq!(read.disk[0].rate.unwrap().to_string(), "1K/s:3ops/s");
+    }
+
+    #[test]
+    fn the_source_of_entropy_is_a_flag_that_takes_options() {
+        assert!(config(&["--rng"]).unwrap().rng);
+        assert!(config(&[]).is_ok_and(|config| !config.rng));
+        let err = config(&["--rng=rat=1K"]).unwrap_err().to_string();
+        assert!(err.contains("did you mean `rate`?"), "{err}");
+        let err = config(&["--disk", "a,rate=fast"]).unwrap_err().to_string();
+        assert!(err.contains("rate: ") && err.contains("10M/100ms+50M"), "{err}");
     }
 
     #[test]

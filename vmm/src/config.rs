@@ -5,6 +5,7 @@
 //! of the `key=value` options. [`VmConfig::validate`] checks what can be checked without the host;
 //! opening files and devices is the machine's business.
 
+mod rate;
 mod values;
 mod vsock;
 
@@ -14,6 +15,7 @@ use arch::interrupts::MAX_VIRTIO_DEVICES;
 use arch::layout;
 use serde::{Deserialize, Serialize};
 
+pub use rate::{RateLimit, TokenBucket};
 pub use values::{ByteSize, HostAddress, MacAddress};
 pub use vsock::VsockConfig;
 
@@ -47,6 +49,9 @@ pub struct VmConfig {
     pub i8042: bool,
     /// A source of entropy for the guest (virtio-rng).
     pub rng: bool,
+    /// Limit of what the source of entropy gives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rng_rate: Option<RateLimit>,
     /// What is booted.
     pub kernel: KernelConfig,
     /// RAM.
@@ -74,6 +79,7 @@ impl Default for VmConfig {
             seccomp: seccomp::Mode::On,
             i8042: false,
             rng: false,
+            rng_rate: None,
             kernel: KernelConfig::default(),
             memory: MemoryConfig::default(),
             console: ConsoleConfig::default(),
@@ -158,6 +164,9 @@ pub struct ConsoleConfig {
     pub path: Option<PathBuf>,
     /// The device that the guest sees.
     pub device: ConsoleDevice,
+    /// Limit of what the guest prints: more than that makes it wait.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<RateLimit>,
 }
 
 /// Host side of the console.
@@ -224,6 +233,9 @@ pub struct DiskConfig {
     /// Request queues, 1 to [`MAX_QUEUES`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+    /// Limit of the data that is read and written, and of requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<RateLimit>,
 }
 
 /// A network card.
@@ -252,6 +264,12 @@ pub struct NetConfig {
     /// `172.30.0.1/30`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<HostAddress>,
+    /// Limit of what the guest receives, in bytes of frames and in frames.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_rate: Option<RateLimit>,
+    /// Limit of what the guest sends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_rate: Option<RateLimit>,
 }
 
 /// A configuration that no machine can be made from: the field, its value, what is allowed.
@@ -300,6 +318,9 @@ impl VmConfig {
         self.memory.validate()?;
         if (self.console.mode == ConsoleMode::File) != self.console.path.is_some() {
             return error("console.path", "is needed with mode `file`, and only there");
+        }
+        if self.rng_rate.is_some() && !self.rng {
+            return error("rng-rate", "there is no source of entropy to be limited");
         }
         self.validate_disks()?;
         self.validate_nets()?;

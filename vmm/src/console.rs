@@ -7,7 +7,7 @@
 //! never blocks: when its reader is slow, `main` waits for it to take more. When nobody reads at
 //! all the buffer fills, and the *writing* vCPU waits: a guest that floods its console is slowed to
 //! the speed of its reader, and neither memory grows nor is output lost. A vCPU that is told to
-//! pause or stop does not wait.
+//! pause or stop does not wait. A rate limit works as a slow reader does.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -16,9 +16,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::files;
+use devices::rate::RateLimiter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -52,6 +53,9 @@ struct State {
     /// The timer runs, and `main` will write what is there when it expires.
     armed: bool,
     timer: TimerFd,
+    limit: Option<RateLimiter>,
+    /// The limit is reached, and nothing is written before the timer expires.
+    limited: bool,
     /// Why the sink was given up, until somebody asks.
     error: Option<io::Error>,
 }
@@ -71,6 +75,8 @@ impl Output {
                 blocked: false,
                 armed: false,
                 timer,
+                limit: None,
+                limited: false,
                 error: None,
             }),
             room: Condvar::new(),
@@ -88,6 +94,16 @@ impl Output {
         let mut state = self.lock();
         state.sink = sink;
         state.blocked = false;
+    }
+
+    /// Limits what is written from now on: bytes, and system calls as operations. Takes an earlier
+    /// limit away.
+    pub fn set_limit(&self, limit: Option<RateLimiter>) {
+        let mut state = self.lock();
+        state.limit = limit;
+        if std::mem::take(&mut state.limited) {
+            self.flush(&mut state);
+        }
     }
 
     /// Adds `byte`; while the buffer is full, waits for room as long as `may_wait` says so. If it may
@@ -116,8 +132,8 @@ impl Output {
 
     /// Sees to it that new bytes are written: now, or in a moment.
     fn written(&self, state: &mut State, line_end: bool) {
-        if state.blocked {
-            // `main` goes on when the sink takes more.
+        if state.blocked || state.limited {
+            // `main` goes on when the sink takes more, or the limit.
         } else if line_end || state.bytes.len() >= LONG_LINE {
             self.flush(state);
         } else if !state.armed {
@@ -128,7 +144,20 @@ impl Output {
     /// Writes as much as the sink takes.
     fn flush(&self, state: &mut State) {
         while !state.bytes.is_empty() {
-            let (bytes, _) = state.bytes.as_slices();
+            let (mut bytes, _) = state.bytes.as_slices();
+            if let Some(limit) = &state.limit {
+                match limit.allowance(Instant::now()) {
+                    Ok(most) => {
+                        let most = usize::try_from(most).unwrap_or(usize::MAX);
+                        bytes = &bytes[..bytes.len().min(most)];
+                    }
+                    Err(wait) => {
+                        state.armed = state.timer.reset(wait, None).is_ok();
+                        state.limited = state.armed;
+                        return;
+                    }
+                }
+            }
             match state.sink.write(bytes) {
                 Ok(0) => {
                     state.blocked = true;
@@ -137,6 +166,9 @@ impl Output {
                     return;
                 }
                 Ok(written) => {
+                    if let Some(limit) = &state.limit {
+                        limit.charge(written as u64);
+                    }
                     state.bytes.drain(..written);
                     self.room.notify_all();
                 }
@@ -146,6 +178,9 @@ impl Output {
                     let _ = self.event.write(1);
                 }
             }
+        }
+        if let Some(limit) = &state.limit {
+            limit.idle();
         }
     }
 
@@ -165,6 +200,7 @@ impl Output {
         let mut state = self.lock();
         state.armed = false;
         state.blocked = false;
+        state.limited = false;
         self.flush(&mut state);
         let wait = if state.blocked { state.sink.fd() } else { None };
         (wait, state.error.take())
@@ -375,6 +411,36 @@ mod tests {
         }
         assert_eq!(output.lock().bytes.len(), CAPACITY + 10);
         assert_eq!(output.push_some(b"more"), 0);
+    }
+
+    #[test]
+    fn a_limit_slows_output_down_and_loses_nothing() {
+        use devices::rate::{Bucket, Limits};
+        let (output, mut reader) = piped();
+        let bucket = Bucket { size: 1000, one_time_burst: 0, refill_ms: 100 };
+        let limits = Limits { bandwidth: Some(bucket), ops: None };
+        let start = Instant::now();
+        output.set_limit(RateLimiter::new(limits, start));
+        let text: Vec<u8> = (0..4000).map(|n| n as u8).collect();
+        assert_eq!(output.push_some(&text), text.len());
+        let mut all: Vec<u8> = Vec::new();
+        while all.len() < text.len() {
+            let mut bytes = [0; 4096];
+            let got = reader.read(&mut bytes).unwrap();
+            all.extend(&bytes[..got]);
+            if all.len() < text.len() {
+                assert!(readable(output.timer(), 10_000), "nobody goes on writing");
+                output.drain();
+            }
+        }
+        // 1000 at once, the others in 100 ms each.
+        let took = start.elapsed();
+        assert!(took >= Duration::from_millis(299), "{took:?}");
+        assert_eq!(all, text);
+        // What is held back goes out when the limit does.
+        output.push_some(&text);
+        output.set_limit(None);
+        assert_eq!(reader.read(&mut [0; 8192]).unwrap(), text.len());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::process::{Child, Command as Process};
 use std::time::{Duration, Instant};
 
 use common::{Running, add_disk, alone, one_segment_kernel, payload};
-use vmm::machine::{Command, Ending, Refusal, State};
+use vmm::machine::{Command, Ending, Message, Refusal, State, Traffic};
 use vmm::signals::Signals;
 
 /// What is to happen soon.
@@ -74,6 +74,41 @@ fn interrupts_are_neither_lost_nor_repeated_by_pauses() {
     assert!(text.contains("completed=3000"), "{text}");
 }
 
+#[test]
+fn a_limit_that_is_reached_holds_up_the_guest_and_nobody_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = payload("blk op=verify size=4096 count=64");
+    add_disk(&mut config, &folder, 16);
+    // Some requests, and the next one in an hour.
+    config.disk[0].rate = Some("20ops/72000s".parse().unwrap());
+    let machine = Running::start(config, None);
+    // While a queue waits for its limit, pauses are as quick as ever and change nothing.
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_millis(20));
+        let start = Instant::now();
+        paused(&machine);
+        resumed(&machine);
+        assert!(start.elapsed() < SOON);
+    }
+    assert!(!machine.is_over(), "the limit was not kept");
+    let update = |device: &str, rate: &str| {
+        let limit = rate.parse::<vmm::config::RateLimit>().unwrap().limiter();
+        let message = Message::RateLimit(Traffic::All, limit);
+        machine.handle.call(Command::Update { device: device.to_owned(), message })
+    };
+    assert_eq!(update("disk7", "1M"), Err(Refusal::NoDevice("disk7".into())));
+    assert_eq!(update("disk0", "20ops/72000s"), Ok(State::Running));
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!machine.is_over(), "the new limit was not kept");
+    // Taken away in a pause, for the workers that come after it.
+    paused(&machine);
+    assert_eq!(update("disk0", "0"), Ok(State::Paused));
+    resumed(&machine);
+    let (ending, text) = machine.finish();
+    assert_eq!(ending, Ok(Ending::Reset), "{text}");
+    assert!(text.contains("count=64 failed=0 bad=0"), "{text}");
+}
+
 /// Bytes that wait in a pipe.
 fn waiting(pipe: &PipeReader) -> usize {
     let mut count: libc::c_int = 0;
@@ -131,7 +166,7 @@ fn nothing_happens_in_a_pause() {
 
 /// Asserts that `command` is refused in `state`.
 fn refused(machine: &Running, command: Command, state: State) {
-    match machine.handle.call(command) {
+    match machine.handle.call(command.clone()) {
         Err(Refusal::State { state: said, .. }) => assert_eq!(said, state),
         other => panic!("{command:?} while {state}: {other:?}"),
     }
@@ -168,7 +203,8 @@ fn a_second_change_while_one_is_under_way_is_refused() {
         // Sent together, so that some of them arrive while the first is under way.
         for command in [Command::Pause, Command::Pause, Command::Resume, Command::PowerButton] {
             let sender = sender.clone();
-            let reply = Box::new(move |reply| sender.send((command, reply)).unwrap());
+            let asked = command.clone();
+            let reply = Box::new(move |reply| sender.send((asked, reply)).unwrap());
             machine.handle.send(command, reply);
         }
         drop(sender);

@@ -127,6 +127,7 @@ impl Machine {
         let wake = Arc::new(event()?);
         let (events, receiver) = Sender::new(Arc::clone(&wake));
         let output = Arc::new(Output::new().map_err(host("an event descriptor"))?);
+        output.set_limit(table::limiter(config.console.rate));
         let devices = table::devices(config, &output, host_side.window)?;
         let cpuid = Cpuid::new(
             hypervisor.supported_cpuid()?.as_slice(),

@@ -15,6 +15,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use devices::acpi::Event as AcpiEvent;
+use devices::virtio::device::{Message, Traffic};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -22,7 +23,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use self::console::ConsoleIo;
 use super::bus::{AcpiPort, KeyboardPort, SerialPort};
-use super::event::{Command, Event, ReplyTo, VcpuEvent};
+use super::event::{Command, Event, Reply, ReplyTo, VcpuEvent};
 use super::lifecycle::{self, Ending, Refusal, State, Step};
 use super::slot::Stopping;
 use super::{Machine, RunError, RunOptions};
@@ -34,6 +35,9 @@ use crate::timings::Milestone;
 
 /// How long a device may take to finish what is in flight when it is stopped.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Name of the guest's console, for [`Command::Update`].
+const CONSOLE: &str = "console";
 
 /// Events taken from the kernel at a time; the rest comes with the next look.
 const READY_EVENTS: usize = 16;
@@ -282,6 +286,7 @@ impl Control {
 
     fn execute(&mut self, command: Command, reply: ReplyTo) {
         let step = match command {
+            Command::Update { device, message } => return reply(self.update(device, &message)),
             Command::Status => return reply(Ok(self.state.clone())),
             Command::Quit => {
                 self.end_by_will(Ending::Quit);
@@ -319,6 +324,23 @@ impl Control {
                 reply(Ok(self.state.clone()));
             }
         }
+    }
+
+    /// Changes something about the device called `name`.
+    fn update(&mut self, name: String, message: &Message) -> Reply {
+        if name == CONSOLE
+            && let Message::RateLimit(Traffic::All, limit) = message
+        {
+            self.machine.control.output.set_limit(limit.clone());
+            return Ok(self.state.clone());
+        }
+        let machine = &mut self.machine;
+        let mut slots = machine.slots.iter_mut().enumerate();
+        let Some((index, slot)) = slots.find(|(_, slot)| slot.transport.name() == name) else {
+            return Err(Refusal::NoDevice(name));
+        };
+        slot.tell(index, message, &machine.io);
+        Ok(self.state.clone())
     }
 
     /// Ends the machine because somebody outside wants it. A guest's reset that came just before

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc;
 
+use devices::virtio::device::Message;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::{Refusal, State};
@@ -10,7 +11,7 @@ use crate::hypervisor::Failure;
 use crate::io::Report;
 
 /// A request to a running machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// What state is it in?
     Status,
@@ -24,6 +25,13 @@ pub enum Command {
     CtrlAltDel,
     /// End the machine now, as if the power was cut.
     Quit,
+    /// Change something about a device, in any state.
+    Update {
+        /// Its name; the console's is `console`, whatever the guest sees.
+        device: String,
+        /// The change.
+        message: Message,
+    },
 }
 
 /// The answer to a [`Command`]: the state after it, or why it was not done.

@@ -103,6 +103,9 @@ pub enum Refusal {
     /// The guest has no keyboard, or does not listen to it.
     #[error("the guest has no keyboard that it listens to")]
     NoKeyboard,
+    /// The machine has no device of this name.
+    #[error("there is no device {0}")]
+    NoDevice(String),
     /// The machine ended before it got that far.
     #[error("the machine stopped before {0} was done")]
     Gone(&'static str),

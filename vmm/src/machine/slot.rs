@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use devices::memory::Memory;
-use devices::virtio::device::{Device, Worker};
+use devices::virtio::device::{Device, Message, Worker};
 use devices::virtio::queue::{Queue, QueueState};
 
 use super::transport::Transport;
@@ -85,6 +85,17 @@ impl Slot {
             }
         }
         Ok(groups)
+    }
+
+    /// Tells the device and its running workers something. It remembers that for workers to come.
+    pub(super) fn tell(&mut self, index: usize, message: &Message, io: &[IoThread]) {
+        if let Some(config) = self.device.update(message) {
+            self.transport.publish_config(config);
+        }
+        let Some(thread) = io.get(self.io) else { return };
+        for &group in &self.running {
+            thread.send(Command::Message(WorkerId { device: index, group }, message.clone()));
+        }
     }
 
     /// Tells all running workers to stop. Returns false if there are none.

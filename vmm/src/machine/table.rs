@@ -4,16 +4,19 @@
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
+use devices::rate::RateLimiter;
 use devices::virtio::blk::{Block, Cache, DiskFile, OpenError, Options};
 use devices::virtio::console::{Console, ConsoleOutput};
-use devices::virtio::device::Device;
+use devices::virtio::device::{Device, Traffic};
 use devices::virtio::net::tap::{Tap, TapError};
 use devices::virtio::net::{Net, NetOptions};
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Listener, Vsock};
 
 use super::build::BuildError;
-use crate::config::{CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, NetConfig, VmConfig};
+use crate::config::{
+    CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, NetConfig, RateLimit, VmConfig,
+};
 use crate::console::Output;
 use crate::files;
 
@@ -79,7 +82,7 @@ pub(super) fn devices(
         add("vsock".into(), Box::new(Vsock::new(listener, vsock.cid)), BackEnd::Polled);
     }
     if config.rng {
-        add("rng".into(), Box::new(Rng::default()), BackEnd::Polled);
+        add("rng".into(), Box::new(Rng::new(limiter(config.rng_rate))), BackEnd::Polled);
     }
     Ok(devices)
 }
@@ -99,6 +102,11 @@ fn same_file(config: &VmConfig, n: usize) -> Option<String> {
     (0..n).find(|&other| identity(other) == Some(this)).map(|other| config.disk_name(other))
 }
 
+/// A limiter with full buckets, if there is to be one.
+pub(super) fn limiter(rate: Option<RateLimit>) -> Option<RateLimiter> {
+    rate.and_then(|rate| rate.limiter())
+}
+
 fn block(name: String, config: &DiskConfig) -> Result<Block, OpenError> {
     let file = DiskFile::open(&config.path, config.ro, config.direct)?;
     let cache = match config.cache {
@@ -106,7 +114,10 @@ fn block(name: String, config: &DiskConfig) -> Result<Block, OpenError> {
         CacheMode::Writethrough => Cache::Writethrough,
         CacheMode::Unsafe => Cache::Unsafe,
     };
-    Ok(Block::new(Options { file, cache, id: name, queues: config.queues.unwrap_or(1) }))
+    let queues = config.queues.unwrap_or(1);
+    let mut block = Block::new(Options { file, cache, id: name, queues });
+    block.set_limit(limiter(config.rate));
+    Ok(block)
 }
 
 /// Name pattern of the interfaces that Hull makes; the kernel puts a number in.
@@ -124,7 +135,10 @@ fn card(
         (None, None) => made(net, queues)?,
     };
     let mac = net.mac.map_or_else(|| made_up_mac(config.name.as_deref(), n), |mac| mac.0);
-    Ok(Net::new(NetOptions { taps, mac, mtu: net.mtu })?)
+    let mut card = Net::new(NetOptions { taps, mac, mtu: net.mtu })?;
+    card.set_limit(Traffic::Received, limiter(net.rx_rate));
+    card.set_limit(Traffic::Sent, limiter(net.tx_rate));
+    Ok(card)
 }
 
 /// A TAP that goes with this process: up, and with the host's address if one is configured.

@@ -18,6 +18,8 @@ mod names;
 #[cfg(test)]
 mod net;
 #[cfg(test)]
+mod rates;
+#[cfg(test)]
 mod rng;
 #[cfg(test)]
 mod streams;

@@ -11,7 +11,6 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::{Control, Source};
 use crate::console::InputFilter;
-use crate::io::{Command, WorkerId};
 use crate::machine::lifecycle::Ending;
 
 /// How long the end of a machine waits for the reader of its console.
@@ -96,14 +95,7 @@ impl Control {
     fn console_message(&mut self, message: Message) {
         let Some(device) = self.machine.control.console else { return };
         let Some(slot) = self.machine.slots.get_mut(device) else { return };
-        if let Some(config) = slot.device.update(&message) {
-            slot.transport.publish_config(config);
-        }
-        if let Some(thread) = self.machine.io.get(slot.io) {
-            for &group in &slot.running {
-                thread.send(Command::Message(WorkerId { device, group }, message.clone()));
-            }
-        }
+        slot.tell(device, &message, &self.machine.io);
     }
 
     /// Writes console output that was left to this thread, and waits for the sink if it is slow.
@@ -213,6 +205,7 @@ impl Control {
 
     /// Writes out what the console still holds, as long as somebody reads it.
     pub(super) fn flush_output(&mut self) {
+        self.machine.control.output.set_limit(None);
         let deadline = Instant::now() + FLUSH_DEADLINE;
         while let (Some(fd), _) = self.machine.control.output.drain() {
             let left = deadline.saturating_duration_since(Instant::now());

@@ -4,6 +4,8 @@
 //! of virtio in front, little endian, so that they pass between guest memory and the kernel as they
 //! are. An interface that was made here disappears with its last descriptor.
 
+mod users;
+
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::Ipv4Addr;
@@ -121,7 +123,8 @@ impl Tap {
     pub fn open(name: &str, queues: u16) -> Result<Vec<Tap>, TapError> {
         let request = request(name)?;
         // SAFETY: the name is a NUL-terminated array.
-        if unsafe { libc::if_nametoindex(request.ifr_name.as_ptr()) } == 0 {
+        let index = unsafe { libc::if_nametoindex(request.ifr_name.as_ptr()) };
+        if index == 0 {
             return Err(TapError::Missing { name: name.to_owned() });
         }
         // The kernel refuses an interface that exists unless the flag says what the interface is.
@@ -143,7 +146,14 @@ impl Tap {
             }
             other => other?,
         };
-        first.with_siblings(queues)
+        let taps = first.with_siblings(queues)?;
+        // One with several queues refuses nobody. Of two that come at once, at least one sees both.
+        match users::queues(index) {
+            Ok(Some(all)) if all > u32::from(queues) => {
+                Err(TapError::Busy { name: name.to_owned() })
+            }
+            _ => Ok(taps),
+        }
     }
 
     /// Makes an interface with `queues` queue pairs. `name` may contain one `%d`, for which the

@@ -282,3 +282,17 @@ fn only_the_pairs_that_the_driver_uses_get_frames() {
 fn harness_features() -> u64 {
     PLAIN | feature::MQ | feature::CTRL_VQ
 }
+
+#[test]
+fn an_interface_with_several_queues_is_one_machines() {
+    in_own_network(|| {
+        make_persistent("many0", 4);
+        let first = Tap::open("many0", 2).unwrap();
+        for queues in [2, 4] {
+            let refused = Tap::open("many0", queues).err();
+            assert!(matches!(refused, Some(TapError::Busy { .. })), "{queues}: {refused:?}");
+        }
+        drop(first);
+        assert_eq!(Tap::open("many0", 4).unwrap().len(), 4);
+    });
+}

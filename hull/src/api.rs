@@ -26,7 +26,11 @@ pub fn api(args: &ApiArgs, start: Instant) -> Result {
     let program =
         Program { name: "Hull", version: env!("CARGO_PKG_VERSION"), api_version: FIRECRACKER };
     let socket = Socket::bind(&args.sock)?;
-    let wanted = Wanted { pidfile: args.pidfile.as_deref(), socket: Some(socket.file()) };
+    let wanted = Wanted {
+        pidfile: args.pidfile.as_deref(),
+        socket: Some(socket.file()),
+        ..Wanted::default()
+    };
     let session = Session::prepare(&mut config, wanted)?;
     let (starts, wishes) = mpsc::channel();
     let filter = config.seccomp;

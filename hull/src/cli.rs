@@ -1,7 +1,7 @@
 //! The command line, and how it becomes a [`VmConfig`].
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
@@ -438,10 +438,22 @@ fn console(text: &str) -> std::result::Result<ConsoleConfig, UsageError> {
     Ok(config)
 }
 
+/// Most bytes of a configuration file.
+const LONGEST_CONFIG: u64 = 1 << 20;
+
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    fs::File::open(path)?.take(LONGEST_CONFIG + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > LONGEST_CONFIG {
+        return Err(io::Error::other("it is longer than 1 MiB"));
+    }
+    Ok(text)
+}
+
 /// Reads a configuration file: JSON if it starts with a brace, else TOML.
 fn read_config(path: &Path) -> std::result::Result<VmConfig, UsageError> {
-    let text = fs::read_to_string(path)
-        .map_err(|source| UsageError::Read { path: path.to_owned(), source })?;
+    let text =
+        read_text(path).map_err(|source| UsageError::Read { path: path.to_owned(), source })?;
     // Some editors put a byte order mark in front.
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let parsed = if text.trim_start().starts_with('{') {

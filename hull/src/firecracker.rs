@@ -174,7 +174,11 @@ fn run(options: &Options, start: Instant) -> Result {
         true => None,
         false => Some(Socket::bind(&options.api_sock)?),
     };
-    let wanted = Wanted { socket: socket.as_ref().map(Socket::file), ..Wanted::default() };
+    let wanted = Wanted {
+        socket: socket.as_ref().map(Socket::file),
+        config: options.config_file.as_deref(),
+        ..Wanted::default()
+    };
     let session = Session::prepare(&mut config, wanted)?;
     let (starts, wishes) = mpsc::channel();
     let filter = config.seccomp;

@@ -127,6 +127,9 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
 
 fn disk_hint(err: &OpenError) -> Option<String> {
     let hint = match err {
+        OpenError::Open { source, .. } if source.kind() == ErrorKind::NotFound => {
+            "make one: `truncate -s 1G FILE`, then `mkfs.ext4 FILE`"
+        }
         OpenError::Open { source, access: "reading and writing", .. }
             if matches!(
                 source.kind(),
@@ -159,6 +162,12 @@ fn load_hint(err: &LoadError) -> Option<String> {
         ) => "give the guest more --memory",
         LoadError::Open { what: "kernel", source, .. } if source.kind() == ErrorKind::NotFound => {
             "look for kernels in /boot, or let `make run` in Hull's tree fetch one"
+        }
+        LoadError::Open { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
+            "distributions keep kernels and initrds from ordinary users: copy it, or `chmod a+r` it"
+        }
+        LoadError::Open { what: "initrd", source, .. } if source.kind() == ErrorKind::NotFound => {
+            "look for one in /boot, or let `resources/initramfs` in Hull's tree make one"
         }
         _ => return None,
     };

@@ -22,7 +22,11 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
         return Ok(Code::SUCCESS);
     }
     logging::start(args.log);
-    let wanted = Wanted { pidfile: args.pidfile.as_deref(), ..Wanted::default() };
+    let wanted = Wanted {
+        pidfile: args.pidfile.as_deref(),
+        config: args.config.as_deref(),
+        ..Wanted::default()
+    };
     let session = Session::prepare(&mut config, wanted)?;
     loop {
         let timings = Arc::new(Timings::new(start));

@@ -5,10 +5,11 @@ use std::io::{self, IsTerminal};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use api_server::SocketFile;
-use vmm::config::{ConsoleMode, OnReboot, VmConfig};
+use vmm::config::{ConfigError, ConsoleMode, OnReboot, VmConfig};
 use vmm::console::{Console, Sink, plain, window_size};
 use vmm::hypervisor::HypervisorError;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
@@ -34,6 +35,10 @@ pub struct Session {
     entry: Option<Entry>,
     _pidfile: Option<PidFile>,
     signals: Signals,
+    /// Files that no console may be written to.
+    used: Vec<PathBuf>,
+    /// A machine ran already.
+    ran: AtomicBool,
 }
 
 /// What is to be prepared.
@@ -41,6 +46,8 @@ pub struct Session {
 pub struct Wanted<'a> {
     /// Where the process id is written.
     pub pidfile: Option<&'a Path>,
+    /// The file that the configuration was read from.
+    pub config: Option<&'a Path>,
     /// A socket that goes with the process.
     pub socket: Option<&'a SocketFile>,
 }
@@ -52,6 +59,7 @@ impl Session {
     /// # Errors
     /// The name or the pid file is another's; the system refused something. Nothing is left then.
     pub fn prepare(config: &mut VmConfig, wanted: Wanted<'_>) -> Result<Session> {
+        check_inherited(config)?;
         // Before there is any other thread, so that all of them have these signals blocked.
         let signals = Signals::block()?.with_hooks(Hooks {
             end: last_words::clean_up,
@@ -86,7 +94,9 @@ impl Session {
             leftovers.add_if_same(socket.path(), device, inode);
         }
         let _leftovers = leftovers.publish();
-        Ok(Session { _leftovers, entry, _pidfile: pidfile, signals })
+        let used = wanted.config.into_iter().chain(wanted.pidfile).map(Path::to_owned).collect();
+        let ran = AtomicBool::new(false);
+        Ok(Session { _leftovers, entry, _pidfile: pidfile, signals, used, ran })
     }
 
     /// Says in the runtime directory what the machine is now.
@@ -136,7 +146,7 @@ impl Session {
             services.push(Box::new(entry.control_socket()));
         }
         // Last, so that an error before it finds the terminal as it was.
-        let (console, _raw) = console(config)?;
+        let (console, _raw) = console(config, &self.used, !self.ran.swap(true, Ordering::Relaxed))?;
         let signals = Some(self.signals.try_clone()?);
         let last = config.on_reboot == OnReboot::Exit;
         if last {
@@ -145,6 +155,24 @@ impl Session {
         let options = RunOptions { console, signals, services, last };
         Ok(machine.run(options)?)
     }
+}
+
+/// That descriptors which the configuration names are the caller's: later, files of our own may have
+/// these numbers.
+fn check_inherited(config: &VmConfig) -> std::result::Result<(), ConfigError> {
+    for (n, fd) in config.net.iter().enumerate().filter_map(|(n, net)| Some((n, net.fd?))) {
+        // SAFETY: fcntl reports a bad descriptor.
+        if fd < 3 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            let problem = match fd {
+                0..3 => format!("{fd} is a standard stream, not a TAP queue"),
+                _ => {
+                    format!("descriptor {fd} is not open; pass one that is, as a shell's `{fd}<>`")
+                }
+            };
+            return Err(ConfigError { field: format!("net[{n}].fd"), problem });
+        }
+    }
+    Ok(())
 }
 
 fn record(config: &VmConfig) -> Record {
@@ -180,8 +208,9 @@ fn inherited(fd: RawFd) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
-/// Opens the host side of the console.
-fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
+/// Opens the host side of the console. A file is none of `used`; it is emptied for the `first` machine
+/// and written on for those that follow.
+fn console(config: &VmConfig, used: &[PathBuf], first: bool) -> Result<(Console, Option<RawMode>)> {
     let (stdin, stdout) = (inherited(libc::STDIN_FILENO), inherited(libc::STDOUT_FILENO));
     let mode = match config.console.mode {
         ConsoleMode::Auto if stdin.is_terminal() => ConsoleMode::Tty,
@@ -208,8 +237,9 @@ fn console(config: &VmConfig) -> Result<(Console, Option<RawMode>)> {
         ConsoleMode::Stdio | ConsoleMode::Auto => Ok((stdio()?, None)),
         ConsoleMode::File => {
             let path = config.console.path.clone().unwrap_or_default();
-            let sink = Sink::create(&path, config.files())
-                .map_err(|source| ConsoleFile { path, source })?;
+            let used = config.files().chain(used.iter().map(PathBuf::as_path));
+            let sink =
+                Sink::create(&path, used, first).map_err(|source| ConsoleFile { path, source })?;
             Ok((Console { sink, ..Console::off() }, None))
         }
         ConsoleMode::Off => Ok((Console::off(), None)),

@@ -387,6 +387,18 @@ impl VmConfig {
                     return error(format!("net[{n}].fd"), "cannot be given together with a name");
                 }
             }
+            let earlier = |same: &dyn Fn(&NetConfig) -> bool| {
+                self.net.iter().take(n).position(same).map(|other| self.net_name(other))
+            };
+            if let Some(other) = earlier(&|other| net.fd.is_some() && other.fd == net.fd) {
+                return error(format!("net[{n}].fd"), format!("is {other}'s already"));
+            }
+            if let Some(other) = earlier(&|other| net.tap.is_some() && other.tap == net.tap) {
+                return error(format!("net[{n}].tap"), format!("is {other}'s already"));
+            }
+            if let Some(other) = earlier(&|other| net.mac.is_some() && other.mac == net.mac) {
+                return error(format!("net[{n}].mac"), format!("is {other}'s already"));
+            }
             if net.fd.is_some_and(|fd| fd < 0) {
                 return error(format!("net[{n}].fd"), "a descriptor is not negative");
             }

@@ -239,19 +239,36 @@ impl Sink {
         OpenOptions::new().write(true).custom_flags(flags).open(&path).map(Sink::File)
     }
 
-    /// A sink that creates or empties the file at `path`, which is none of the files `used`.
+    /// A sink that creates the file at `path`, which is none of the files `used`, and writes behind
+    /// what is there, or empties it first with `truncate`. A regular file is locked (flock) for as
+    /// long as it is open.
     ///
     /// # Errors
-    /// The file is one of those, or cannot be opened. It is as it was then.
-    pub fn create<'a>(path: &Path, used: impl IntoIterator<Item = &'a Path>) -> io::Result<Sink> {
+    /// The file is one of those, another machine writes to it, or it cannot be opened. It is as it was
+    /// then.
+    pub fn create<'a>(
+        path: &Path,
+        used: impl IntoIterator<Item = &'a Path>,
+        truncate: bool,
+    ) -> io::Result<Sink> {
         if let Some(this) = files::identity(path)
             && used.into_iter().any(|path| files::identity(path) == Some(this))
         {
-            return Err(io::Error::other("the machine boots or reads from it"));
+            return Err(io::Error::other("the machine uses it for something else"));
         }
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true);
-        options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map(Sink::File)
+        options.append(true).create(true);
+        let file = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+        if file.metadata()?.is_file() {
+            // SAFETY: flock has no memory arguments.
+            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } < 0 {
+                return Err(io::Error::other("another machine writes to it"));
+            }
+            if truncate {
+                file.set_len(0)?;
+            }
+        }
+        Ok(Sink::File(file))
     }
 
     /// The descriptor to wait at when it takes no more; `None` if it always takes.

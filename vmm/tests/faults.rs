@@ -96,7 +96,7 @@ fn each_call_fails(
         eprintln!("call {number}");
         let result = {
             let hypervisor = Faulty::new(kvm(), Arc::clone(&plan));
-            let sink = Sink::create(&console, []).unwrap();
+            let sink = Sink::create(&console, [], true).unwrap();
             let mut helper = None;
             let result =
                 run(&config, &hypervisor, Console { sink, ..Console::off() }, None, |handle| {

@@ -99,6 +99,9 @@ impl FromStr for MacAddress {
         if parts.next().is_some() {
             return Err(wrong());
         }
+        if bytes == [0; 6] {
+            return Err(format!("{text} is nobody's address"));
+        }
         if bytes[0] & 1 != 0 {
             return Err(format!("{text} is a multicast address; its first byte must be even"));
         }

@@ -191,7 +191,7 @@ pub(crate) const STACK_SIZE: usize = 256 * 1024;
 /// What the event manager met with, as the system says it.
 pub(crate) fn system_error(err: event_manager::Error) -> io::Error {
     match err {
-        event_manager::Error::Epoll(errno) => errno.into(),
+        event_manager::Error::Epoll(errno) | event_manager::Error::EventFd(errno) => errno.into(),
         other => io::Error::other(other.to_string()),
     }
 }

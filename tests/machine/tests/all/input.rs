@@ -176,7 +176,7 @@ fn files_used_twice() {
     // A console writes over what is there.
     let console = format!("file={}", disk.display());
     let outcome = Guest::new("hello").console(console).disk(&disk, "").run();
-    outcome.refused(&["disk", "the machine boots or reads from it"]);
+    outcome.refused(&["disk", "the machine uses it for something else"]);
     assert_eq!(fs::read(&disk).unwrap(), [7; 4096]);
     let guest = Guest::new("hello").disk(&disk, ",id=disk1").disk(&folder.path().join("other"), "");
     guest.run().refused(&["two disks are called disk1"]);

@@ -154,6 +154,12 @@ pub fn load(
         }
         (KernelImage::BzImage(image), BootMode::Bzimage) => {
             loader.check_bzimage()?;
+            // Whether it has its drivers is seen inside only.
+            if loader.needs_drivers()
+                && let Ok(unpacked) = cache::unpacked(&mut file, &image)
+            {
+                loader.check(&unpacked.file, &unpacked.elf)?;
+            }
             loader.boot_bzimage(&mut file, &image)?
         }
         (KernelImage::BzImage(image), boot) => {
@@ -204,6 +210,11 @@ impl Loader<'_> {
         Ok(())
     }
 
+    /// True if the kernel has to reach a root disk by drivers of its own.
+    fn needs_drivers(&self) -> bool {
+        self.context.root_disk && self.config.initrd.is_none() && !self.config.force
+    }
+
     /// Refuses a kernel that is known not to come up here, rather than let a user wait for it.
     fn check(&self, file: &File, elf: &ElfKernel) -> Result<(), LoadError> {
         if self.config.force {
@@ -213,7 +224,7 @@ impl Loader<'_> {
         if self.context.pvm && elf.is_linux {
             return Err(LoadError::NoHardware { path: path() });
         }
-        if self.context.root_disk && self.config.initrd.is_none() && elf.is_linux {
+        if self.needs_drivers() && elf.is_linux {
             for driver in ["virtio_blk", "virtio_mmio"] {
                 let found = contains(file, driver).map_err(|source| LoadError::Read {
                     what: "kernel",

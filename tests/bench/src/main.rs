@@ -15,6 +15,7 @@ mod peers;
 mod report;
 mod sample;
 mod system;
+mod vsock;
 
 use clap::{Args, Parser, Subcommand};
 use std::path::{Path, PathBuf};
@@ -80,8 +81,8 @@ pub struct RunOptions {
     scratch: Option<PathBuf>,
 }
 
-const BENCHES: [&str; 8] =
-    ["boot", "kernel50", "memory", "blk", "net", "net-send", "net-receive", "net-echo"];
+const BENCHES: [&str; 9] =
+    ["boot", "kernel50", "memory", "blk", "net", "net-send", "net-receive", "net-echo", "vsock"];
 
 impl RunOptions {
     fn wants(&self, bench: &str) -> bool {
@@ -137,6 +138,9 @@ fn run(options: &RunOptions) -> Result<()> {
         block::run(&programs, &systems, options.runs.div_ceil(5), &mut report)?;
     }
     net::run(&programs, &systems, options, &mut report)?;
+    if options.wants("vsock") {
+        vsock::run(&programs, &systems, options.runs.div_ceil(5), &mut report)?;
+    }
 
     report.host.stolen = start.stolen();
     report.print();

@@ -92,6 +92,8 @@ pub struct Guest {
     pub disk: Option<Disk>,
     /// Name of an existing TAP.
     pub tap: Option<String>,
+    /// Where the Unix socket of a socket device goes.
+    pub vsock: Option<PathBuf>,
 }
 
 const MEMORY_MIB: u32 = 128;
@@ -137,6 +139,9 @@ impl Guest {
         if let Some(tap) = &self.tap {
             command.arg("--net").arg(format!("tap={tap},mac={MAC}"));
         }
+        if let Some(path) = &self.vsock {
+            command.arg("--vsock").arg(format!("path={}", path.display()));
+        }
     }
 
     fn firecracker(&self, kernel: &Path) -> Value {
@@ -159,12 +164,16 @@ impl Guest {
             .iter()
             .map(|tap| json!({ "iface_id": "net", "host_dev_name": tap, "guest_mac": MAC }))
             .collect();
-        json!({
+        let mut config = json!({
             "boot-source": { "kernel_image_path": kernel, "boot_args": self.command_line },
             "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
             "drives": drives,
             "network-interfaces": interfaces,
-        })
+        });
+        if let Some(path) = &self.vsock {
+            config["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
+        }
+        config
     }
 
     fn qemu(&self, command: &mut Command, kernel: &Path) {

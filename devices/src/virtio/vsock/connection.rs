@@ -19,7 +19,7 @@ use crate::virtio::device::Interest;
 use crate::virtio::iobuf::IoBuf;
 
 /// Bytes of one connection that are passed to the guest before another has its turn.
-pub(super) const PIECE: u64 = 64 << 10;
+pub(super) const PIECE: u64 = 128 << 10;
 
 /// Elements of one sendmsg(2).
 const ELEMENTS: usize = 64;
@@ -90,7 +90,8 @@ pub(super) struct Connection {
     response: bool,
     /// The guest is to learn how much room there is.
     update: bool,
-    /// The guest was asked for room and has not given any.
+    /// The guest is to be asked for room, or was and has not given any.
+    ask: bool,
     asked: bool,
     /// What guest and host do not do any more, and what the guest was told of the latter.
     guest_shutdown: u32,
@@ -121,6 +122,7 @@ impl Connection {
             request: false,
             response: false,
             update: false,
+            ask: false,
             asked: false,
             guest_shutdown: 0,
             host_shutdown: 0,
@@ -210,8 +212,19 @@ impl Connection {
         self.guest_buffer = header.buffer;
         self.guest_forwarded = Wrapping(header.forwarded);
         if self.credit() > 0 {
-            self.asked = false;
+            (self.ask, self.asked) = (false, false);
         }
+    }
+
+    /// True if there may be something to be read that the guest has no room for. It says so by itself
+    /// when it has; only one that does not, for long, is asked.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.may_read() && self.credit() == 0 && !self.asked
+    }
+
+    /// Asks the guest for room.
+    pub(super) fn ask_for_room(&mut self) {
+        self.ask = true;
     }
 
     /// A packet of this connection came, with `len` bytes of data.
@@ -421,7 +434,8 @@ impl Connection {
                 self.response
                     || self.update
                     || self.host_shutdown != self.told_shutdown
-                    || (self.may_read() && (self.credit() > 0 || !self.asked))
+                    || self.ask
+                    || (self.may_read() && self.credit() > 0)
             }
             State::Line | State::Connecting | State::Draining => false,
         }
@@ -439,7 +453,7 @@ impl Connection {
                 Op::Shutdown
             }
             State::Open if self.update => Op::CreditUpdate,
-            State::Open if self.may_read() && self.credit() == 0 && !self.asked => {
+            State::Open if take(&mut self.ask) => {
                 self.asked = true;
                 Op::CreditRequest
             }

@@ -209,7 +209,8 @@ impl Connections {
             }
         }
         let Some(connection) = self.at(place) else { return };
-        let (wanted, waits) = (connection.interest(), connection.patience > 0);
+        let wanted = connection.interest();
+        let waits = connection.patience > 0 || connection.is_stalled();
         if connection.wants_to_send() {
             self.enqueue(place);
         }
@@ -268,6 +269,11 @@ impl Connections {
     pub(super) fn on_timer(&mut self, reactor: &mut dyn Reactor) {
         self.ticking = false;
         for place in 0..self.places.len() as u16 {
+            let Some(connection) = self.at(place) else { continue };
+            if connection.is_stalled() {
+                connection.ask_for_room();
+                self.settle(place, Fate::Stays, reactor);
+            }
             let Some(connection) = self.at(place).filter(|connection| connection.patience > 0)
             else {
                 continue;

@@ -21,6 +21,10 @@ pub(super) const RX: u16 = 0;
 /// Elements of one readv(2): with a guest's usual buffers more than [`super::connection::PIECE`].
 const ELEMENTS: usize = 64;
 
+/// Another buffer is not taken for fewer bytes than this: a packet costs the guest more than to wait
+/// for the rest of a round number.
+const TAIL: u64 = 2048;
+
 /// A chain taken from the ring and not yet filled.
 struct Held {
     head: u16,
@@ -66,11 +70,11 @@ impl Receiver {
         self.queue.notify();
     }
 
-    /// Holds buffers for at least `bytes` of a stream, or all that there are. Returns whether there
+    /// Holds buffers for about `bytes` of a stream, or all that there are. Returns whether there
     /// is one; if not, the driver will notify of the next.
     pub(super) fn hold(&mut self, bytes: u64) -> Result<bool, Fault> {
         let broken = |err| Fault::Queue(RX, err);
-        while self.held.is_empty() || (self.room < bytes && self.held.len() < ELEMENTS) {
+        while self.held.is_empty() || (self.room + TAIL < bytes && self.held.len() < ELEMENTS) {
             match self.queue.pop(&mut self.chain).map_err(broken)? {
                 Some(head) => self.add(head)?,
                 None if !self.held.is_empty() => break,

@@ -13,6 +13,8 @@ use std::process::{Child, Command as Process};
 use std::time::{Duration, Instant};
 
 use common::{Running, add_disk, alone, one_segment_kernel, payload};
+use vmm::devices::virtio::blk::{Candidate, DiskFile};
+use vmm::devices::virtio::device::BackEnd;
 use vmm::machine::{Command, Ending, Message, Refusal, State, Traffic};
 use vmm::signals::Signals;
 
@@ -166,9 +168,10 @@ fn nothing_happens_in_a_pause() {
 
 /// Asserts that `command` is refused in `state`.
 fn refused(machine: &Running, command: Command, state: State) {
-    match machine.handle.call(command.clone()) {
+    let asked = format!("{command:?}");
+    match machine.handle.call(command) {
         Err(Refusal::State { state: said, .. }) => assert_eq!(said, state),
-        other => panic!("{command:?} while {state}: {other:?}"),
+        other => panic!("{asked} while {state}: {other:?}"),
     }
 }
 
@@ -203,21 +206,74 @@ fn a_second_change_while_one_is_under_way_is_refused() {
         // Sent together, so that some of them arrive while the first is under way.
         for command in [Command::Pause, Command::Pause, Command::Resume, Command::PowerButton] {
             let sender = sender.clone();
-            let asked = command.clone();
+            let asked = format!("{command:?}");
             let reply = Box::new(move |reply| sender.send((asked, reply)).unwrap());
             machine.handle.send(command, reply);
         }
         drop(sender);
         let answers: Vec<_> = answers.iter().collect();
         assert_eq!(answers.len(), 4, "each gets an answer: {answers:?}");
-        let done = |command| answers.iter().filter(|(c, r)| *c == command && r.is_ok()).count();
-        assert_eq!(done(Command::Pause), 1, "{answers:?}");
-        if done(Command::Resume) == 0 {
+        let done =
+            |command: &str| answers.iter().filter(|(c, r)| c == command && r.is_ok()).count();
+        assert_eq!(done("Pause"), 1, "{answers:?}");
+        if done("Resume") == 0 {
             resumed(&machine);
         }
     }
     machine.handle.call(Command::Quit).unwrap();
     assert_eq!(machine.finish().0, Ok(Ending::Quit));
+}
+
+fn replaced(machine: &Running, path: &Path) -> Result<State, Refusal> {
+    let candidate = Candidate::open(path, false, false).unwrap();
+    let back_end = BackEnd::Disk(candidate);
+    machine.handle.call(Command::Replace { device: "disk0".into(), back_end })
+}
+
+#[test]
+fn a_disk_gets_another_file_while_the_guest_uses_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = payload("blk op=read depth=32 count=300000");
+    add_disk(&mut config, &folder, 16);
+    let first = config.disk[0].path.clone();
+    let second = folder.path().join("second.img");
+    std::fs::copy(&first, &second).unwrap();
+    let taken = folder.path().join("taken.img");
+    std::fs::copy(&first, &taken).unwrap();
+    let holder = DiskFile::open(&taken, false, false).unwrap();
+    let machine = Running::start(config, None);
+    let mut rounds = 0;
+    while rounds < 40 && !machine.is_over() {
+        // In turns with the one that it began with, which others may have meanwhile.
+        let (next, before) = if rounds % 2 == 0 { (&second, &first) } else { (&first, &second) };
+        match replaced(&machine, next) {
+            Ok(state) => assert_eq!(state, State::Running),
+            Err(Refusal::Gone(_)) => break,
+            Err(other) => panic!("{other}"),
+        }
+        drop(DiskFile::open(before, false, false).unwrap());
+        assert!(DiskFile::open(next, false, false).is_err(), "the new file is locked");
+        // The same file again: it may have grown.
+        assert_eq!(replaced(&machine, next), Ok(State::Running));
+        match replaced(&machine, &taken) {
+            Err(Refusal::Device { device, reason }) => {
+                assert_eq!(device, "disk0");
+                assert!(reason.contains("in use"), "{reason}");
+            }
+            other => panic!("{other:?}"),
+        }
+        if rounds % 8 == 0 {
+            paused(&machine);
+            assert_eq!(replaced(&machine, next), Ok(State::Paused));
+            resumed(&machine);
+        }
+        rounds += 1;
+    }
+    assert_eq!(rounds, 40, "the guest was too quick");
+    drop(holder);
+    let (ending, text) = machine.finish();
+    assert_eq!(ending, Ok(Ending::Reset), "{text}");
+    assert!(text.contains("count=300000 failed=0"), "{text}");
 }
 
 /// What the payload's `serialflood` prints before "done".

@@ -15,10 +15,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use file::{DiskFile, OpenError};
+pub use file::{Candidate, DiskFile, OpenError};
 
 use super::Kind;
-use super::device::{Device, Message, Payload, RestoreError, Traffic, Worker};
+use super::device::{
+    BackEnd, Device, Message, Payload, ReplaceError, RestoreError, Traffic, Worker,
+};
 use super::queue::MAX_SIZE;
 use crate::rate::RateLimiter;
 
@@ -173,6 +175,12 @@ impl Device for Block {
             self.set_limit(limit.clone());
         }
         None
+    }
+
+    fn replace(&mut self, back_end: BackEnd) -> Result<Vec<u8>, ReplaceError> {
+        let BackEnd::Disk(candidate) = back_end;
+        self.file = Arc::new(self.file.replaced_by(candidate)?);
+        Ok(self.config())
     }
 
     fn worker(&mut self, _group: usize, negotiated: u64) -> io::Result<Box<dyn Worker>> {

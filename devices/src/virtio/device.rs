@@ -24,6 +24,7 @@ use std::time::Duration;
 use libc::iovec;
 
 use super::Kind;
+use super::blk::Candidate;
 use super::queue::{Queue, QueueError, QueueState};
 use crate::rate::RateLimiter;
 
@@ -118,6 +119,16 @@ pub trait Device: Send {
         None
     }
 
+    /// Takes another back-end in place of its own. No worker runs then. Returns the new contents of the
+    /// configuration space. Runs on the control thread, whose system calls are few.
+    ///
+    /// # Errors
+    /// This device has no such back-end, or cannot have it; it keeps its own.
+    fn replace(&mut self, back_end: BackEnd) -> Result<Vec<u8>, ReplaceError> {
+        drop(back_end);
+        Err("this kind of device has nothing that could be replaced".into())
+    }
+
     /// Makes the worker of the `group`th element of [`Device::groups`]; `negotiated` are the
     /// feature bits that driver and device agreed on.
     ///
@@ -177,6 +188,16 @@ pub trait Worker: Send {
     /// A message from the control half, e.g. a new window size.
     fn on_message(&mut self, _message: Message, _reactor: &mut dyn Reactor) {}
 }
+
+/// What a device may get in place of what it was made with.
+#[derive(Debug)]
+pub enum BackEnd {
+    /// The file of a disk.
+    Disk(Candidate),
+}
+
+/// Why a device keeps its back-end.
+pub type ReplaceError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Requests that a worker takes in a row before it lets the other workers of its thread run.
 pub const BATCH: usize = 256;

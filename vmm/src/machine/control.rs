@@ -15,7 +15,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use devices::acpi::Event as AcpiEvent;
-use devices::virtio::device::{Message, Traffic};
+use devices::virtio::device::{BackEnd, Message, Traffic};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -105,6 +105,18 @@ enum Change {
     ParkVcpus { parked: usize, then: Then },
     /// vCPUs are out; queues are draining.
     StopQueues { then: Then },
+    /// The queues of a device are draining, for it to get another back-end. Once it was waited for
+    /// long enough there is neither that nor somebody to be told.
+    Replace { device: usize, deadline: Instant, wish: Option<(BackEnd, ReplyTo)> },
+}
+
+impl Change {
+    fn name(&self) -> &'static str {
+        match self {
+            Change::ParkVcpus { .. } | Change::StopQueues { .. } => "pause",
+            Change::Replace { .. } => "replace a device's back-end",
+        }
+    }
 }
 
 /// What a pause is for.
@@ -287,6 +299,7 @@ impl Control {
     fn execute(&mut self, command: Command, reply: ReplyTo) {
         let step = match command {
             Command::Update { device, message } => return reply(self.update(device, &message)),
+            Command::Replace { device, back_end } => return self.replace(device, back_end, reply),
             Command::Status => return reply(Ok(self.state.clone())),
             Command::Quit => {
                 self.end_by_will(Ending::Quit);
@@ -300,14 +313,14 @@ impl Control {
         if let Err(refusal) = lifecycle::check(&self.state, step) {
             return reply(Err(refusal));
         }
-        if self.change.is_some() {
+        if let Some(change) = &self.change {
             let step = match step {
                 Step::Pause => "pause",
                 Step::Resume => "resume",
                 Step::CtrlAltDel => "ctrl-alt-del",
                 Step::PowerButton | Step::Start => "power-button",
             };
-            return reply(Err(Refusal::Busy { step, under_way: "pause" }));
+            return reply(Err(Refusal::Busy { step, under_way: change.name() }));
         }
         match command {
             Command::Pause => self.pause(Then::Reply(reply)),
@@ -323,6 +336,48 @@ impl Control {
                 self.machine.control.acpi.raise(AcpiEvent::PowerButton);
                 reply(Ok(self.state.clone()));
             }
+        }
+    }
+
+    /// Gives the device called `name` another back-end when what is in flight on its own is done.
+    fn replace(&mut self, name: String, back_end: BackEnd, reply: ReplyTo) {
+        if let Some(change) = &self.change {
+            return reply(Err(Refusal::Busy { step: "replace", under_way: change.name() }));
+        }
+        let machine = &mut self.machine;
+        let mut slots = machine.slots.iter().enumerate();
+        let Some((device, slot)) = slots.find(|(_, slot)| slot.transport.name() == name) else {
+            return reply(Err(Refusal::NoDevice(name)));
+        };
+        let drains = slot.stop(device, &machine.io);
+        let deadline = Instant::now() + STOP_DEADLINE;
+        self.change = Some(Change::Replace { device, deadline, wish: Some((back_end, reply)) });
+        if drains {
+            self.arm_timer();
+        } else {
+            self.finish_replace(device);
+        }
+    }
+
+    /// The queues of a device are drained: it gets its new back-end, and goes on unless its driver
+    /// reset it meanwhile.
+    fn finish_replace(&mut self, drained: usize) {
+        match self.change.take() {
+            Some(Change::Replace { device, wish, .. }) if device == drained => {
+                let running = self.state == State::Running;
+                let machine = &mut self.machine;
+                let Some(slot) = machine.slots.get_mut(device) else { return };
+                let told = wish.map(|(back_end, reply)| (slot.replace(back_end), reply));
+                if slot.active && running && !slot.transport.registers().is_broken() {
+                    slot.start(device, machine.ram.memory(), &machine.io);
+                    slot.transport.interrupt().refresh();
+                }
+                if let Some((outcome, reply)) = told {
+                    reply(outcome.map(|()| self.state.clone()));
+                }
+                self.release_kernel_file_if_wanted();
+            }
+            other => self.change = other,
         }
     }
 
@@ -415,6 +470,7 @@ impl Control {
                     slot.finish_reset();
                     let _ = done.send(());
                 }
+                self.finish_replace(device);
                 self.finish_pause_if_drained();
             }
         }
@@ -472,7 +528,12 @@ impl Control {
     }
 
     fn arm_timer(&mut self) {
-        let next = self.machine.slots.iter().filter_map(super::slot::Slot::deadline).min();
+        let replace = match &self.change {
+            Some(Change::Replace { deadline, wish: Some(_), .. }) => Some(*deadline),
+            _ => None,
+        };
+        let slots = self.machine.slots.iter().filter_map(super::slot::Slot::deadline);
+        let next = slots.chain(replace).min();
         if let Some(next) = next {
             let delay = next.saturating_duration_since(Instant::now());
             let _ = self.timer.reset(delay.max(Duration::from_millis(1)), None);
@@ -499,6 +560,14 @@ impl Control {
                 }
                 None => {}
             }
+        }
+        if let Some(Change::Replace { device, deadline, wish }) = &mut self.change
+            && *deadline <= now
+            && let Some((_, reply)) = wish.take()
+        {
+            let name = self.machine.slots.get(*device).map(|slot| slot.transport.name().to_owned());
+            let reason = "a request does not end; its back-end hangs".to_owned();
+            reply(Err(Refusal::Device { device: name.unwrap_or_default(), reason }));
         }
         self.arm_timer();
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use devices::virtio::device::Message;
+use devices::virtio::device::{BackEnd, Message};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::{Refusal, State};
@@ -11,7 +11,7 @@ use crate::hypervisor::Failure;
 use crate::io::Report;
 
 /// A request to a running machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Command {
     /// What state is it in?
     Status,
@@ -31,6 +31,14 @@ pub enum Command {
         device: String,
         /// The change.
         message: Message,
+    },
+    /// Give a device another back-end, in any state. Answered when what was in flight on the old one
+    /// is done and the new one is in its place.
+    Replace {
+        /// Its name.
+        device: String,
+        /// The back-end.
+        back_end: BackEnd,
     },
 }
 

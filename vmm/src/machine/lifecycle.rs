@@ -106,6 +106,14 @@ pub enum Refusal {
     /// The machine has no device of this name.
     #[error("there is no device {0}")]
     NoDevice(String),
+    /// A device keeps what it has.
+    #[error("{device}: {reason}")]
+    Device {
+        /// Its name.
+        device: String,
+        /// Why.
+        reason: String,
+    },
     /// The machine ended before it got that far.
     #[error("the machine stopped before {0} was done")]
     Gone(&'static str),

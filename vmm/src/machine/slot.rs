@@ -6,9 +6,10 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use devices::memory::Memory;
-use devices::virtio::device::{Device, Message, Worker};
+use devices::virtio::device::{BackEnd, Device, Message, Worker};
 use devices::virtio::queue::{Queue, QueueState};
 
+use super::lifecycle::Refusal;
 use super::transport::Transport;
 use crate::io::{Command, IoThread, StartedQueue, WorkerId};
 
@@ -95,6 +96,20 @@ impl Slot {
         let Some(thread) = io.get(self.io) else { return };
         for &group in &self.running {
             thread.send(Command::Message(WorkerId { device: index, group }, message.clone()));
+        }
+    }
+
+    /// Gives the device another back-end; no worker runs.
+    pub(super) fn replace(&mut self, back_end: BackEnd) -> Result<(), Refusal> {
+        match self.device.replace(back_end) {
+            Ok(config) => {
+                self.transport.publish_config(config);
+                Ok(())
+            }
+            Err(err) => Err(Refusal::Device {
+                device: self.transport.name().to_owned(),
+                reason: err.to_string(),
+            }),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::SECTOR;
@@ -54,7 +54,7 @@ pub enum OpenError {
     /// It cannot be locked or measured.
     #[error("cannot {what} {}", path.display())]
     Host {
-        /// "lock" or "measure".
+        /// "lock", "measure" or "copy the descriptor of".
         what: &'static str,
         /// The file.
         path: PathBuf,
@@ -71,9 +71,59 @@ pub struct DiskFile {
     block_size: u32,
     read_only: bool,
     direct: bool,
+    /// What two descriptors of one file have in common; of a block device, its number.
+    identity: (u64, u64),
+}
+
+/// A file that may take the place of another disk's: open and measured, and not locked yet, for it
+/// may be the same file after it grew.
+#[derive(Debug)]
+pub struct Candidate {
+    path: PathBuf,
+    /// Of a block device: nobody else had claimed it.
+    claimed: bool,
+    disk: DiskFile,
+}
+
+impl Candidate {
+    /// Opens the raw disk at `path` as [`DiskFile::open`] does, without a lock.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<Candidate, OpenError> {
+        let (disk, claimed) = match DiskFile::unlocked(path, read_only, direct, true) {
+            Err(OpenError::Claimed { .. }) => {
+                (DiskFile::unlocked(path, read_only, direct, false)?, false)
+            }
+            disk => (disk?, true),
+        };
+        Ok(Candidate { path: path.to_owned(), claimed, disk })
+    }
 }
 
 impl DiskFile {
+    /// The disk that `candidate` is, in place of this one: this file with another length, or
+    /// another file, which is locked. Makes fcntl(2) calls only.
+    ///
+    /// # Errors
+    /// Another process has the other file; there are no descriptors left.
+    pub fn replaced_by(&self, candidate: Candidate) -> Result<DiskFile, OpenError> {
+        let Candidate { path, claimed, mut disk } = candidate;
+        if self.identity == disk.identity {
+            // A copy of the descriptor has its lock.
+            disk.file = self.file.try_clone().map_err(|source| OpenError::Host {
+                what: "copy the descriptor of",
+                path,
+                source,
+            })?;
+            return Ok(disk);
+        }
+        if !claimed {
+            return Err(OpenError::Claimed { path });
+        }
+        disk.locked(&path)
+    }
+
     /// Opens the raw disk at `path`: read-only, or for writing; past the page cache with `direct`.
     ///
     /// A lock on the open file description keeps a second writer, or a reader beside a writer, in
@@ -83,13 +133,34 @@ impl DiskFile {
     /// # Errors
     /// [`OpenError`].
     pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<DiskFile, OpenError> {
+        DiskFile::unlocked(path, read_only, direct, true)?.locked(path)
+    }
+
+    fn locked(self, path: &Path) -> Result<DiskFile, OpenError> {
+        match lock(&self.file, self.read_only) {
+            Ok(()) => Ok(self),
+            Err(source) => Err(match source.raw_os_error() {
+                Some(libc::EAGAIN | libc::EACCES) => {
+                    OpenError::Locked { path: path.to_owned(), read_only: self.read_only }
+                }
+                _ => OpenError::Host { what: "lock", path: path.to_owned(), source },
+            }),
+        }
+    }
+
+    fn unlocked(
+        path: &Path,
+        read_only: bool,
+        direct: bool,
+        claim: bool,
+    ) -> Result<DiskFile, OpenError> {
         let access = if read_only { "reading" } else { "reading and writing" };
         let open = |source| OpenError::Open { path: path.to_owned(), access, source };
         let mut flags = libc::O_NONBLOCK | libc::O_NOCTTY;
         if direct {
             flags |= libc::O_DIRECT;
         }
-        if !read_only {
+        if claim && !read_only {
             // Without O_CREAT it means something for block devices only (open(2)).
             flags |= libc::O_EXCL;
         }
@@ -102,16 +173,15 @@ impl DiskFile {
                     _ => open(source),
                 },
             )?;
-        let kind = file.metadata().map_err(open)?.file_type();
+        let metadata = file.metadata().map_err(open)?;
+        let kind = metadata.file_type();
+        let identity = match kind.is_block_device() {
+            true => (0, metadata.rdev()),
+            false => (metadata.dev(), metadata.ino()),
+        };
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::Kind { path: path.to_owned() });
         }
-        lock(&file, read_only).map_err(|source| match source.raw_os_error() {
-            Some(libc::EAGAIN | libc::EACCES) => {
-                OpenError::Locked { path: path.to_owned(), read_only }
-            }
-            _ => OpenError::Host { what: "lock", path: path.to_owned(), source },
-        })?;
         let measure = |source| OpenError::Host { what: "measure", path: path.to_owned(), source };
         let len = file.seek(SeekFrom::End(0)).map_err(measure)?;
         let block_size = if kind.is_block_device() {
@@ -125,7 +195,7 @@ impl DiskFile {
             let block = u64::from(block_size);
             return Err(OpenError::Size { path: path.to_owned(), size: len, block });
         }
-        Ok(DiskFile { file, len, block_size, read_only, direct })
+        Ok(DiskFile { file, len, block_size, read_only, direct, identity })
     }
 
     /// Length in bytes, a multiple of the sector size.

@@ -15,14 +15,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use axum::http::StatusCode;
 use tokio::sync::oneshot;
-use vmm::config::{DiskConfig, NetConfig, VmConfig};
-use vmm::machine::{Command, Handle, Reply, State, check_disk, root_arguments};
+use vmm::config::{DiskConfig, NetConfig, RateLimit, VmConfig};
+use vmm::devices::virtio::blk::Candidate;
+use vmm::machine::{BackEnd, Command, Handle, Message, Reply, State, Traffic};
+use vmm::machine::{check_disk, root_arguments};
 
 use crate::body;
 use crate::fault::{DONE, Done, Fault, chain};
 use crate::types::boot::BootSource;
 use crate::types::check_id;
+use crate::types::drive::PartialDrive;
 use crate::types::info::ConfigFile;
+use crate::types::net::PartialNetworkInterface;
+use crate::types::small::EntropyDevice;
+use crate::types::vsock::Vsock;
 
 /// Bounds of what a client may ask for.
 #[derive(Clone, Copy, Debug)]
@@ -153,11 +159,11 @@ impl Instance {
             check_id(&interface.iface_id)?;
             self.put_net(interface.into())?;
         }
-        if let Some(_entropy) = file.entropy {
-            self.configure(|config| {
-                config.rng = true;
-                Ok(())
-            })?;
+        if let Some(vsock) = file.vsock {
+            self.put_vsock(vsock)?;
+        }
+        if let Some(entropy) = file.entropy {
+            self.put_entropy(entropy)?;
         }
         self.wish().map(drop)
     }
@@ -309,6 +315,100 @@ impl Instance {
         })
     }
 
+    /// Gives the guest a source of entropy.
+    ///
+    /// # Errors
+    /// See [`Instance::configure`].
+    pub fn put_entropy(&self, device: EntropyDevice) -> Done {
+        self.configure(|config| {
+            config.rng = true;
+            config.rng_rate = device.rate_limiter.map(Into::into);
+            Ok(())
+        })
+    }
+
+    /// Gives the guest streams to programs of the host.
+    ///
+    /// # Errors
+    /// See [`Instance::configure`].
+    pub fn put_vsock(&self, vsock: Vsock) -> Done {
+        self.configure(|config| {
+            config.vsock = Some(vsock.into());
+            Ok(())
+        })
+    }
+
+    /// Gives a drive of the running machine another file or other limits.
+    ///
+    /// # Errors
+    /// The machine does not run; it has no such drive; the file cannot be a disk, or what is in
+    /// flight on the old one does not end.
+    pub async fn patch_drive(&self, update: PartialDrive) -> Done {
+        let handle = self.handle()?;
+        let id = update.drive_id;
+        let find =
+            |config: &VmConfig| config.disk.iter().position(|disk| disk.id.as_deref() == Some(&id));
+        let config = self.config();
+        let unknown = || Fault::bad(format!("There is no drive with the id {id}."));
+        let disk = find(&config).and_then(|n| config.disk.get(n)).ok_or_else(unknown)?;
+        if update.path_on_host.is_none() && update.rate_limiter.is_none() {
+            return Err(Fault::bad("path_on_host or rate_limiter: one of them has to be there."));
+        }
+        if let Some(path) = update.path_on_host {
+            let (ro, direct) = (disk.ro, disk.direct);
+            let opened = path.clone();
+            // On a thread of its own: a file system that hangs shall hang nobody else.
+            let candidate = elsewhere(move || Candidate::open(&opened, ro, direct)).await?;
+            let candidate = candidate.map_err(|error| Fault::bad(chain(&error)))?;
+            let back_end = BackEnd::Disk(candidate);
+            send(&handle, Command::Replace { device: id.clone(), back_end }).await?;
+            self.remember(find, |config, n| config.disk[n].path = path);
+        }
+        if let Some(limiter) = update.rate_limiter {
+            let limit = disk.rate.unwrap_or_default().updated(limiter.into());
+            limit_traffic(&handle, &id, Traffic::All, limit).await?;
+            self.remember(find, |config, n| config.disk[n].rate = Some(limit));
+        }
+        Ok(DONE)
+    }
+
+    /// Gives a network card of the running machine other limits.
+    ///
+    /// # Errors
+    /// The machine does not run; it has no such card.
+    pub async fn patch_net(&self, update: PartialNetworkInterface) -> Done {
+        let handle = self.handle()?;
+        let id = update.iface_id;
+        let find =
+            |config: &VmConfig| config.net.iter().position(|net| net.id.as_deref() == Some(&id));
+        let config = self.config();
+        let unknown = || Fault::bad(format!("There is no network interface with the id {id}."));
+        let net = find(&config).and_then(|n| config.net.get(n)).ok_or_else(unknown)?;
+        if let Some(limiter) = update.rx_rate_limiter {
+            let limit = net.rx_rate.unwrap_or_default().updated(limiter.into());
+            limit_traffic(&handle, &id, Traffic::Received, limit).await?;
+            self.remember(find, |config, n| config.net[n].rx_rate = Some(limit));
+        }
+        if let Some(limiter) = update.tx_rate_limiter {
+            let limit = net.tx_rate.unwrap_or_default().updated(limiter.into());
+            limit_traffic(&handle, &id, Traffic::Sent, limit).await?;
+            self.remember(find, |config, n| config.net[n].tx_rate = Some(limit));
+        }
+        Ok(DONE)
+    }
+
+    /// Notes a change of the running machine in its configuration.
+    fn remember(
+        &self,
+        find: impl Fn(&VmConfig) -> Option<usize>,
+        change: impl FnOnce(&mut VmConfig, usize),
+    ) {
+        let mut inner = self.lock();
+        if let Some(n) = find(&inner.config) {
+            change(&mut inner.config, n);
+        }
+    }
+
     /// Puts a network card into the configuration, in the place of the one with its id.
     ///
     /// # Errors
@@ -330,6 +430,27 @@ impl Instance {
             Ok(())
         })
     }
+}
+
+/// Does what may wait on a thread of its own.
+async fn elsewhere<T: Send + 'static>(
+    what: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Fault> {
+    let (sender, receiver) = oneshot::channel();
+    let body = move || drop(sender.send(what()));
+    let thread = std::thread::Builder::new().name("api file".into()).spawn(body);
+    thread.map_err(|error| Fault::bad(format!("There is no thread to open files on: {error}.")))?;
+    receiver.await.map_err(|_| Fault::gone())
+}
+
+async fn limit_traffic(
+    handle: &Handle,
+    device: &str,
+    traffic: Traffic,
+    limit: RateLimit,
+) -> Result<(), Fault> {
+    let message = Message::RateLimit(traffic, limit.limiter());
+    send(handle, Command::Update { device: device.to_owned(), message }).await.map(drop)
 }
 
 /// That a file of the configuration can be read.

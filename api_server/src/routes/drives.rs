@@ -15,6 +15,11 @@ pub async fn list(State(shared): State<Shared>, _: Nothing) -> Found<Vec<Drive>>
     Ok(axum::Json(shared.config().disk.iter().map(Into::into).collect()))
 }
 
+/// That there is no id in the path.
+pub async fn no_id() -> Fault {
+    Fault::bad("The ID cannot be empty.")
+}
+
 /// A disk.
 #[utoipa::path(get, path = "/drives/{drive_id}", params(("drive_id" = String, Path)),
     responses((status = 200, body = Drive)))]
@@ -45,8 +50,7 @@ pub async fn patch(
     Json(drive): Json<PartialDrive>,
 ) -> Done {
     check_ids(&id, &drive.drive_id)?;
-    let _handle = shared.handle()?;
-    Err(unknown(&id))
+    shared.patch_drive(drive).await
 }
 
 fn unknown(id: &str) -> Fault {

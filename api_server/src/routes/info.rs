@@ -36,6 +36,7 @@ pub async fn full(State(shared): State<Shared>, _: Nothing) -> Found<FullVmConfi
         drives: config.disk.iter().map(Into::into).collect(),
         machine_config: (&config).into(),
         network_interfaces: config.net.iter().map(Into::into).collect(),
-        entropy: config.rng.then(EntropyDevice::default),
+        vsock: config.vsock.as_ref().map(Into::into),
+        entropy: EntropyDevice::of(&config),
     }))
 }

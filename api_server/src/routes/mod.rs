@@ -25,11 +25,16 @@ pub fn router(shared: Shared) -> Router {
         .route("/actions", put(small::act))
         .route("/boot-source", get(boot::get).put(boot::put))
         .route("/machine-config", get(machine::get).put(machine::put).patch(machine::patch))
-        .route("/drives", get(drives::list))
+        .route("/drives", get(drives::list).put(drives::no_id).patch(drives::no_id))
         .route("/drives/{drive_id}", get(drives::get).put(drives::put).patch(drives::patch))
-        .route("/network-interfaces", get(nets::list))
+        .route("/network-interfaces", get(nets::list).put(drives::no_id).patch(drives::no_id))
         .route("/network-interfaces/{iface_id}", get(nets::get).put(nets::put).patch(nets::patch))
+        .route("/vsock", get(small::vsock).put(small::put_vsock))
         .route("/entropy", get(small::entropy).put(small::put_entropy))
+        .route("/snapshot/create", put(small::later))
+        .route("/snapshot/load", put(small::later))
+        .route("/pmem/{id}", put(small::later).patch(small::later))
+        .route("/hotplug/memory", get(small::later).put(small::later).patch(small::later))
         .fallback(unknown_path)
         .method_not_allowed_fallback(unknown_method)
         .with_state(shared)
@@ -51,21 +56,30 @@ async fn unknown_method(method: Method, uri: Uri) -> Fault {
     )
 }
 
-/// Resources that are one path segment: clients send more behind it, and mean the resource.
-const SINGLE: [&str; 6] =
-    ["actions", "boot-source", "entropy", "machine-config", "version", "cpu-config"];
+/// Resources by their first path segment, with the number of segments that mean something: clients
+/// send more behind them, and mean the resource.
+const MEANT: [(&str, usize); 10] = [
+    ("actions", 1),
+    ("boot-source", 1),
+    ("cpu-config", 1),
+    ("drives", 2),
+    ("entropy", 1),
+    ("machine-config", 1),
+    ("network-interfaces", 2),
+    ("pmem", 2),
+    ("version", 1),
+    ("vsock", 1),
+];
 
 /// Takes away what clients append to a path without meaning anything by it: a slash at the end, and
 /// segments behind a resource that has none.
 pub fn tolerate(mut request: Request) -> Request {
     let path = request.uri().path();
-    let mut segments = path.split('/').filter(|segment| !segment.is_empty());
-    let first = segments.next().unwrap_or_default();
-    let meant = if SINGLE.contains(&first) {
-        format!("/{first}")
-    } else {
-        format!("/{}", path.trim_matches('/'))
-    };
+    let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
+    let first = segments.first().copied().unwrap_or_default();
+    let most = MEANT.iter().find(|(resource, _)| *resource == first).map(|(_, most)| *most);
+    let kept = segments.get(..most.unwrap_or(segments.len()).min(segments.len()));
+    let meant = format!("/{}", kept.unwrap_or_default().join("/"));
     if meant != path
         && let Ok(uri) = meant.parse()
     {

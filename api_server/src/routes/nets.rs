@@ -50,8 +50,7 @@ pub async fn patch(
     Json(interface): Json<PartialNetworkInterface>,
 ) -> Done {
     check_ids(&id, &interface.iface_id)?;
-    let _handle = shared.handle()?;
-    Err(unknown(&id))
+    shared.patch_net(interface).await
 }
 
 fn unknown(id: &str) -> Fault {

@@ -1,11 +1,15 @@
 //! Resources of a field or two.
 
 use axum::extract::State;
+use axum::http::Uri;
 
 use crate::body::{Json, Nothing};
-use crate::fault::{Done, Fault, Found};
-use crate::instance::Shared;
+use vmm::machine::Command;
+
+use crate::fault::{DONE, Done, Fault, Found};
+use crate::instance::{Shared, send};
 use crate::types::small::{ActionType, EntropyDevice, InstanceActionInfo, Vm, WantedState};
+use crate::types::vsock::Vsock;
 
 /// Does something at once.
 #[utoipa::path(put, path = "/actions", request_body = InstanceActionInfo,
@@ -13,9 +17,12 @@ use crate::types::small::{ActionType, EntropyDevice, InstanceActionInfo, Vm, Wan
 pub async fn act(State(shared): State<Shared>, Json(info): Json<InstanceActionInfo>) -> Done {
     match info.action_type {
         ActionType::InstanceStart => shared.start().await,
-        ActionType::FlushMetrics | ActionType::SendCtrlAltDel => {
+        ActionType::SendCtrlAltDel => {
+            send(&shared.handle()?, Command::CtrlAltDel).await.map(|_| DONE)
+        }
+        ActionType::FlushMetrics => {
             shared.handle()?;
-            Err(Fault::bad("not yet"))
+            Err(Fault::bad("FlushMetrics: there are no metrics yet."))
         }
     }
 }
@@ -29,17 +36,32 @@ pub async fn set_state(State(shared): State<Shared>, Json(vm): Json<Vm>) -> Done
 /// The source of entropy.
 #[utoipa::path(get, path = "/entropy", responses((status = 200, body = EntropyDevice)))]
 pub async fn entropy(State(shared): State<Shared>, _: Nothing) -> Found<EntropyDevice> {
-    if shared.config().rng {
-        return Ok(axum::Json(EntropyDevice::default()));
-    }
-    Err(Fault::bad("There is no entropy device."))
+    EntropyDevice::of(&shared.config())
+        .map(axum::Json)
+        .ok_or_else(|| Fault::bad("There is no entropy device."))
 }
 
 /// Gives the guest a source of entropy. Before the start only.
 #[utoipa::path(put, path = "/entropy", request_body = EntropyDevice, responses((status = 204)))]
-pub async fn put_entropy(State(shared): State<Shared>, Json(_device): Json<EntropyDevice>) -> Done {
-    shared.configure(|config| {
-        config.rng = true;
-        Ok(())
-    })
+pub async fn put_entropy(State(shared): State<Shared>, Json(device): Json<EntropyDevice>) -> Done {
+    shared.put_entropy(device)
+}
+
+/// The streams between guest and host.
+#[utoipa::path(get, path = "/vsock", responses((status = 200, body = Vsock)))]
+pub async fn vsock(State(shared): State<Shared>, _: Nothing) -> Found<Vsock> {
+    let config = shared.config();
+    let vsock = config.vsock.as_ref().ok_or_else(|| Fault::bad("There is no vsock device."))?;
+    Ok(axum::Json(vsock.into()))
+}
+
+/// Gives the guest streams to programs of the host. Before the start only.
+#[utoipa::path(put, path = "/vsock", request_body = Vsock, responses((status = 204)))]
+pub async fn put_vsock(State(shared): State<Shared>, Json(vsock): Json<Vsock>) -> Done {
+    shared.put_vsock(vsock)
+}
+
+/// What Firecracker has and Hull has not yet.
+pub async fn later(uri: Uri) -> Fault {
+    Fault::bad(format!("{}: this is not supported yet.", uri.path()))
 }

@@ -96,6 +96,7 @@ impl TryFrom<Drive> for DiskConfig {
             root: drive.is_root_device,
             partuuid: drive.partuuid,
             cache,
+            rate: drive.rate_limiter.map(Into::into),
             ..DiskConfig::default()
         })
     }
@@ -114,7 +115,7 @@ impl From<&DiskConfig> for Drive {
                 CacheMode::Writeback | CacheMode::Writethrough => CacheType::Writeback,
             },
             io_engine: Some(IoEngine::Sync),
-            rate_limiter: None,
+            rate_limiter: disk.rate.map(Into::into),
             socket: None,
         }
     }

@@ -8,6 +8,7 @@ use super::drive::Drive;
 use super::machine::MachineConfiguration;
 use super::net::NetworkInterface;
 use super::small::EntropyDevice;
+use super::vsock::Vsock;
 
 /// What runs here.
 #[derive(Debug, Serialize, ToSchema)]
@@ -41,6 +42,8 @@ pub struct FullVmConfiguration {
     pub machine_config: MachineConfiguration,
     /// Network cards.
     pub network_interfaces: Vec<NetworkInterface>,
+    /// Streams between guest and host.
+    pub vsock: Option<Vsock>,
     /// Source of entropy.
     pub entropy: Option<EntropyDevice>,
 }
@@ -59,6 +62,8 @@ pub struct ConfigFile {
     /// Network cards.
     #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
+    /// Streams between guest and host.
+    pub vsock: Option<Vsock>,
     /// Source of entropy.
     pub entropy: Option<EntropyDevice>,
 }

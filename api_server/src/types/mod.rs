@@ -11,6 +11,7 @@ pub mod machine;
 pub mod net;
 pub mod rate;
 pub mod small;
+pub mod vsock;
 
 use crate::fault::Fault;
 

@@ -51,6 +51,8 @@ impl From<NetworkInterface> for NetConfig {
             tap: Some(interface.host_dev_name),
             mac: interface.guest_mac,
             mtu: interface.mtu,
+            rx_rate: interface.rx_rate_limiter.map(Into::into),
+            tx_rate: interface.tx_rate_limiter.map(Into::into),
             ..NetConfig::default()
         }
     }
@@ -63,8 +65,8 @@ impl From<&NetConfig> for NetworkInterface {
             host_dev_name: net.tap.clone().unwrap_or_default(),
             guest_mac: net.mac,
             mtu: net.mtu,
-            rx_rate_limiter: None,
-            tx_rate_limiter: None,
+            rx_rate_limiter: net.rx_rate.map(Into::into),
+            tx_rate_limiter: net.tx_rate.map(Into::into),
         }
     }
 }

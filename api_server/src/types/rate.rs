@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use vmm::config::{RateLimit, TokenBucket as Bucket};
 
 /// Tokens that are used up and come back at a constant rate.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
@@ -26,4 +27,36 @@ pub struct RateLimiter {
     /// Tokens are operations.
     #[serde(default)]
     pub ops: Option<TokenBucket>,
+}
+
+impl From<TokenBucket> for Bucket {
+    fn from(bucket: TokenBucket) -> Bucket {
+        Bucket {
+            size: bucket.size,
+            one_time_burst: bucket.one_time_burst.unwrap_or(0),
+            refill_time: bucket.refill_time,
+        }
+    }
+}
+
+impl From<Bucket> for TokenBucket {
+    fn from(bucket: Bucket) -> TokenBucket {
+        TokenBucket {
+            size: bucket.size,
+            one_time_burst: Some(bucket.one_time_burst).filter(|burst| *burst > 0),
+            refill_time: bucket.refill_time,
+        }
+    }
+}
+
+impl From<RateLimiter> for RateLimit {
+    fn from(limiter: RateLimiter) -> RateLimit {
+        RateLimit { bandwidth: limiter.bandwidth.map(Into::into), ops: limiter.ops.map(Into::into) }
+    }
+}
+
+impl From<RateLimit> for RateLimiter {
+    fn from(limit: RateLimit) -> RateLimiter {
+        RateLimiter { bandwidth: limit.bandwidth.map(Into::into), ops: limit.ops.map(Into::into) }
+    }
 }

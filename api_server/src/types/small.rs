@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use vmm::config::VmConfig;
 
 use super::rate::RateLimiter;
 
@@ -39,6 +40,14 @@ pub enum WantedState {
 pub struct Vm {
     /// What the machine shall do.
     pub state: WantedState,
+}
+
+impl EntropyDevice {
+    /// The one of this machine.
+    pub fn of(config: &VmConfig) -> Option<EntropyDevice> {
+        let rate_limiter = config.rng_rate.map(Into::into);
+        config.rng.then_some(EntropyDevice { rate_limiter })
+    }
 }
 
 /// `/entropy`.

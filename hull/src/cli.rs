@@ -132,6 +132,9 @@ pub struct RunArgs {
     /// Streams between the guest and programs of the host: path=SOCKET[,cid=N]
     #[arg(long, value_name = "OPTIONS")]
     pub vsock: Option<String>,
+    /// Memory that the guest lends to the host: size=SIZE[,deflate-on-oom][,stats-interval=SECONDS][,reporting]
+    #[arg(long, value_name = "OPTIONS")]
+    pub balloon: Option<String>,
     /// Give the guest a source of entropy [=rate=RATE]
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true,
           default_missing_value = "")]
@@ -350,6 +353,9 @@ impl RunArgs {
         }
         if let Some(text) = &self.vsock {
             config.vsock = Some(vsock(text)?);
+        }
+        if let Some(text) = &self.balloon {
+            config.balloon = Some(read_option("balloon", text, keyvalue::split(text))?);
         }
         if let Some(text) = &self.console {
             config.console = console(text)?;
@@ -652,6 +658,21 @@ mod tests {
             "kernel.path = \"k\"\n[[disk]]\npath = \"a\"\nrate = { bandwidth = \"1K\", ops = 3 }";
         let read: VmConfig = toml::from_str(table).unwrap();
         assert_eq!(read.disk[0].rate.unwrap().to_string(), "1K/s:3ops/s");
+    }
+
+    #[test]
+    fn a_balloon_is_read() {
+        let config =
+            config(&["--balloon", "size=64M,deflate-on-oom,stats-interval=1,reporting"]).unwrap();
+        let balloon = config.balloon.as_ref().unwrap();
+        assert_eq!((balloon.size, balloon.stats_interval), (ByteSize(64 << 20), 1));
+        assert!(balloon.deflate_on_oom && balloon.reporting);
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(toml::from_str::<VmConfig>(&text).unwrap(), config, "{text}");
+        let refused = |text| self::config(&["--balloon", text]).unwrap_err().to_string();
+        assert!(refused("size=1G").contains("more than the guest's memory of 512M"));
+        assert!(refused("stats-interval=-1").contains("stats-interval"));
+        assert!(refused("sise=1M").contains("did you mean `size`?"));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! of the `key=value` options. [`VmConfig::validate`] checks what can be checked without the host;
 //! opening files and devices is the machine's business.
 
+mod balloon;
 mod rate;
 mod values;
 mod vsock;
@@ -15,6 +16,7 @@ use arch::interrupts::MAX_VIRTIO_DEVICES;
 use arch::layout;
 use serde::{Deserialize, Serialize};
 
+pub use balloon::BalloonConfig;
 pub use rate::{RateLimit, TokenBucket};
 pub use values::{ByteSize, HostAddress, MacAddress};
 pub use vsock::VsockConfig;
@@ -67,6 +69,9 @@ pub struct VmConfig {
     /// Streams between the guest and programs of the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// Memory that the guest lends to the host (virtio-balloon).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
 }
 
 impl Default for VmConfig {
@@ -86,6 +91,7 @@ impl Default for VmConfig {
             disk: Vec::new(),
             net: Vec::new(),
             vsock: None,
+            balloon: None,
         }
     }
 }
@@ -325,6 +331,9 @@ impl VmConfig {
         self.validate_disks()?;
         self.validate_nets()?;
         self.vsock.as_ref().map_or(Ok(()), VsockConfig::validate)?;
+        if let Some(balloon) = &self.balloon {
+            balloon.validate(self.memory.size)?;
+        }
         self.validate_device_count()
     }
 
@@ -425,11 +434,12 @@ impl VmConfig {
         let nets = (0..self.net.len()).map(|n| self.net_name(n));
         let vsock = self.vsock.as_ref().map(|_| "vsock".to_owned());
         let rng = self.rng.then(|| "rng".to_owned());
+        let balloon = self.balloon.as_ref().map(|_| "balloon".to_owned());
         let console = (self.console.device == ConsoleDevice::Virtio
             && self.console.mode != ConsoleMode::Off)
             .then(|| "console".to_owned());
-        let mut devices = console.into_iter().chain(disks).chain(nets).chain(vsock).chain(rng);
-        match devices.nth(MAX_VIRTIO_DEVICES) {
+        let last = [vsock, rng, balloon].into_iter().flatten();
+        match console.into_iter().chain(disks).chain(nets).chain(last).nth(MAX_VIRTIO_DEVICES) {
             None => Ok(()),
             Some(extra) => error(
                 extra,

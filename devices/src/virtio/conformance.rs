@@ -20,7 +20,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Kind;
-use super::device::{Device, Fault, FileOperation, Message, Payload, RestoreError, Worker};
+use super::device::{Device, Fault, FileOperation, Message, Payload, RestoreError, Status, Worker};
 use super::mmio::{Effect, Registers, status};
 use super::queue::{INTERRUPT_CONFIG, Interrupt, MAX_SIZE, Queue, QueueState};
 use crate::memory::{GuestMemory, Memory};
@@ -413,6 +413,10 @@ impl<D: Device, T: Send> Device for (D, T) {
 
     fn update(&mut self, message: &Message) -> Option<Vec<u8>> {
         self.0.update(message)
+    }
+
+    fn status(&self) -> Option<Status> {
+        self.0.status()
     }
 
     fn worker(&mut self, group: usize, negotiated: u64) -> std::io::Result<Box<dyn Worker>> {

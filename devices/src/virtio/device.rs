@@ -24,6 +24,7 @@ use std::time::Duration;
 use libc::iovec;
 
 use super::Kind;
+use super::balloon::BalloonStatus;
 use super::blk::Candidate;
 use super::queue::{Queue, QueueError, QueueState};
 use crate::rate::RateLimiter;
@@ -129,6 +130,11 @@ pub trait Device: Send {
         Err("this kind of device has nothing that could be replaced".into())
     }
 
+    /// How the device stands, where there is something to be said.
+    fn status(&self) -> Option<Status> {
+        None
+    }
+
     /// Makes the worker of the `group`th element of [`Device::groups`]; `negotiated` are the
     /// feature bits that driver and device agreed on.
     ///
@@ -214,11 +220,23 @@ pub enum Message {
     },
     /// Bytes for the guest's console.
     Input(Vec<u8>),
+    /// So many pages of 4 KiB are to be in the balloon.
+    BalloonTarget(u32),
+    /// The guest is to be asked for statistics about its memory this often, and now; never if it is
+    /// 0.
+    StatisticsInterval(Duration),
     /// Another limit for requests, or none.
     RateLimit(Traffic, Option<RateLimiter>),
     /// Connections of a socket device are gone, e.g. because the machine is a copy: its driver is to
     /// close them and to read its address again (virtio 1.3 § 5.10.6.7).
     TransportReset,
+}
+
+/// What a device says about itself; see [`Device::status`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Of a balloon.
+    Balloon(BalloonStatus),
 }
 
 /// What a rate limit is for.

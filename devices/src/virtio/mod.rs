@@ -12,8 +12,10 @@
 //! - [`mmio`]: the transport's registers as a plain value.
 //! - [`device`]: the contract: what a device offers, what a worker does, what it may ask of its
 //!   io thread.
-//! - one file per device: [`rng`], [`blk`], [`net`], [`console`], [`vsock`].
+//! - one file per device: [`rng`], [`blk`], [`net`], [`console`], [`vsock`],
+//!   [`balloon`].
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;
@@ -54,6 +56,8 @@ pub enum Kind {
     Console = 3,
     /// Entropy source.
     Rng = 4,
+    /// Memory that the guest lends to the host.
+    Balloon = 5,
     /// Socket.
     Vsock = 19,
 }
@@ -66,6 +70,7 @@ impl Kind {
             Kind::Block => "blk",
             Kind::Console => "console",
             Kind::Rng => "rng",
+            Kind::Balloon => "balloon",
             Kind::Vsock => "vsock",
         }
     }

@@ -128,7 +128,6 @@ impl Machine {
         let (events, receiver) = Sender::new(Arc::clone(&wake));
         let output = Arc::new(Output::new().map_err(host("an event descriptor"))?);
         output.set_limit(table::limiter(config.console.rate));
-        let devices = table::devices(config, &output, host_side.window)?;
         let cpuid = Cpuid::new(
             hypervisor.supported_cpuid()?.as_slice(),
             &CpuidConfig {
@@ -140,6 +139,7 @@ impl Machine {
         check_addresses(config, cpuid.address_limit())?;
 
         let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
+        let devices = table::devices(config, &output, host_side.window, &ram)?;
         let vm = hypervisor.create_vm()?;
         ram.register(vm.as_ref())?;
         vm.set_tss_address(layout::KVM_TSS)?;

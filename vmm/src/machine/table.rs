@@ -3,8 +3,10 @@
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use devices::rate::RateLimiter;
+use devices::virtio::balloon::{Balloon, BalloonOptions};
 use devices::virtio::blk::{Block, Cache, DiskFile, OpenError, Options};
 use devices::virtio::console::{Console, ConsoleOutput};
 use devices::virtio::device::{Device, Traffic};
@@ -15,10 +17,12 @@ use devices::virtio::vsock::{Listener, Vsock};
 
 use super::build::BuildError;
 use crate::config::{
-    CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, NetConfig, RateLimit, VmConfig,
+    BalloonConfig, CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, NetConfig, RateLimit,
+    VmConfig,
 };
 use crate::console::Output;
 use crate::files;
+use crate::memory::GuestRam;
 
 /// A device to be wired.
 pub(super) struct Entry {
@@ -43,6 +47,7 @@ pub(super) fn devices(
     config: &VmConfig,
     output: &Arc<Output>,
     window: Option<(u16, u16)>,
+    ram: &GuestRam,
 ) -> Result<Vec<Entry>, BuildError> {
     let mut devices = Vec::new();
     let mut add = |name: String, device: Box<dyn Device>, back_end| {
@@ -84,6 +89,9 @@ pub(super) fn devices(
     if config.rng {
         add("rng".into(), Box::new(Rng::new(limiter(config.rng_rate))), BackEnd::Polled);
     }
+    if let Some(balloon) = &config.balloon {
+        add("balloon".into(), Box::new(made_balloon(balloon, ram)), BackEnd::Polled);
+    }
     Ok(devices)
 }
 
@@ -100,6 +108,17 @@ fn same_file(config: &VmConfig, n: usize) -> Option<String> {
     let identity = |n: usize| files::identity(&config.disk.get(n)?.path);
     let this = identity(n)?;
     (0..n).find(|&other| identity(other) == Some(this)).map(|other| config.disk_name(other))
+}
+
+fn made_balloon(config: &BalloonConfig, ram: &GuestRam) -> Balloon {
+    let interval = Duration::from_secs(config.stats_interval.into());
+    Balloon::new(BalloonOptions {
+        target: config.pages(),
+        deflate_on_oom: config.deflate_on_oom,
+        stats_interval: (!interval.is_zero()).then_some(interval),
+        reporting: config.reporting,
+        discard: Arc::new(ram.discarder()),
+    })
 }
 
 /// A limiter with full buckets, if there is to be one.

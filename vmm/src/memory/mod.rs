@@ -5,9 +5,12 @@
 //! copy-on-write, from the kernel file ([`GuestRam::map_file`]), so that starting does not cost
 //! what the kernel weighs, and machines share what the kernel does not patch.
 //!
+//! What a balloon gives back goes through a [`Discarder`].
+//!
 //! Two pages that carry the machine's identity (VMGenID, VMClock) lie outside RAM in a slot of
 //! their own.
 
+mod discard;
 mod mapping;
 
 use std::fs::File;
@@ -21,6 +24,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Address, GuestAddress, GuestRegionMmap};
 
 use crate::hypervisor::{HypervisorError, Vm};
+pub use discard::Discarder;
 pub use mapping::Mapping;
 
 /// Size of a guest and host page in bytes.

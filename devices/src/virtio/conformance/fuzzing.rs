@@ -142,7 +142,8 @@ pub fn fuzz<D: Device>(device: D, data: &[u8]) {
             14 => {
                 let message = match input.byte() & 7 {
                     4..8 => rate_limit(&mut input),
-                    0 | 2 => Message::Input(input.bytes(255)),
+                    0 => Message::Input(input.bytes(255)),
+                    2 => balloon(&mut input),
                     3 => Message::TransportReset,
                     _ => Message::Resize { columns: input.u16(), rows: input.u16() },
                 };
@@ -156,6 +157,14 @@ pub fn fuzz<D: Device>(device: D, data: &[u8]) {
                 harness.run();
             }
         }
+    }
+}
+
+/// A change to a balloon.
+fn balloon(input: &mut Input<'_>) -> Message {
+    match input.byte() & 1 {
+        0 => Message::BalloonTarget(input.u32()),
+        _ => Message::StatisticsInterval(std::time::Duration::from_secs(input.byte().into())),
     }
 }
 

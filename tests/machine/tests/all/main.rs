@@ -2,6 +2,8 @@
 
 // Marked as tests, so that clippy lets them unwrap.
 #[cfg(test)]
+mod balloon;
+#[cfg(test)]
 mod basic;
 #[cfg(test)]
 mod blk;

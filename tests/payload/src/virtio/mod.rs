@@ -1,5 +1,6 @@
 //! A clean driver for virtio 1.3 devices behind virtio-mmio (§ 4.2) with split virtqueues (§ 2.7).
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod mmio;
@@ -21,6 +22,8 @@ pub const BLOCK: u32 = 2;
 pub const CONSOLE: u32 = 3;
 /// See `NET`.
 pub const ENTROPY: u32 = 4;
+/// See `NET`.
+pub const BALLOON: u32 = 5;
 /// See `NET`.
 pub const SOCKET: u32 = 19;
 

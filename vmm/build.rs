@@ -9,20 +9,31 @@ use std::{env, fs, io};
 
 use policy::Policy;
 
-const POLICIES: [&str; 5] = ["main", "vcpu", "io", "pool", "api"];
+/// Names of programs, and the policies that each of them is made from.
+const PROGRAMS: [(&str, &[&str]); 6] = [
+    ("main", &["main"]),
+    ("vcpu", &["vcpu"]),
+    ("io", &["io"]),
+    ("io-sockets", &["io", "sockets"]),
+    ("pool", &["pool"]),
+    ("api", &["api"]),
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let directory = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../resources/seccomp");
     let out = env::var("OUT_DIR")?;
-    for name in POLICIES {
-        let path = directory.join(format!("{name}.policy"));
-        println!("cargo::rerun-if-changed={}", path.display());
-        let text = fs::read_to_string(&path)
-            .map_err(|err| io::Error::other(format!("{}: {err}", path.display())))?;
-        let policy = Policy::parse(&text).map_err(|err| format!("{}: {err}", path.display()))?;
+    for (name, parts) in PROGRAMS {
+        let mut text = String::new();
+        for part in parts {
+            let path = directory.join(format!("{part}.policy"));
+            println!("cargo::rerun-if-changed={}", path.display());
+            text += &fs::read_to_string(&path)
+                .map_err(|err| io::Error::other(format!("{}: {err}", path.display())))?;
+        }
+        let policy =
+            Policy::parse(&text).map_err(|err| format!("{}: {err}", parts.join(" and ")))?;
         for (action, answer) in [("trap", policy::TRAP), ("log", policy::LOG)] {
-            let program =
-                policy.compile(answer).map_err(|err| format!("{}: {err}", path.display()))?;
+            let program = policy.compile(answer).map_err(|err| format!("{name}: {err}"))?;
             let bytes: Vec<u8> = program
                 .iter()
                 .flat_map(|&(code, yes, no, k)| {

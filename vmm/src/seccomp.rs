@@ -37,6 +37,8 @@ pub enum ThreadKind {
     Vcpu,
     /// Runs device workers.
     Io,
+    /// Runs device workers, one of which makes connections to programs of the host.
+    IoSockets,
     /// Does blocking file operations for an io thread.
     Pool,
     /// Serves the REST API.
@@ -44,12 +46,13 @@ pub enum ThreadKind {
 }
 
 impl ThreadKind {
-    /// Name of the kind and of its policy file.
+    /// Name of the kind, and of its policy file but where there are two (`vmm/build.rs`).
     pub fn name(self) -> &'static str {
         match self {
             ThreadKind::Main => "main",
             ThreadKind::Vcpu => "vcpu",
             ThreadKind::Io => "io",
+            ThreadKind::IoSockets => "io-sockets",
             ThreadKind::Pool => "pool",
             ThreadKind::Api => "api",
         }
@@ -69,6 +72,7 @@ impl ThreadKind {
             ThreadKind::Main => program!("main"),
             ThreadKind::Vcpu => program!("vcpu"),
             ThreadKind::Io => program!("io"),
+            ThreadKind::IoSockets => program!("io-sockets"),
             ThreadKind::Pool => program!("pool"),
             ThreadKind::Api => program!("api"),
         }
@@ -209,8 +213,14 @@ impl Line {
 mod tests {
     use super::*;
 
-    const KINDS: [ThreadKind; 5] =
-        [ThreadKind::Main, ThreadKind::Vcpu, ThreadKind::Io, ThreadKind::Pool, ThreadKind::Api];
+    const KINDS: [ThreadKind; 6] = [
+        ThreadKind::Main,
+        ThreadKind::Vcpu,
+        ThreadKind::Io,
+        ThreadKind::IoSockets,
+        ThreadKind::Pool,
+        ThreadKind::Api,
+    ];
 
     #[test]
     fn programs_are_whole() {
@@ -279,5 +289,22 @@ mod tests {
     fn a_listed_call_passes() {
         let (code, text) = in_filtered_child(ThreadKind::Vcpu, || {});
         assert_eq!((code, text.as_str()), (0, ""));
+    }
+
+    #[test]
+    fn only_a_thread_with_a_socket_device_makes_sockets_and_only_local_ones() {
+        fn local() {
+            // SAFETY: the call has no memory arguments.
+            unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0) };
+        }
+        fn internet() {
+            // SAFETY: as above.
+            unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) };
+        }
+        for kind in KINDS {
+            let expected = if kind == ThreadKind::IoSockets { 0 } else { EXIT_CODE };
+            assert_eq!(in_filtered_child(kind, local).0, expected, "{kind:?}");
+            assert_eq!(in_filtered_child(kind, internet).0, EXIT_CODE, "{kind:?}");
+        }
     }
 }

@@ -526,7 +526,13 @@ mod tests {
     #[test]
     fn both_reports_room_data_and_the_end() {
         const PATIENCE: Duration = Duration::from_secs(10);
-        let options = Options { index: 0, files: false, alone: false, seccomp: seccomp::Mode::Off };
+        let options = Options {
+            index: 0,
+            files: false,
+            sockets: false,
+            alone: false,
+            seccomp: seccomp::Mode::Off,
+        };
         let thread = IoThread::start(options, Box::new(|_| {})).unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();

@@ -102,10 +102,18 @@ pub struct Options {
     pub index: usize,
     /// The thread serves files: it gets an io_uring or a pool.
     pub files: bool,
+    /// The thread serves a device that makes connections to programs of the host.
+    pub sockets: bool,
     /// The thread serves one device only.
     pub alone: bool,
     /// Filter of the thread and its pool.
     pub seccomp: seccomp::Mode,
+}
+
+impl Options {
+    fn kind(&self) -> ThreadKind {
+        if self.sockets { ThreadKind::IoSockets } else { ThreadKind::Io }
+    }
 }
 
 /// A running io thread. Dropping it ends the thread and waits for it.
@@ -140,7 +148,7 @@ impl IoThread {
                 let _ending: mpsc::SyncSender<()> = ending;
                 let result = event_loop::EventLoop::new(&options, receiver, loop_wake, reports)
                     .and_then(|event_loop| {
-                        seccomp::apply(ThreadKind::Io, options.seccomp)?;
+                        seccomp::apply(options.kind(), options.seccomp)?;
                         Ok(event_loop)
                     });
                 match result {

@@ -269,10 +269,12 @@ impl Wiring<'_> {
         let shared = self.io.iter().position(|options| !alone && !options.alone);
         let index = shared.unwrap_or_else(|| {
             let index = self.io.len();
-            self.io.push(Options { index, files: false, alone, seccomp: self.seccomp });
+            let seccomp = self.seccomp;
+            self.io.push(Options { index, files: false, sockets: false, alone, seccomp });
             index
         });
-        self.io[index].files |= back_end != BackEnd::Polled;
+        self.io[index].files |= matches!(back_end, BackEnd::File | BackEnd::CachedWrites);
+        self.io[index].sockets |= back_end == BackEnd::Sockets;
         index
     }
 

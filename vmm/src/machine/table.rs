@@ -36,6 +36,8 @@ pub(super) struct Entry {
 pub(super) enum BackEnd {
     /// Readiness of descriptors that never block.
     Polled,
+    /// As above, and to make connections to programs of the host.
+    Sockets,
     /// File operations that wait away from the thread.
     File,
     /// As above, and writes through the page cache, which may wait: a thread to itself.
@@ -84,7 +86,7 @@ pub(super) fn devices(
         let listener = Listener::open(&vsock.path)
             .map_err(|err| BuildError::Device { device: "vsock".into(), source: err.into() })?;
         files::allow_many();
-        add("vsock".into(), Box::new(Vsock::new(listener, vsock.cid)), BackEnd::Polled);
+        add("vsock".into(), Box::new(Vsock::new(listener, vsock.cid)), BackEnd::Sockets);
     }
     if config.rng {
         add("rng".into(), Box::new(Rng::new(limiter(config.rng_rate))), BackEnd::Polled);

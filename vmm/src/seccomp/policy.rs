@@ -208,10 +208,14 @@ mod tests {
 
     use super::*;
 
-    const POLICIES: [&str; 5] = [
+    const POLICIES: [&str; 6] = [
         include_str!("../../../resources/seccomp/main.policy"),
         include_str!("../../../resources/seccomp/vcpu.policy"),
         include_str!("../../../resources/seccomp/io.policy"),
+        concat!(
+            include_str!("../../../resources/seccomp/io.policy"),
+            include_str!("../../../resources/seccomp/sockets.policy")
+        ),
         include_str!("../../../resources/seccomp/pool.policy"),
         include_str!("../../../resources/seccomp/api.policy"),
     ];

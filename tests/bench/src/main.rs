@@ -57,7 +57,7 @@ enum Action {
 /// What to measure, and how often.
 #[derive(Args)]
 pub struct RunOptions {
-    /// Benches to run: boot, kernel50, memory, blk, net (or its parts net-send, net-receive,
+    /// Benches to run: boot, kernel50, memory, blk, vsock, net (or its parts net-send, net-receive,
     /// net-echo). All if none is named.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,

@@ -13,9 +13,11 @@ use std::process::{Child, Command as Process};
 use std::time::{Duration, Instant};
 
 use common::{Running, add_disk, alone, one_segment_kernel, payload};
+use vmm::config::{BalloonConfig, ByteSize};
+use vmm::devices::virtio::balloon::BalloonStatus;
 use vmm::devices::virtio::blk::{Candidate, DiskFile};
 use vmm::devices::virtio::device::BackEnd;
-use vmm::machine::{Command, Ending, Message, Refusal, State, Traffic};
+use vmm::machine::{Command, DeviceStatus, Ending, Message, Refusal, State, Traffic};
 use vmm::signals::Signals;
 
 /// What is to happen soon.
@@ -109,6 +111,37 @@ fn a_limit_that_is_reached_holds_up_the_guest_and_nobody_else() {
     let (ending, text) = machine.finish();
     assert_eq!(ending, Ok(Ending::Reset), "{text}");
     assert!(text.contains("count=64 failed=0 bad=0"), "{text}");
+}
+
+#[test]
+fn a_balloon_is_changed_and_asked_while_the_guest_runs() {
+    let mut config = payload("balloon op=info wait=1");
+    config.balloon = Some(BalloonConfig { size: ByteSize(8 << 20), ..Default::default() });
+    config.rng = true;
+    let mut machine = Running::start(config, None);
+    machine.wait_for("waiting");
+    let status = |device: &str| {
+        let (answer, status) = std::sync::mpsc::sync_channel(1);
+        let device = device.to_owned();
+        machine.handle.call(Command::DeviceStatus { device, answer })?;
+        Ok(status.try_recv().unwrap())
+    };
+    let balloon =
+        |target| DeviceStatus::Balloon(BalloonStatus { target, ..BalloonStatus::default() });
+    assert_eq!(status("balloon"), Ok(balloon(8 << 8)));
+    for name in ["rng", "balloon2"] {
+        assert_eq!(status(name), Err(Refusal::NoDevice(name.into())));
+    }
+    // In a pause, too; the guest learns of it afterwards.
+    paused(&machine);
+    let message = Message::BalloonTarget(77);
+    let update = Command::Update { device: "balloon".into(), message };
+    assert_eq!(machine.handle.call(update), Ok(State::Paused));
+    assert_eq!(status("balloon"), Ok(balloon(77)));
+    resumed(&machine);
+    let (ending, text) = machine.finish();
+    assert_eq!(ending, Ok(Ending::Reset), "{text}");
+    assert!(text.contains("result balloon target=77"), "{text}");
 }
 
 /// Bytes that wait in a pipe.

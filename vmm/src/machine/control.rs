@@ -15,7 +15,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use devices::acpi::Event as AcpiEvent;
-use devices::virtio::device::{BackEnd, Message, Traffic};
+use devices::virtio::device::{BackEnd, Message, Status, Traffic};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -298,6 +298,9 @@ impl Control {
 
     fn execute(&mut self, command: Command, reply: ReplyTo) {
         let step = match command {
+            Command::DeviceStatus { device, answer } => {
+                return reply(self.device_status(device, &answer));
+            }
             Command::Update { device, message } => return reply(self.update(device, &message)),
             Command::Replace { device, back_end } => return self.replace(device, back_end, reply),
             Command::Status => return reply(Ok(self.state.clone())),
@@ -379,6 +382,15 @@ impl Control {
             }
             other => self.change = other,
         }
+    }
+
+    /// Sends how the device called `name` stands.
+    fn device_status(&self, name: String, answer: &mpsc::SyncSender<Status>) -> Reply {
+        let slot = self.machine.slots.iter().find(|slot| slot.transport.name() == name);
+        let status = slot.and_then(|slot| slot.device.status()).ok_or(Refusal::NoDevice(name))?;
+        // Whoever asks has room for it, or does not want it any more.
+        let _ = answer.try_send(status);
+        Ok(self.state.clone())
     }
 
     /// Changes something about the device called `name`.

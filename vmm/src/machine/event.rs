@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use devices::virtio::device::{BackEnd, Message};
+use devices::virtio::device::{BackEnd, Message, Status};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::{Refusal, State};
@@ -25,6 +25,13 @@ pub enum Command {
     CtrlAltDel,
     /// End the machine now, as if the power was cut.
     Quit,
+    /// How does a device stand? It is sent to `answer` before the command is answered.
+    DeviceStatus {
+        /// The device's name.
+        device: String,
+        /// Has room for one.
+        answer: mpsc::SyncSender<Status>,
+    },
     /// Change something about a device, in any state.
     Update {
         /// Its name; the console's is `console`, whatever the guest sees.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{FromRequest, Request};
 use axum::http::{Method, StatusCode};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Body as _;
 use serde::de::DeserializeOwned;
 
@@ -49,18 +49,39 @@ impl FromRequest<Shared> for Nothing {
     }
 }
 
-async fn read(body: Body, limit: usize) -> Result<Vec<u8>, Fault> {
+/// How much of a body that is too large is read all the same, and for how long: a client that still
+/// writes would find its connection closed and never read why.
+const DRAINED: usize = 1 << 20;
+const DRAINING: Duration = Duration::from_secs(2);
+
+async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>, Fault> {
     let too_large = || {
         let message = format!("The body is larger than the limit of {limit} bytes.");
         Fault::with_status(StatusCode::PAYLOAD_TOO_LARGE, message)
     };
-    // What is announced as too large is not waited for.
-    if body.size_hint().lower() > limit as u64 {
+    // What is announced as far too large is not waited for.
+    if body.size_hint().lower() > (limit + DRAINED) as u64 {
         return Err(too_large());
     }
-    match tokio::time::timeout(PATIENCE, Limited::new(body, limit).collect()).await {
-        Ok(Ok(bytes)) => Ok(bytes.to_bytes().to_vec()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
+    let read = async {
+        let mut bytes = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let data = frame?.into_data().unwrap_or_default();
+            if bytes.len() + data.len() > limit {
+                return Ok(None);
+            }
+            bytes.extend_from_slice(&data);
+        }
+        Ok::<_, axum::Error>(Some(bytes))
+    };
+    match tokio::time::timeout(PATIENCE, read).await {
+        Ok(Ok(Some(bytes))) => Ok(bytes),
+        Ok(Ok(None)) => {
+            let drain = Limited::new(body, DRAINED).collect();
+            // Whether it ended makes no difference.
+            let _ = tokio::time::timeout(DRAINING, drain).await;
+            Err(too_large())
+        }
         Ok(Err(error)) => Err(Fault::bad(format!("The body cannot be read: {error}."))),
         Err(_) => Err(Fault::with_status(
             StatusCode::REQUEST_TIMEOUT,

@@ -13,6 +13,7 @@
 mod body;
 mod fault;
 mod instance;
+mod patience;
 mod routes;
 mod server;
 pub mod types;

@@ -14,18 +14,17 @@ use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::sync::Semaphore;
 use vmm::files::remove_if_same;
 use vmm::seccomp::{self, ThreadKind};
 
 use crate::instance::{Instance, Shared};
+use crate::patience::{Busy, Patient};
 use crate::routes;
 
 /// Connections at a time. What comes on top waits in the socket's backlog.
 const CONNECTIONS: usize = 2048;
-/// How long a client may take to send the head of a request.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// Most bytes of the head of a request.
 const HEAD: usize = 16 * 1024;
 
@@ -187,18 +186,21 @@ async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
 }
 
 async fn connection(stream: tokio::net::UnixStream, router: Router, server: HeaderValue) {
+    let busy = Busy::default();
+    let stream = Patient::new(stream, busy.clone());
     let service = service_fn(move |request: hyper::Request<Incoming>| {
-        let (router, server) = (router.clone(), server.clone());
+        let (router, server, busy) = (router.clone(), server.clone(), busy.clone());
+        busy.set(true);
         async move {
             let request = routes::tolerate(request.map(axum::body::Body::new));
             let mut response = call(router, request).await;
             response.headers_mut().insert(header::SERVER, server);
+            busy.set(false);
             Ok::<_, std::convert::Infallible>(response)
         }
     });
     let served = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
+        .header_read_timeout(None)
         .max_buf_size(HEAD)
         .pipeline_flush(true)
         .serve_connection(TokioIo::new(stream), service)

@@ -36,7 +36,7 @@ pub enum Command {
     /// Serve the REST API on a Unix socket, for a machine to be configured and started there
     Api(ApiArgs),
     /// Be Firecracker: its command line, its API, its exit codes
-    #[command(disable_help_flag = true)]
+    #[command(disable_help_flag = true, disable_version_flag = true)]
     Firecracker(FirecrackerCommand),
     /// List the machines that run
     Ps(PsArgs),

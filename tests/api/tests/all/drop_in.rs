@@ -1,0 +1,94 @@
+//! Hull in the place of `firecracker`.
+
+use api_tests::Server;
+use machine_tests::{Guest, HULL, PAYLOAD};
+use serde_json::json;
+use std::fs;
+use std::process::Command;
+
+fn config_file(folder: &tempfile::TempDir, config: &serde_json::Value) -> std::path::PathBuf {
+    let path = folder.path().join("config.json");
+    fs::write(&path, config.to_string()).unwrap();
+    path
+}
+
+fn hello() -> serde_json::Value {
+    json!({
+        "boot-source": { "kernel_image_path": &*PAYLOAD, "boot_args": "payload=hello" },
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": 128 },
+        "drives": [],
+    })
+}
+
+#[test]
+fn the_version_is_what_others_parse() {
+    let version = Guest::hull("firecracker").flag("--version").run();
+    assert_eq!(version.code(), 0, "{}", version.stderr);
+    let lines: Vec<_> = version.stdout.lines().collect();
+    assert_eq!(lines[0], "Firecracker v1.12.1");
+    assert!(lines[1].starts_with("Hull v"), "{lines:?}");
+    // Called by that name it is Firecracker as well.
+    let folder = tempfile::tempdir().unwrap();
+    let link = folder.path().join("firecracker");
+    std::os::unix::fs::symlink(&*HULL, &link).unwrap();
+    let output = Command::new(&link).arg("--version").output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), version.stdout);
+}
+
+#[test]
+fn a_machine_is_started_from_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = config_file(&folder, &hello());
+    let outcome = Guest::hull("firecracker").option("--config-file", &file).flag("--no-api").run();
+    assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+    assert!(outcome.stdout.contains("hello"), "{}", outcome.stdout);
+    // With an API beside it, whose GET says the same.
+    let mut spin = hello();
+    spin["boot-source"]["boot_args"] = json!("payload=spin");
+    let file = config_file(&folder, &spin);
+    let server = Server::start(|socket| {
+        Guest::hull("firecracker").option("--api-sock", socket).option("--config-file", &file)
+    });
+    server.process.wait_for("hello");
+    assert_eq!(server.get("/").json()["state"], "Running");
+    assert_eq!(server.get("/").json()["id"], "anonymous-instance");
+    assert_eq!(server.get("/vm/config").json()["boot-source"]["boot_args"], "payload=spin");
+    server.put("/actions", r#"{ "action_type": "SendCtrlAltDel" }"#).done();
+    server.process.signal(libc::SIGTERM);
+    assert_eq!(server.process.finish().code(), 143);
+}
+
+#[test]
+fn exit_codes_are_firecrackers() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |options: &[&str]| {
+        let guest = Guest::hull("firecracker");
+        options.iter().fold(guest, |guest, option| guest.flag(option)).run()
+    };
+    for wrong in
+        [&["--bogus"][..], &["--id", "a b", "--no-api"], &["--no-api"], &["--level", "loud"]]
+    {
+        let outcome = run(wrong);
+        assert_eq!(outcome.code(), 153, "{wrong:?}: {}", outcome.stderr);
+    }
+    let mut unknown = hello();
+    unknown["drive"] = json!([]);
+    let mut missing = hello();
+    missing["boot-source"]["kernel_image_path"] = json!("/nowhere");
+    let mut no_kernel = hello();
+    no_kernel["boot-source"]["kernel_image_path"] = json!("/etc/passwd");
+    for (config, word) in [
+        (json!("x"), "invalid type"),
+        (unknown, "unknown field `drive`"),
+        (missing, "/nowhere"),
+        (no_kernel, "not a kernel image"),
+        (json!({}), "boot-source"),
+    ] {
+        let file = config_file(&folder, &config);
+        let outcome = run(&["--no-api", "--config-file", file.to_str().unwrap()]);
+        assert_eq!(outcome.code(), 152, "{config}: {}", outcome.stderr);
+        assert!(outcome.stderr.contains(word), "{word}: {}", outcome.stderr);
+    }
+    let outcome = run(&["--no-api", "--config-file", "/nowhere"]);
+    assert_eq!(outcome.code(), 152, "{}", outcome.stderr);
+}

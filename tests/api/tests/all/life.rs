@@ -1,0 +1,226 @@
+//! From the first request to the end of the machine.
+
+use api_tests::{Connection, Server};
+use serde_json::json;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixListener;
+
+#[test]
+fn a_machine_is_configured_started_paused_and_ended() {
+    let server = Server::hull();
+    let info = server.get("/").json();
+    assert_eq!(info["state"], "Not started");
+    assert_eq!(info["app_name"], "Hull");
+    let mode = fs::metadata(&server.socket).unwrap().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    server.patch("/vm", r#"{ "state": "Paused" }"#).refused(400, &["before starting"]);
+    server.put("/machine-config", r#"{ "vcpu_count": 2, "mem_size_mib": 96 }"#).done();
+    server.boot("spin say=1");
+    server.process.wait_for("hello");
+    assert_eq!(server.get("/").json()["state"], "Running");
+    server
+        .put("/actions", r#"{ "action_type": "InstanceStart" }"#)
+        .refused(400, &["after starting"]);
+    server
+        .put("/machine-config", r#"{ "vcpu_count": 1, "mem_size_mib": 96 }"#)
+        .refused(400, &["after"]);
+    assert_eq!(server.get("/machine-config").json()["vcpu_count"], 2);
+    for (wanted, state) in [("Paused", "Paused"), ("Paused", "Paused"), ("Resumed", "Running")] {
+        server.patch("/vm", json!({ "state": wanted })).done();
+        assert_eq!(server.get("/").json()["state"], state);
+    }
+    server.process.wait_for(".");
+    server.process.signal(libc::SIGTERM);
+    let Server { process, socket, folder } = server;
+    let outcome = process.finish();
+    assert_eq!(outcome.code(), 143, "{}", outcome.stderr);
+    assert!(outcome.left.is_empty(), "{:?}", outcome.left);
+    assert!(!socket.exists(), "the socket goes with the process");
+    drop(folder);
+}
+
+#[test]
+fn a_machine_that_cannot_start_can_be_configured_otherwise() {
+    let server = Server::hull();
+    server.put("/actions", r#"{ "action_type": "InstanceStart" }"#).refused(400, &["kernel"]);
+    let text = server.folder.path().join("text");
+    fs::write(&text, "no kernel").unwrap();
+    server.put("/boot-source", json!({ "kernel_image_path": text })).done();
+    let refused = server.put("/actions", r#"{ "action_type": "InstanceStart" }"#);
+    refused.refused(400, &["Start microvm error", "not a kernel image"]);
+    assert_eq!(server.get("/").json()["state"], "Not started");
+    server.boot("hello");
+    let outcome = server.process.finish();
+    assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+    assert!(outcome.stdout.contains("hello"), "{}", outcome.stdout);
+}
+
+#[test]
+fn what_is_refused_changes_nothing() {
+    let server = Server::hull();
+    let before = server.get("/vm/config").body;
+    let file = server.folder.path().join("disk");
+    fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
+    let drive = |id: &str, root: bool| json!({ "drive_id": id, "path_on_host": file, "is_root_device": root, "is_read_only": true });
+    let cases = [
+        ("/machine-config", json!({ "vcpu_count": 0, "mem_size_mib": 128 }), "cpus: 0"),
+        ("/machine-config", json!({ "vcpu_count": 65, "mem_size_mib": 128 }), "cpus: 65"),
+        ("/machine-config", json!({ "vcpu_count": 3, "mem_size_mib": 128, "smt": true }), "odd"),
+        ("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 0 }), "memory.size"),
+        ("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": u64::MAX }), "mem_size_mib"),
+        ("/machine-config", json!({ "vcpu_count": "1", "mem_size_mib": 1 }), "vcpu_count"),
+        (
+            "/machine-config",
+            json!({ "vcpu_count": 1, "mem_size_mib": 9, "x": 1 }),
+            "unknown field `x`",
+        ),
+        ("/boot-source", json!({ "kernel_image_path": "/nowhere" }), "/nowhere"),
+        ("/boot-source", json!({ "initrd_path": "/nowhere" }), "kernel_image_path"),
+        ("/drives/a", drive("b", false), "does not match"),
+        ("/drives/a-b", drive("a-b", false), "alphanumeric"),
+        ("/drives", drive("a", false), "cannot be empty"),
+        ("/drives/a", json!({ "drive_id": "a", "is_root_device": false }), "path_on_host"),
+        (
+            "/drives/a",
+            json!({ "drive_id": "a", "is_root_device": false, "path_on_host": "/" }),
+            "/",
+        ),
+        (
+            "/network-interfaces/a",
+            json!({ "iface_id": "a", "host_dev_name": "a name that is too long" }),
+            "net[0].tap",
+        ),
+        (
+            "/network-interfaces/a",
+            json!({ "iface_id": "a", "host_dev_name": "t", "guest_mac": "01:00:00:00:00:00" }),
+            "multicast",
+        ),
+        ("/vsock", json!({ "guest_cid": 2, "uds_path": "/tmp/v" }), "cid"),
+        ("/actions", json!({ "action_type": "Dance" }), "Dance"),
+        ("/snapshot/create", json!({}), "not supported yet"),
+    ];
+    for (path, body, word) in cases {
+        server.put(path, &body).refused(400, &[word]);
+        assert_eq!(server.get("/vm/config").body, before, "{path} {body}");
+    }
+    server.put("/drives/a", drive("a", true)).done();
+    server.put("/drives/b", drive("b", true)).refused(400, &["root"]);
+    assert_eq!(server.get("/drives").json().as_array().unwrap().len(), 1);
+    // The same id again replaces it.
+    server.put("/drives/a", drive("a", false)).done();
+    assert_eq!(server.get("/drives/a").json()["is_root_device"], false);
+}
+
+#[test]
+fn everything_that_is_put_can_be_got() {
+    let server = Server::hull();
+    let file = server.folder.path().join("disk");
+    fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
+    let limiter = json!({
+        "bandwidth": { "size": 1_048_576, "one_time_burst": 5, "refill_time": 250 },
+        "ops": { "size": 100, "one_time_burst": null, "refill_time": 1000 },
+    });
+    let resources = [
+        (
+            "/machine-config",
+            json!({ "vcpu_count": 2, "mem_size_mib": 256, "smt": true,
+                    "track_dirty_pages": true, "huge_pages": "2M" }),
+        ),
+        (
+            "/boot-source",
+            json!({ "kernel_image_path": &*machine_tests::PAYLOAD, "initrd_path": file,
+                    "boot_args": "a b" }),
+        ),
+        (
+            "/drives/data",
+            json!({ "drive_id": "data", "path_on_host": file, "is_root_device": true,
+                    "partuuid": "0eaa91a0-01", "is_read_only": true, "cache_type": "Writeback",
+                    "io_engine": "Sync", "rate_limiter": limiter, "socket": null }),
+        ),
+        (
+            "/network-interfaces/e0",
+            json!({ "iface_id": "e0", "host_dev_name": "tap0", "guest_mac": "06:00:00:00:00:01",
+                    "mtu": 1400, "rx_rate_limiter": limiter, "tx_rate_limiter": null }),
+        ),
+        ("/vsock", json!({ "guest_cid": 7, "uds_path": "/tmp/v.sock" })),
+        ("/entropy", json!({ "rate_limiter": limiter })),
+    ];
+    for (path, body) in &resources {
+        server.put(path, body).done();
+    }
+    let all = server.get("/vm/config").json();
+    for (path, body) in &resources {
+        assert_eq!(&server.get(path).json(), body, "{path}");
+    }
+    assert_eq!(all["drives"][0], resources[2].1);
+    assert_eq!(all["vsock"], resources[4].1);
+    server.patch("/machine-config", r#"{ "smt": false, "mem_size_mib": 64 }"#).done();
+    let machine = server.get("/machine-config").json();
+    assert_eq!((&machine["smt"], &machine["mem_size_mib"]), (&json!(false), &json!(64)));
+    assert_eq!(machine["vcpu_count"], 2);
+}
+
+#[test]
+fn a_disk_of_a_running_machine_grows_and_is_exchanged() {
+    let server = Server::hull();
+    let path = |name: &str| server.folder.path().join(name);
+    for name in ["one", "two"] {
+        fs::File::create(path(name)).unwrap().set_len(1 << 20).unwrap();
+    }
+    let drive = json!({ "drive_id": "d", "path_on_host": path("one"), "is_root_device": false });
+    server.put("/drives/d", drive).done();
+    server.boot("spin");
+    server.process.wait_for("hello");
+    fs::File::options().write(true).open(path("one")).unwrap().set_len(4 << 20).unwrap();
+    for name in ["one", "two", "one"] {
+        server.patch("/drives/d", json!({ "drive_id": "d", "path_on_host": path(name) })).done();
+        assert_eq!(server.get("/drives/d").json()["path_on_host"], json!(path(name)));
+    }
+    let limiter = json!({ "bandwidth": { "size": 1000, "refill_time": 100 } });
+    server.patch("/drives/d", json!({ "drive_id": "d", "rate_limiter": limiter })).done();
+    let seen = server.get("/drives/d").json();
+    assert_eq!(seen["rate_limiter"]["bandwidth"]["size"], 1000);
+    // A part that is not named stays as it was.
+    let limiter = json!({ "ops": { "size": 7, "refill_time": 100 } });
+    server.patch("/drives/d", json!({ "drive_id": "d", "rate_limiter": limiter })).done();
+    let seen = server.get("/drives/d").json();
+    assert_eq!(seen["rate_limiter"]["bandwidth"]["size"], 1000);
+    assert_eq!(seen["rate_limiter"]["ops"]["size"], 7);
+    let wrong = [
+        (json!({ "drive_id": "d" }), "path_on_host"),
+        (json!({ "drive_id": "d", "path_on_host": "/nowhere" }), "/nowhere"),
+        (json!({ "drive_id": "d", "path_on_host": "/" }), "/"),
+    ];
+    for (body, word) in wrong {
+        server.patch("/drives/d", body).refused(400, &[word]);
+    }
+    server.patch("/drives/e", json!({ "drive_id": "e" })).refused(400, &["no drive"]);
+    server.process.signal(libc::SIGTERM);
+    assert_eq!(server.process.finish().code(), 143);
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    let server = Server::hull();
+    server.get("/");
+    let again =
+        |socket: &std::path::Path| machine_tests::Guest::hull("api").option("--sock", socket).run();
+    let refused = again(&server.socket);
+    assert_eq!(refused.code(), 1, "{}", refused.stderr);
+    assert!(refused.stderr.contains("another process listens"), "{}", refused.stderr);
+    server.get("/");
+    let stale = server.folder.path().join("stale.sock");
+    drop(UnixListener::bind(&stale).unwrap());
+    let socket = stale.clone();
+    let other = Server::start(|_| machine_tests::Guest::hull("api").option("--sock", socket));
+    Connection::to(&stale).ask("GET", "/", "").answer().unwrap();
+    assert!(fs::metadata(&stale).unwrap().file_type().is_socket());
+    let file = server.folder.path().join("file");
+    fs::write(&file, "precious").unwrap();
+    let refused = again(&file);
+    assert!(refused.stderr.contains("not a socket"), "{}", refused.stderr);
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    other.process.signal(libc::SIGKILL);
+    assert!(server.get("/").status == 200);
+}

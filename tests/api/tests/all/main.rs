@@ -1,0 +1,9 @@
+//! Machines that are configured, started and changed through their socket.
+
+// Marked as tests, so that clippy lets them unwrap.
+#[cfg(test)]
+mod abuse;
+#[cfg(test)]
+mod drop_in;
+#[cfg(test)]
+mod life;

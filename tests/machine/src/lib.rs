@@ -3,7 +3,9 @@
 //! Hull and the payload are built on first use, so that a bare `cargo test` tests what is in the
 //! tree. `HULL=` names another binary.
 
+mod surroundings;
 mod terminal;
+mod trespass;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -17,7 +19,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+pub use surroundings::{NOBODY, Surroundings};
 use terminal::Terminal;
+pub use trespass::{Trespass, trespass};
 
 /// A guest that has not ended by then is killed, and the test fails.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -132,6 +136,28 @@ impl Guest {
     /// An environment variable.
     pub fn variable(mut self, name: &str, value: impl AsRef<OsStr>) -> Guest {
         self.command.env(name, value);
+        self
+    }
+
+    /// On a host that is not quite this one. To be called last: as another user, it is another copy
+    /// of Hull, with the runtime directory in that user's hands.
+    pub fn on(mut self, host: Surroundings) -> Guest {
+        if let Some(user) = host.other_user() {
+            let copy = self.folder.path().join("hull-for-all");
+            let ready = std::fs::copy(&*HULL, &copy)
+                .and_then(|_| std::os::unix::fs::chown(self.folder.path(), Some(user), Some(user)));
+            assert!(ready.is_ok(), "no copy of Hull for user {user}: {ready:?}");
+            let mut command = Command::new(copy);
+            command.args(self.command.get_args());
+            for (name, value) in self.command.get_envs() {
+                match value {
+                    Some(value) => command.env(name, value),
+                    None => command.env_remove(name),
+                };
+            }
+            self.command = command;
+        }
+        host.prepare(&mut self.command);
         self
     }
 
@@ -427,6 +453,18 @@ impl Outcome {
         for word in words {
             assert!(said.contains(word), "no {word:?} in: {said}");
         }
+    }
+
+    /// Asserts that Hull refused because it or the host could not, with all of `words` on stderr.
+    pub fn failed(&self, words: &[&str]) {
+        self.refused(words);
+        assert_eq!(self.code(), 1, "{}", self.stderr);
+    }
+
+    /// Asserts that Hull refused because of what it was asked for, with all of `words` on stderr.
+    pub fn misused(&self, words: &[&str]) {
+        self.refused(words);
+        assert_eq!(self.code(), 2, "{}", self.stderr);
     }
 
     /// The value after `key=` in the payload's last line of results.

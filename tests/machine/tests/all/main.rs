@@ -12,13 +12,21 @@ mod console;
 #[cfg(test)]
 mod endings;
 #[cfg(test)]
+mod filters;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
+mod hosts;
+#[cfg(test)]
 mod input;
+#[cfg(test)]
+mod keys;
 #[cfg(test)]
 mod names;
 #[cfg(test)]
 mod net;
+#[cfg(test)]
+mod options;
 #[cfg(test)]
 mod rates;
 #[cfg(test)]

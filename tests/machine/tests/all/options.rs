@@ -1,0 +1,188 @@
+//! All that the command line can say of a machine is in what `--print-config` prints, and comes
+//! back from there.
+
+use machine_tests::Guest;
+use std::collections::BTreeSet;
+use std::path::Path;
+use tempfile::TempDir;
+
+/// An option that goes without its value, too.
+const BARE: &str = "no value";
+
+/// Options that describe a machine, each with values that are not the default ones. Together they
+/// have every key that the help names.
+const OPTIONS: [(&str, &[&str]); 19] = [
+    ("--kernel", &["/boot/vmlinuz"]),
+    ("--initrd", &["/boot/initrd.img"]),
+    ("--cmdline", &["quiet \"a\\b\" -- 'x' ü", ""]),
+    ("--replace-cmdline", &[]),
+    ("--boot", &["pvh", "bzimage"]),
+    ("--force", &[]),
+    ("--cpus", &["64", "3"]),
+    ("--memory", &["2M", "1073745920", "8T"]),
+    ("--huge-pages", &[]),
+    (
+        "--disk",
+        &[
+            "path=/a,,b \"c\".img,ro,id=first,root,cache=unsafe,direct,queues=3,rate=10M:1000ops",
+            "plain.img",
+            "path=x,cache=writethrough",
+        ],
+    ),
+    (
+        "--net",
+        &[
+            "tap",
+            "tap=tap7,mac=02:00:00:00:00:0f,mtu=9000,queues=16,rx-rate=5M,tx-rate=300ops/1s+20",
+            "host=172.30.0.1/30",
+            "fd=7",
+        ],
+    ),
+    ("--vsock", &["path=/run/v.sock,cid=4294967294", "v.sock"]),
+    ("--balloon", &["size=1M,deflate-on-oom,stats-interval=7,reporting"]),
+    ("--rng", &[BARE, "rate=1M/100ms+5M"]),
+    ("--console", &["tty", "stdio", "off", "file=/tmp/a b,device=virtio,rate=64K"]),
+    ("--name", &["the-one_1.2"]),
+    ("--on-reboot", &["restart"]),
+    ("--seccomp", &["log", "off"]),
+    ("--i8042", &[]),
+];
+
+/// Options that say what is done with a machine.
+const OTHERS: [&str; 7] =
+    ["--log", "--pidfile", "--timings", "--print-config", "--config", "--help", "--version"];
+
+/// Adds options with one value each: the `index`th, or the last.
+fn with(guest: Guest, options: &[(&str, &[&str])], index: usize) -> Guest {
+    options.iter().fold(guest, |guest, (name, values)| {
+        match values.get(index.min(values.len().saturating_sub(1))) {
+            Some(value) if *value != BARE => guest.flag(&format!("{name}={value}")),
+            _ => guest.flag(name),
+        }
+    })
+}
+
+fn print(guest: Guest) -> String {
+    let outcome = guest.flag("--print-config").run();
+    assert_eq!(outcome.stderr, "");
+    outcome.ok().to_owned()
+}
+
+/// What Hull makes of its own words.
+fn again(folder: &TempDir, text: &str) -> String {
+    let file = folder.path().join("machine.toml");
+    std::fs::write(&file, text).unwrap();
+    print(Guest::hull("run").option("--config", file))
+}
+
+#[test]
+fn every_option_of_the_help_is_here() {
+    let outcome = Guest::hull("run").flag("--help").run();
+    let help = outcome.ok();
+    let named: BTreeSet<&str> = help
+        .lines()
+        .filter(|line| line.starts_with("  ") && line.trim_start().starts_with('-'))
+        .filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")))
+        .map(|word| word.split(['=', '[']).next().unwrap())
+        .collect();
+    let here: BTreeSet<&str> = OPTIONS.iter().map(|option| option.0).chain(OTHERS).collect();
+    assert_eq!(named, here);
+    // And every key of those that have keys.
+    let mut keys = 0;
+    for (option, values) in OPTIONS {
+        let start = [" <OPTIONS>", "[=<OPTIONS>]"].iter().find_map(|with| {
+            Some(help.find(&format!(" {option}{with}"))? + option.len() + with.len())
+        });
+        let Some(text) = start.map(|start| &help[start + 1..]) else { continue };
+        // Up to the next option.
+        let text = text.split("\n\n").next().unwrap();
+        for key in text.split([' ', '[', ',']).filter_map(|part| {
+            let key = part.split(['=', ']']).next().unwrap();
+            let is_key = part.contains('=') || part.ends_with(']');
+            (is_key && !key.is_empty() && key.chars().all(|c| c.is_ascii_lowercase() || c == '-'))
+                .then_some(key)
+        }) {
+            let used = values
+                .iter()
+                .any(|value| value.split(',').any(|pair| pair.split('=').next() == Some(key)));
+            assert!(used, "no value for {option} has {key}=");
+            keys += 1;
+        }
+    }
+    assert!(keys > 10, "{keys} keys");
+}
+
+#[test]
+fn every_option_is_printed_and_read_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = print(Guest::hull("run").option("--kernel", "k"));
+    assert_eq!(again(&folder, &base), base);
+    for (name, values) in OPTIONS {
+        for index in 0..values.len().max(1) {
+            let guest = match name {
+                "--kernel" => Guest::hull("run"),
+                _ => Guest::hull("run").option("--kernel", "k"),
+            };
+            let printed = print(with(guest, &[(name, values)], index));
+            assert_ne!(printed, base, "{name} {values:?}");
+            assert_eq!(again(&folder, &printed), printed, "{name} {values:?}");
+        }
+    }
+}
+
+#[test]
+fn all_options_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    for index in 0..4 {
+        // 1 and 2 MiB of pages do not make 1073745920 bytes.
+        let options: Vec<_> =
+            OPTIONS.into_iter().filter(|(name, _)| *name != "--huge-pages" || index == 0).collect();
+        let printed = print(with(Guest::hull("run"), &options, index));
+        assert_eq!(again(&folder, &printed), printed);
+    }
+    // Several of a kind, in their order.
+    let all =
+        OPTIONS.iter().fold(
+            Guest::hull("run").option("--kernel", "k"),
+            |guest, option| match option.0 {
+                "--disk" | "--net" => {
+                    option.1.iter().fold(guest, |guest, value| guest.option(option.0, value))
+                }
+                _ => guest,
+            },
+        );
+    let printed = print(all);
+    assert_eq!(printed.matches("[[disk]]").count(), 3);
+    assert_eq!(printed.matches("[[net]]").count(), 4);
+    assert!(printed.find("first").unwrap() < printed.find("plain.img").unwrap());
+    assert_eq!(again(&folder, &printed), printed);
+}
+
+#[test]
+fn keys_that_only_files_have() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "cpus = 2\nsmt = true\n[kernel]\npath = \"k\"\n[memory]\ntrack-dirty-pages = true\n\
+                [[disk]]\npath = \"d\"\npartuuid = \"0a-1b\"\n[[net]]\nid = \"card\"\n";
+    let printed = again(&folder, text);
+    for key in [
+        "smt = true",
+        "track-dirty-pages = true",
+        "partuuid = \"0a-1b\"",
+        "id = \"card\"",
+        "cpus = 2",
+    ] {
+        assert!(printed.contains(key), "no {key} in {printed}");
+    }
+    assert_eq!(again(&folder, &printed), printed);
+}
+
+#[test]
+fn options_take_precedence_over_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("machine.toml");
+    std::fs::write(&file, "cpus = 2\n[kernel]\npath = \"k\"\n[[disk]]\npath = \"a\"\n").unwrap();
+    let guest = |path: &Path| Guest::hull("run").option("--config", path);
+    let printed = print(guest(&file).option("--cpus", "3").option("--disk", "b"));
+    assert!(printed.contains("cpus = 3") && printed.contains("path = \"k\""), "{printed}");
+    assert!(printed.find("path = \"a\"").unwrap() < printed.find("path = \"b\"").unwrap());
+}

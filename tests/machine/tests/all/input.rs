@@ -21,42 +21,71 @@ fn kernel(path: &Path) -> Guest {
 fn kernels_that_are_none() {
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path();
-    let missing = at.join("missing");
-    kernel(&missing).run().refused(&["missing", "hint:"]);
-    kernel(at).run().refused(&["not a regular file"]);
-    let empty = spoiled(at, "empty", |bytes| bytes.clear());
-    kernel(&empty).run().refused(&["empty"]);
-    let text = spoiled(at, "text", |bytes| *bytes = b"#!/bin/sh\necho hello\n".to_vec());
-    kernel(&text).run().refused(&["text"]);
-    let zeroes = spoiled(at, "zeroes", |bytes| bytes.fill(0));
-    kernel(&zeroes).run().refused(&["zeroes"]);
+    let refused = |path: &Path, words: &[&str]| {
+        let outcome = kernel(path).run();
+        outcome.failed(words);
+        // Once, whatever the chain of reasons.
+        let name = path.display().to_string();
+        assert_eq!(outcome.stderr.matches(&name).count(), 1, "{}", outcome.stderr);
+    };
+    refused(
+        &at.join("none"),
+        &["cannot open the kernel", "No such file", "hint: look for kernels"],
+    );
+    refused(at, &["hull: the kernel ", " is not a regular file"]);
+    let cases: [(&str, &[u8], &str); 5] = [
+        ("a", b"", "the kernel image is empty"),
+        ("b", b"#!/bin/sh\necho hello\n", "not a kernel image: it looks like a script"),
+        ("c", b"Dear kernel,\n", "not a kernel image: it looks like text"),
+        ("d", &[0; 70_000], "not a kernel image: it looks like nothing but zeroes"),
+        ("e", &[0x91; 70_000], "not a kernel image: it looks like data of no known format"),
+    ];
+    for (name, content, words) in cases {
+        let path = spoiled(at, name, |bytes| *bytes = content.to_vec());
+        refused(&path, &["hull: cannot use the kernel ", words]);
+    }
 }
 
 #[test]
 fn kernels_cut_short() {
     let folder = tempfile::tempdir().unwrap();
     let length = fs::metadata(&*PAYLOAD).unwrap().len() as usize;
-    for keep in [1, 4, 16, 63, 64, 65, 100, 231, 4096, length / 2] {
-        let path = spoiled(folder.path(), "short", |bytes| bytes.truncate(keep));
-        kernel(&path).run().refused(&["short"]);
+    for (what, lengths) in [
+        ("the ELF header", &[4, 16, 19, 63][..]),
+        ("the ELF program headers", &[64, 65, 100, 231]),
+        ("a segment", &[232, 4096, length / 2]),
+    ] {
+        for &keep in lengths {
+            let path = spoiled(folder.path(), "cut", |bytes| bytes.truncate(keep));
+            kernel(&path).run().failed(&[
+                "hull: cannot use the kernel ",
+                &format!("the kernel image is truncated: {what} would end at byte "),
+                &format!(", the file has {keep}\n"),
+            ]);
+        }
     }
+    // Too short to have a magic number.
+    let path = spoiled(folder.path(), "cut", |bytes| bytes.truncate(1));
+    kernel(&path).run().failed(&["the file is not a kernel image"]);
 }
 
 #[test]
 fn kernels_for_other_machines() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&str, usize, &[u8]); 5] = [
-        ("aarch64", 18, &[183, 0]),
-        ("i386", 4, &[1]),
-        ("big-endian", 5, &[2]),
-        ("relocatable", 16, &[1, 0]),
-        ("no-program-headers", 56, &[0, 0]),
+    let cases: [(usize, &[u8], &str); 6] = [
+        (18, &[183, 0], "is for aarch64, this machine is 64-bit x86"),
+        (4, &[1], "is for 32-bit x86, this machine is 64-bit x86"),
+        // x86-64's number, read in the other order.
+        (5, &[2], "is for ELF machine 15872, this machine is 64-bit x86"),
+        (4, &[7], "is malformed: its ELF class is 7"),
+        (16, &[1, 0], "it looks like an object file or kernel module"),
+        (56, &[0, 0], "is malformed: it has 0 ELF program headers"),
     ];
-    for (name, at, value) in cases {
-        let path = spoiled(folder.path(), name, |bytes| {
+    for (at, value, words) in cases {
+        let path = spoiled(folder.path(), "spoiled", |bytes| {
             bytes[at..at + value.len()].copy_from_slice(value);
         });
-        kernel(&path).run().refused(&[name]);
+        kernel(&path).run().failed(&["hull: cannot use the kernel ", words]);
     }
 }
 
@@ -91,7 +120,7 @@ fn kernels_whose_segments_go_astray() {
                 bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
             }
         });
-        kernel(&path).run().refused(words);
+        kernel(&path).run().failed(words);
     }
 }
 
@@ -119,31 +148,43 @@ fn memory_sizes() {
         ("128Q", &["128Q", "is not a size"]),
         ("128MBB", &["128MBB", "is not a size"]),
         ("-1", &["-1", "is not a size"]),
-        ("", &["--memory"]),
+        ("", &["--memory <SIZE>", "\"\" is not a size"]),
         ("18446744073709551615", &["memory.size", "not a multiple of 4K"]),
         ("17179869184G", &["17179869184G", "is not a size"]),
         ("100T", &["memory.size", "more than the 8T"]),
     ] {
         let guest = Guest::bare().option("--kernel", &*PAYLOAD);
-        guest.flag(&format!("--memory={size}")).run().refused(words);
+        guest.flag(&format!("--memory={size}")).run().misused(words);
     }
     // Too little for the tables.
     for size in ["4K", "64K", "1M"] {
         let guest = Guest::bare().option("--kernel", &*PAYLOAD).option("--memory", size);
-        guest.run().refused(&["memory.size", "less than 2M"]);
+        guest.run().misused(&["memory.size", "less than 2M"]);
     }
 }
 
 #[test]
 fn processor_counts() {
-    for count in ["0", "65", "-1", "many", "4294967296"] {
-        Guest::new("hello").flag(&format!("--cpus={count}")).run().refused(&["cpus"]);
+    for (count, words) in [
+        ("0", "hull: cpus: 0 is not between 1 and 64\n"),
+        ("65", "hull: cpus: 65 is not between 1 and 64\n"),
+        ("4294967295", "hull: cpus: 4294967295 is not between 1 and 64\n"),
+        ("-1", "invalid value '-1' for '--cpus <N>'"),
+        ("many", "invalid value 'many' for '--cpus <N>'"),
+        ("", "invalid value '' for '--cpus <N>'"),
+        ("4294967296", "invalid value '4294967296' for '--cpus <N>'"),
+    ] {
+        Guest::new("hello").flag(&format!("--cpus={count}")).run().misused(&[words]);
     }
 }
 
 #[test]
 fn command_lines() {
-    Guest::new(&format!("hello x={}", "y".repeat(5000))).run().refused(&["command line"]);
+    Guest::new(&format!("hello x={}", "y".repeat(5000))).run().misused(&[
+        "the kernel command line has 5",
+        "bytes, this kernel takes 2047",
+        "hint: shorten",
+    ]);
     // As long as it may be is fine.
     Guest::new(&format!("hello x={}", "y".repeat(1500))).run().ok();
 }
@@ -156,10 +197,10 @@ fn initial_ram_disks() {
     let empty = folder.path().join("empty");
     fs::write(&empty, "").unwrap();
     let run = |path: &Path| Guest::new("hello").option("--initrd", path).run();
-    run(&large).refused(&["the initrd of 268435456 bytes", "hint: give the guest more --memory"]);
-    run(&folder.path().join("none")).refused(&["cannot open the initrd", "none"]);
-    run(folder.path()).refused(&["the initrd", "not a regular file"]);
-    run(&empty).refused(&["the initrd", "the file is empty"]);
+    run(&large).failed(&["the initrd of 268435456 bytes", "hint: give the guest more --memory"]);
+    run(&folder.path().join("none")).failed(&["cannot open the initrd", "none"]);
+    run(folder.path()).failed(&["the initrd", "not a regular file"]);
+    run(&empty).failed(&["the initrd", "the file is empty"]);
 }
 
 #[test]
@@ -171,15 +212,15 @@ fn files_used_twice() {
         .disk(&disk, "")
         .disk(&disk, "")
         .run()
-        .refused(&["is disk0 of this machine"]);
+        .failed(&["cannot set up disk1", "is disk0 of this machine"]);
     Guest::new("hello").disk(&disk, ",ro").disk(&disk, ",ro").run().ok();
     // A console writes over what is there.
     let console = format!("file={}", disk.display());
     let outcome = Guest::new("hello").console(console).disk(&disk, "").run();
-    outcome.refused(&["disk", "the machine uses it for something else"]);
+    outcome.failed(&["cannot write the console to ", "the machine uses it for something else"]);
     assert_eq!(fs::read(&disk).unwrap(), [7; 4096]);
     let guest = Guest::new("hello").disk(&disk, ",id=disk1").disk(&folder.path().join("other"), "");
-    guest.run().refused(&["two disks are called disk1"]);
+    guest.run().misused(&["disk[1].id: two disks are called disk1"]);
 }
 
 #[test]
@@ -193,20 +234,24 @@ fn one_device_too_many() {
         })
     };
     disks(17).run().ok();
-    disks(18).run().refused(&["disk17", "one device too many", "at most 17"]);
-    disks(17).flag("--rng").run().refused(&["rng", "one device too many"]);
+    disks(18).run().misused(&["disk17: is one device too many: a machine has at most 17"]);
+    disks(17).flag("--rng").run().misused(&["rng: is one device too many"]);
 }
 
 #[test]
 fn options_that_nobody_knows() {
-    Guest::new("hello").flag("--memroy=1G").run().refused(&["--memory"]);
-    Guest::new("hello").option("--disk", "path=x,reed-only").run().refused(&["reed-only"]);
-    Guest::new("hello").option("--disk", "path=x,cash=unsafe").run().refused(&["`cache`"]);
-    Guest::new("hello").option("--net", "tap=x,mak=1").run().refused(&["`mac`"]);
-    Guest::new("hello").option("--disk", "ro").run().refused(&["path"]);
-    Guest::new("hello").option("--boot", "grub").run().refused(&["pvh"]);
-    Guest::new("hello").console("teletype").run().refused(&["teletype"]);
-    Guest::hull("fly").run().refused(&["fly"]);
+    let misused = |option: &str, words: &str| {
+        Guest::bare().option("--kernel", &*PAYLOAD).flag(option).run().misused(&[words]);
+    };
+    misused("--memroy=1G", "a similar argument exists: '--memory'");
+    misused("--disk=path=x,reed-only", "unknown field `reed-only`, expected one of `path`, `ro`");
+    misused("--disk=path=x,cash=unsafe", "did you mean `cache`?");
+    misused("--net=tap=x,mak=1", "did you mean `mac`?");
+    misused("--disk=ro", "disk[0].path: a disk needs a file or block device");
+    misused("--boot=grub", "[possible values: auto, pvh, bzimage]");
+    let guest = Guest::hull("run").option("--kernel", &*PAYLOAD);
+    guest.console("teletype").run().misused(&["unknown variant `teletype`, expected one of"]);
+    Guest::hull("fly").run().misused(&["unrecognized subcommand 'fly'"]);
 }
 
 #[test]
@@ -221,18 +266,27 @@ fn configuration_files() {
         ("cpus = \n", &["line 1"]),
         ("{\"cpus\": \"two\"}", &["line 1", "column"]),
         ("{\"cpus\": 2", &["line 1"]),
-        ("\u{0}", &[]),
+        ("\u{0}", &["line 1, column 2", "key with no value"]),
+        ("", &["kernel.path: a machine needs a kernel"]),
     ] {
         fs::write(&file, text).unwrap();
-        Guest::hull("run").option("--config", &file).run().refused(words);
+        Guest::hull("run").option("--config", &file).run().misused(words);
     }
-    Guest::hull("run").option("--config", folder.path().join("none")).run().refused(&["none"]);
+    fs::write(&file, b"cpus = 2 # \xff\n").unwrap();
+    let outcome = Guest::hull("run").option("--config", &file).run();
+    outcome.misused(&["cannot read the configuration", "UTF-8"]);
+    let outcome = Guest::hull("run").option("--config", folder.path().join("none")).run();
+    outcome.misused(&["cannot read the configuration", "No such file or directory"]);
 }
 
 #[test]
 fn places_that_cannot_be_written() {
     let nowhere = "/proc/nowhere/file";
-    Guest::new("hello").option("--pidfile", nowhere).run().refused(&[nowhere]);
-    Guest::bare().option("--kernel", &*PAYLOAD).option("--name", "../up").run().refused(&["name"]);
-    Guest::new("hello").console(format!("file={nowhere}")).run().refused(&[nowhere]);
+    let outcome = Guest::new("hello").option("--pidfile", nowhere).run();
+    outcome.failed(&["cannot write the pid file /proc/nowhere/file", "No such file or directory"]);
+    let outcome = Guest::bare().option("--kernel", &*PAYLOAD).option("--name", "../up").run();
+    outcome.misused(&["name: \"../up\" is not 1 to 64 letters"]);
+    let outcome = Guest::new("hello").console(format!("file={nowhere}")).run();
+    outcome
+        .failed(&["cannot write the console to /proc/nowhere/file", "No such file or directory"]);
 }

@@ -174,17 +174,46 @@ fn two_queue_pairs() {
 #[test]
 fn taps_that_cannot_be_had() {
     isolated(false, || {
-        Guest::new("hello").option("--net", "tap=nosuch0").run().refused(&["nosuch0"]);
-        let two = Guest::new("hello").option("--net", format!("tap={NAME},queues=2")).run();
-        two.refused(&[NAME, "queue"]);
-        let holder = Guest::new("halt").option("--net", format!("tap={NAME}")).start();
+        let run = |options: &str| Guest::new("hello").option("--net", options).run();
+        let failed = |options: &str, words: &[&str]| {
+            let before = interfaces();
+            let outcome = run(options);
+            outcome.failed(words);
+            outcome.failed(&["hull: cannot set up net0\n"]);
+            assert_eq!(outcome.stdout, "");
+            assert_eq!(interfaces(), before);
+        };
+        failed(
+            "tap=nosuch0",
+            &[
+                "there is no network interface nosuch0\n",
+                "hint: make it with `ip tuntap add nosuch0 mode tap user $USER`, or write --net tap",
+            ],
+        );
+        let named = format!("tap={NAME}");
+        failed(
+            &format!("{named},queues=2"),
+            &[
+                &format!("TAP interface {NAME} has a single queue, 2 queue pairs were asked for\n"),
+                &format!(
+                    "hint: leave out queues=, or make it anew with `ip tuntap add {NAME} mode tap \
+                     multi_queue`"
+                ),
+            ],
+        );
+        let holder = Guest::new("halt").option("--net", &named).start();
         holder.wait_for("halting");
-        Guest::new("hello").option("--net", format!("tap={NAME}")).run().refused(&[NAME]);
-        Guest::new("hello").option("--net", "tap=lo").run().refused(&["lo"]);
+        failed(&named, &[&format!("TAP interface {NAME} is in use by another process\n")]);
+        drop(holder);
+        assert_eq!(run(&named).ok(), "hello\n");
+        failed("tap=lo", &["lo is not a TAP interface\n"]);
         let long = "x".repeat(40);
-        Guest::new("hello").option("--net", format!("tap={long}")).run().refused(&[&long]);
-        Guest::new("hello").option("--net", "fd=77").run().refused(&["77"]);
-        Guest::new("hello").option("--net", "tap,mac=01:00:00:00:00:01").run().refused(&["mac"]);
+        let name = format!("net[0].tap: \"{long}\" is not an interface name (1 to 15 characters)");
+        run(&format!("tap={long}")).misused(&[&name]);
+        run("tap,mac=01:00:00:00:00:01").misused(&["is a multicast address"]);
+        run("tap=a,fd=7").misused(&["net[0].fd: cannot be given together with a name"]);
+        // Neither open, nor an interface's.
+        run("fd=77").refused(&["77 is not open"]);
     });
 }
 
@@ -212,7 +241,8 @@ fn a_tap_of_the_run_goes_with_it() {
         guest.finish();
         assert_eq!(interfaces(), before);
         let missing = std::path::Path::new("/nowhere/disk.img");
-        Guest::new("hello").option("--net", "tap").disk(missing, "").run().refused(&["disk.img"]);
+        let outcome = Guest::new("hello").option("--net", "tap").disk(missing, "").run();
+        outcome.failed(&["cannot open /nowhere/disk.img for reading and writing"]);
         assert_eq!(interfaces(), before);
     });
 }

@@ -4,7 +4,7 @@
 use machine_tests::{Guest, HULL, PAYLOAD, Running};
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::io::{ErrorKind, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -92,12 +92,17 @@ fn signal(id: u32, signal: i32) {
     assert_eq!(unsafe { libc::kill(id as libc::pid_t, signal) }, 0);
 }
 
-/// A pipe that takes no more, and how many bytes it holds.
-fn full_pipe() -> (PipeReader, PipeWriter, usize) {
-    let (reader, mut writer) = std::io::pipe().unwrap();
+/// A pipe that does not take much, and how many bytes that is.
+fn small_pipe() -> (PipeReader, PipeWriter, usize) {
+    let (reader, writer) = std::io::pipe().unwrap();
     // SAFETY: no memory arguments.
     let size = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };
-    let size = usize::try_from(size).unwrap();
+    (reader, writer, usize::try_from(size).unwrap())
+}
+
+/// A pipe that takes no more, and how many bytes it holds.
+fn full_pipe() -> (PipeReader, PipeWriter, usize) {
+    let (reader, mut writer, size) = small_pipe();
     writer.write_all(&vec![b'.'; size]).unwrap();
     (reader, writer, size)
 }
@@ -163,6 +168,68 @@ fn lines_that_found_no_room_are_counted() {
     let said = read_until(&reader, "lines were dropped");
     let number: u32 = said.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
     assert!((1..1000).contains(&number), "{said}");
+}
+
+/// Types until nothing takes any more of it; returns how many bytes were taken.
+fn type_until_stuck(keyboard: &mut PipeWriter) -> usize {
+    // SAFETY: no memory arguments.
+    let set = unsafe { libc::fcntl(keyboard.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+    assert_eq!(set, 0);
+    let (mut typed, mut last) = (0, Instant::now());
+    // Longer than a busy host leaves a machine alone.
+    while last.elapsed() < Duration::from_secs(2) {
+        match keyboard.write(&[b'.'; 512]) {
+            Ok(length) => (typed, last) = (typed + length, Instant::now()),
+            Err(err) if err.kind() == ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(err) => panic!("cannot type: {err}"),
+        }
+        assert!(typed < 4 << 20, "{typed} bytes went somewhere");
+    }
+    typed
+}
+
+#[test]
+fn a_console_that_nobody_reads() {
+    // The guest sends back what is typed. Nobody looks, so in the end it has to wait, and who types with
+    // it; the machine can be ended all the same.
+    let mut hull = Hull::run("console", &[&"--console", &"stdio,device=virtio"]);
+    let (output, console, _) = small_pipe();
+    let (input, mut keyboard, _) = small_pipe();
+    hull.command.stdin(input).stdout(console);
+    let (child, folder) = hull.start();
+    read_until(&output, "ready");
+    let typed = type_until_stuck(&mut keyboard);
+    assert!(typed > 4096, "{typed}");
+    signal(child.id(), libc::SIGTERM);
+    assert_eq!(end(child, &folder), 143);
+}
+
+#[test]
+fn a_flood_that_nobody_reads() {
+    let mut hull = Hull::run("serialflood size=1M", &[]);
+    let (output, console, _) = small_pipe();
+    let (log, words) = std::io::pipe().unwrap();
+    hull.command.stdout(console).stderr(words);
+    let (mut child, folder) = hull.start();
+    read_until(&output, "0123");
+    let waits = || {
+        let read =
+            |task: &Path, name: &str| std::fs::read_to_string(task.join(name)).unwrap_or_default();
+        let futex = format!("{} ", libc::SYS_futex);
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap().flatten();
+        tasks.map(|task| task.path()).any(|task| {
+            read(&task, "comm").starts_with("vcpu") && read(&task, "syscall").starts_with(&futex)
+        })
+    };
+    soon("a vCPU that waits for a reader", waits);
+    // It has not come to its end, nor does it.
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(child.try_wait().unwrap().is_none());
+    signal(child.id(), libc::SIGTERM);
+    assert_eq!(end(child, &folder), 143);
+    read_until(&log, "nobody reads the console; the rest of its output is lost");
 }
 
 #[test]
@@ -407,12 +474,12 @@ fn pid_files_of_others_are_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let refused = |pidfile: &Path, word: &str| {
-        Guest::new("hello").option("--pidfile", pidfile).run().refused(&[word]);
+        Guest::new("hello").option("--pidfile", pidfile).run().failed(&[word]);
     };
     let precious = path("precious");
     std::fs::write(&precious, "precious").unwrap();
     std::fs::set_permissions(&precious, PermissionsExt::from_mode(0o444)).unwrap();
-    refused(&precious, "precious");
+    refused(&precious, "/precious does not hold a process id; it is not overwritten");
     assert_eq!(std::fs::read_to_string(&precious).unwrap(), "precious");
 
     let target = path("target");
@@ -437,7 +504,10 @@ fn a_pid_file_belongs_to_one_machine() {
     let first = Guest::new("halt").option("--pidfile", &file).start();
     first.wait_for("halting");
     let id = format!("{}\n", first.id());
-    Guest::new("hello").option("--pidfile", &file).run().refused(&["pid", "lives"]);
+    Guest::new("hello")
+        .option("--pidfile", &file)
+        .run()
+        .failed(&["belongs to a process that lives"]);
     assert_eq!(std::fs::read_to_string(&file).unwrap(), id);
     // Somebody else's by the time that it ends.
     std::fs::remove_file(&file).unwrap();

@@ -20,7 +20,9 @@ enum Step {
     /// A file system in memory over a directory.
     Empty(CString),
     Folder(CString),
-    Node(CString, libc::mode_t, libc::dev_t),
+    Node(CString, libc::mode_t, libc::gid_t, libc::dev_t),
+    /// No device in `/dev` can be opened, whoever asks.
+    NoDevices,
     /// A directory as it is, but nothing in it can be written.
     ReadOnly(CString),
     Limit(libc::__rlimit_resource_t, u64),
@@ -59,6 +61,16 @@ impl Surroundings {
     /// A device of this host under the same name, with access rights of the caller's choice. To be
     /// called after [`Surroundings::bare_devices`].
     pub fn device(self, path: &str, mode: libc::mode_t) -> Surroundings {
+        self.device_of_group(path, mode, 0)
+    }
+
+    /// As [`Surroundings::device`], of a group that is not root's.
+    pub fn device_of_group(
+        self,
+        path: &str,
+        mode: libc::mode_t,
+        group: libc::gid_t,
+    ) -> Surroundings {
         let path = Path::new(path);
         let number = match fs::metadata(path) {
             Ok(data) if data.file_type().is_char_device() => data.rdev(),
@@ -69,7 +81,13 @@ impl Surroundings {
             Some(folder) => self.step(Step::Folder(text(folder))),
             None => self,
         };
-        host.step(Step::Node(text(path), mode, number))
+        host.step(Step::Node(text(path), mode, group, number))
+    }
+
+    /// Takes the use of all devices away, from root too, as a container does. To be called after
+    /// those that make them.
+    pub fn devices_of_no_use(self) -> Surroundings {
+        self.step(Step::NoDevices)
     }
 
     /// A host whose only kernel modules are these.
@@ -150,11 +168,13 @@ impl Step {
             match self {
                 Step::Empty(path) => mount(None, path, 0),
                 Step::Folder(path) => check(libc::mkdir(path.as_ptr(), 0o755)),
-                Step::Node(path, mode, number) => {
+                Step::Node(path, mode, group, number) => {
                     check(libc::mknod(path.as_ptr(), libc::S_IFCHR | mode, *number))?;
                     // Without the mask that mknod obeys.
-                    check(libc::chmod(path.as_ptr(), *mode))
+                    check(libc::chmod(path.as_ptr(), *mode))?;
+                    check(libc::chown(path.as_ptr(), 0, *group))
                 }
+                Step::NoDevices => mount(None, c"/dev", libc::MS_REMOUNT | libc::MS_NODEV),
                 Step::ReadOnly(path) => {
                     mount(Some(path), path, libc::MS_BIND)?;
                     mount(None, path, libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY)

@@ -16,6 +16,20 @@ pub(crate) struct Terminal {
     before: Mode,
 }
 
+/// Gives a terminal settings that nobody would take for the usual ones.
+fn tinker(terminal: &File) {
+    // SAFETY: termios is plain data, which tcgetattr fills and tcsetattr reads.
+    unsafe {
+        let mut termios: libc::termios = std::mem::zeroed();
+        let got = libc::tcgetattr(terminal.as_raw_fd(), &raw mut termios);
+        termios.c_iflag ^= libc::IXANY;
+        termios.c_lflag ^= libc::ECHOCTL;
+        termios.c_cc[libc::VINTR] = 0x0b;
+        let set = libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &raw const termios);
+        assert_eq!((got, set), (0, 0), "no terminal: {}", io::Error::last_os_error());
+    }
+}
+
 /// The mode of a terminal, to be compared.
 #[derive(Debug, PartialEq, Eq)]
 struct Mode {
@@ -44,7 +58,7 @@ fn mode(terminal: &File) -> Mode {
 }
 
 impl Terminal {
-    /// A terminal of that size, in the mode that a shell leaves it in.
+    /// A terminal of that size, in a mode of somebody's own.
     pub(crate) fn open(columns: u16, rows: u16) -> Terminal {
         let (mut person, mut program) = (-1, -1);
         let size = libc::winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
@@ -61,6 +75,7 @@ impl Terminal {
             assert_eq!(made, 0, "no pseudo-terminal: {}", io::Error::last_os_error());
             (File::from_raw_fd(person), File::from_raw_fd(program))
         };
+        tinker(&program);
         let before = mode(&program);
         Terminal { person, program, before }
     }

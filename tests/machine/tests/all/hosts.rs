@@ -66,6 +66,22 @@ fn no_permission_to_use_kvm() {
         ]);
         assert_eq!(outcome.stdout, "");
     }
+    // A group that nobody is in, and has no name here.
+    let devices = || Surroundings::new().bare_devices().device_of_group(KVM, 0o660, 4_000_000_000);
+    let outcome = guest().on(devices().user(NOBODY)).run();
+    outcome.failed(&[
+        "hull: cannot use KVM\n",
+        "Permission denied",
+        "hint: join the group that may use KVM (`usermod -aG 4000000000 $USER`, then log in again)",
+    ]);
+    // Root may, but not where the device is kept from everybody.
+    assert_eq!(guest().on(devices()).run().ok(), "hello\n");
+    let outcome = guest().on(devices().devices_of_no_use()).run();
+    outcome.failed(&[
+        "hull: cannot use KVM\n",
+        "Permission denied",
+        "hint: root is refused too: let this container or service have /dev/kvm\n",
+    ]);
     assert_eq!(guest().on(anybody()).run().ok(), "hello\n");
 }
 

@@ -10,6 +10,7 @@
 
 mod cases;
 mod guest;
+mod peer;
 mod site;
 
 use std::process::ExitCode;
@@ -18,6 +19,9 @@ use std::sync::Arc;
 use libtest_mimic::{Arguments, Trial};
 
 fn main() -> ExitCode {
+    if let Some(code) = peer::play() {
+        return code;
+    }
     let arguments = Arguments::from_args();
     let site = match site::Site::from_environment() {
         Ok(site) => Arc::new(site),

@@ -5,6 +5,7 @@ mod disk;
 mod lifecycle;
 mod network;
 mod resources;
+mod vsock;
 
 use crate::guest::Failure;
 use crate::site::Site;
@@ -14,7 +15,8 @@ pub type Case = fn(&Site) -> Result<(), Failure>;
 
 /// Every test, by name.
 pub fn all() -> Vec<(&'static str, Case)> {
-    [boot::CASES, resources::CASES, disk::CASES, network::CASES, lifecycle::CASES].concat()
+    let cases = [boot::CASES, resources::CASES, disk::CASES, network::CASES, vsock::CASES];
+    [cases.concat(), lifecycle::CASES.to_vec()].concat()
 }
 
 /// Fails with `what` unless `held`.

@@ -27,7 +27,7 @@ use crate::types::check_id;
 use crate::types::drive::PartialDrive;
 use crate::types::info::ConfigFile;
 use crate::types::net::PartialNetworkInterface;
-use crate::types::small::EntropyDevice;
+use crate::types::small::{EntropyDevice, Logger};
 use crate::types::vsock::Vsock;
 
 /// Bounds of what a client may ask for.
@@ -52,6 +52,15 @@ pub struct Program {
     pub version: &'static str,
     /// The version of Firecracker whose API this is.
     pub api_version: &'static str,
+}
+
+/// The log of the process. Whoever owns it opens its file and changes it.
+pub trait LogSettings: Send + Sync {
+    /// Changes what is logged, where, and how.
+    ///
+    /// # Errors
+    /// The field that cannot be had, and why; nothing is changed then.
+    fn change(&self, wanted: &Logger) -> Result<(), String>;
 }
 
 /// Somebody wants the machine to start. Whoever gets this builds it.
@@ -92,11 +101,13 @@ enum Phase {
 struct Inner {
     config: VmConfig,
     phase: Phase,
+    logger: Option<Logger>,
 }
 
 /// The machine behind the API.
 pub struct Instance {
     id: Option<String>,
+    log: Option<Box<dyn LogSettings>>,
     program: Program,
     limits: Limits,
     starts: mpsc::Sender<Start>,
@@ -115,21 +126,58 @@ impl Instance {
         config: VmConfig,
         starts: mpsc::Sender<Start>,
     ) -> Instance {
-        let inner = Inner { config, phase: Phase::Configuring };
-        Instance { id: None, program, limits, starts, inner: Arc::new(Mutex::new(inner)) }
+        let inner = Inner { config, phase: Phase::Configuring, logger: None };
+        Instance {
+            id: None,
+            log: None,
+            program,
+            limits,
+            starts,
+            inner: Arc::new(Mutex::new(inner)),
+        }
     }
 
     /// A machine that runs already.
     pub fn running(program: Program, limits: Limits, config: VmConfig, handle: Handle) -> Instance {
         let (starts, _) = mpsc::channel();
-        let inner = Inner { config, phase: Phase::Started(handle) };
-        Instance { id: None, program, limits, starts, inner: Arc::new(Mutex::new(inner)) }
+        let inner = Inner { config, phase: Phase::Started(handle), logger: None };
+        Instance {
+            id: None,
+            log: None,
+            program,
+            limits,
+            starts,
+            inner: Arc::new(Mutex::new(inner)),
+        }
     }
 
     /// Has clients told this id instead of the machine's name.
     #[must_use]
     pub fn with_id(self, id: &str) -> Instance {
         Instance { id: Some(id.to_owned()), ..self }
+    }
+
+    /// Lets clients change this log.
+    #[must_use]
+    pub fn with_log(self, log: Box<dyn LogSettings>) -> Instance {
+        Instance { log: Some(log), ..self }
+    }
+
+    /// Changes the log of the process. Before the start only, as Firecracker has it.
+    ///
+    /// # Errors
+    /// The machine was started; the field that cannot be had.
+    pub fn put_logger(&self, wanted: Logger) -> Done {
+        self.before_start()?;
+        let log = self.log.as_ref().ok_or_else(|| Fault::bad("There is no log to be changed."))?;
+        log.change(&wanted).map_err(|why| Fault::bad(format!("Logger error: {why}")))?;
+        self.lock().logger = Some(wanted);
+        Ok(DONE)
+    }
+
+    /// What was last asked of the log.
+    pub fn logger(&self) -> Option<Logger> {
+        self.lock().logger.clone()
     }
 
     /// What the machine is called.
@@ -144,6 +192,9 @@ impl Instance {
     /// What is wrong with it; the machine is to be given up then.
     pub fn configure_from(&self, json: &[u8]) -> Result<(), Fault> {
         let file: ConfigFile = body::parse(json)?;
+        if let Some(logger) = file.logger {
+            self.put_logger(logger)?;
+        }
         let Some(source) = file.boot_source else {
             return Err(Fault::bad("boot-source: a machine needs a kernel."));
         };

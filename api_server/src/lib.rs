@@ -19,5 +19,5 @@ mod server;
 pub mod types;
 
 pub use fault::Fault;
-pub use instance::{Instance, Limits, Program, Start};
+pub use instance::{Instance, Limits, LogSettings, Program, Start};
 pub use server::{ServerError, Socket, SocketFile, serve};

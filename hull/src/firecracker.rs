@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Instant;
 
-use api_server::{Fault, Instance, Limits, Program, Socket};
+use api_server::types::small::Logger;
+use api_server::{Fault, Instance, Limits, LogSettings, Program, Socket};
 use clap::Parser;
 use vmm::config::{ByteSize, VmConfig};
 use vmm::seccomp;
 use vmm::timings::Timings;
 
-use crate::api::{self, FIRECRACKER, start_wished};
+use crate::api::{self, FIRECRACKER, Log, start_wished};
 use crate::cli::Result;
 use crate::exit::Code;
 use crate::logging::{self, Level};
@@ -157,7 +158,20 @@ fn run(options: &Options, start: Instant) -> Result {
         return Ok(Code::SUCCESS);
     }
     check_instance_id(&options.id)?;
-    logging::start(level(options.level.as_deref())?);
+    level(options.level.as_deref())?;
+    logging::serve();
+    let log = Log { id: options.id.clone() };
+    let wanted = Logger {
+        log_path: options.log_path.clone(),
+        // Of a file, Firecracker's clients expect to read what happens.
+        level: options.level.clone().or_else(|| {
+            Some(if options.log_path.is_some() { "Info" } else { "Warning" }.to_owned())
+        }),
+        show_level: Some(options.show_level),
+        show_log_origin: Some(options.show_log_origin),
+        module: options.module.clone(),
+    };
+    log.change(&wanted).map_err(BadOption)?;
     if options.enable_pci {
         tracing::warn!("--enable-pci: devices are on MMIO, there is no PCI bus yet");
     }
@@ -184,7 +198,8 @@ fn run(options: &Options, start: Instant) -> Result {
     let filter = config.seccomp;
     let program = Program { name: "Firecracker", version: FIRECRACKER, api_version: FIRECRACKER };
     let limits = Limits { body: options.http_api_max_payload_size };
-    let instance = Instance::new(program, limits, config, starts).with_id(&options.id);
+    let instance =
+        Instance::new(program, limits, config, starts).with_id(&options.id).with_log(Box::new(log));
     if let Some(path) = &options.config_file {
         configure(&instance, path)?;
     }
@@ -199,7 +214,7 @@ fn run(options: &Options, start: Instant) -> Result {
             .map_err(|source| BadConfiguration { path: path.clone(), source })?;
         return api::run(&session, wish, machine);
     }
-    start_wished(&session, &wishes, start)
+    start_wished(&session, &wishes)
 }
 
 /// Puts the configuration of a file into the machine, and wishes for its start.
@@ -222,19 +237,10 @@ fn check_instance_id(id: &str) -> std::result::Result<(), BadOption> {
     }
 }
 
-fn level(name: Option<&str>) -> std::result::Result<Level, BadOption> {
-    let Some(name) = name else { return Ok(Level::Warn) };
-    Ok(match name.to_ascii_lowercase().as_str() {
-        "off" => Level::Off,
-        "error" => Level::Error,
-        "warn" | "warning" => Level::Warn,
-        "info" => Level::Info,
-        "debug" => Level::Debug,
-        "trace" => Level::Trace,
-        _ => {
-            return Err(BadOption(format!(
-                "--level: {name:?} is not Off, Error, Warn, Info, Debug or Trace"
-            )));
-        }
-    })
+fn level(name: Option<&str>) -> std::result::Result<Option<Level>, BadOption> {
+    let named = |name: &str| {
+        let wrong = || format!("--level: {name:?} is not Off, Error, Warn, Info, Debug or Trace");
+        Level::named(name).ok_or_else(|| BadOption(wrong()))
+    };
+    name.map(named).transpose()
 }

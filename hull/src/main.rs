@@ -57,7 +57,7 @@ fn run_command(start: Instant) -> Code {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(args) => run::run(*args, start),
-        Command::Api(args) => api::api(&args, start),
+        Command::Api(args) => api::api(&args),
         Command::Firecracker(args) => {
             let name = OsString::from("firecracker");
             Ok(firecracker::firecracker(std::iter::once(name).chain(args.arguments), start))

@@ -71,13 +71,14 @@ impl Timings {
         Timings { start, reached: Default::default() }
     }
 
-    /// Notes that `milestone` is reached now, unless it was before.
-    pub fn mark(&self, milestone: Milestone) {
+    /// Notes that `milestone` is reached now, unless it was before. Returns whether it was new.
+    pub fn mark(&self, milestone: Milestone) -> bool {
         let slot = &self.reached[milestone as usize];
-        if slot.load(Ordering::Relaxed) == 0 {
-            let now = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
-            let _ = slot.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
+        if slot.load(Ordering::Relaxed) != 0 {
+            return false;
         }
+        let now = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
+        slot.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// Nanoseconds from the start to `milestone`, if it was reached.

@@ -34,6 +34,7 @@ pub async fn full(State(shared): State<Shared>, _: Nothing) -> Found<FullVmConfi
     Ok(Json(FullVmConfiguration {
         boot_source: (&config.kernel).into(),
         drives: config.disk.iter().map(Into::into).collect(),
+        logger: shared.logger(),
         machine_config: (&config).into(),
         network_interfaces: config.net.iter().map(Into::into).collect(),
         vsock: config.vsock.as_ref().map(Into::into),

@@ -29,6 +29,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/drives/{drive_id}", get(drives::get).put(drives::put).patch(drives::patch))
         .route("/network-interfaces", get(nets::list).put(drives::no_id).patch(drives::no_id))
         .route("/network-interfaces/{iface_id}", get(nets::get).put(nets::put).patch(nets::patch))
+        .route("/logger", get(small::logger).put(small::put_logger))
         .route("/vsock", get(small::vsock).put(small::put_vsock))
         .route("/entropy", get(small::entropy).put(small::put_entropy))
         .route("/snapshot/create", put(small::later))
@@ -58,12 +59,13 @@ async fn unknown_method(method: Method, uri: Uri) -> Fault {
 
 /// Resources by their first path segment, with the number of segments that mean something: clients
 /// send more behind them, and mean the resource.
-const MEANT: [(&str, usize); 10] = [
+const MEANT: [(&str, usize); 11] = [
     ("actions", 1),
     ("boot-source", 1),
     ("cpu-config", 1),
     ("drives", 2),
     ("entropy", 1),
+    ("logger", 1),
     ("machine-config", 1),
     ("network-interfaces", 2),
     ("pmem", 2),

@@ -8,7 +8,7 @@ use vmm::machine::Command;
 
 use crate::fault::{DONE, Done, Fault, Found};
 use crate::instance::{Shared, send};
-use crate::types::small::{ActionType, EntropyDevice, InstanceActionInfo, Vm, WantedState};
+use crate::types::small::{ActionType, EntropyDevice, InstanceActionInfo, Logger, Vm, WantedState};
 use crate::types::vsock::Vsock;
 
 /// Does something at once.
@@ -64,4 +64,16 @@ pub async fn put_vsock(State(shared): State<Shared>, Json(vsock): Json<Vsock>) -
 /// What Firecracker has and Hull has not yet.
 pub async fn later(uri: Uri) -> Fault {
     Fault::bad(format!("{}: this is not supported yet.", uri.path()))
+}
+
+/// What was last asked of the log.
+#[utoipa::path(get, path = "/logger", responses((status = 200, body = Logger)))]
+pub async fn logger(State(shared): State<Shared>, _: Nothing) -> Found<Logger> {
+    Ok(axum::Json(shared.logger().unwrap_or_default()))
+}
+
+/// Says what is logged, where, and how. Before the start only.
+#[utoipa::path(put, path = "/logger", request_body = Logger, responses((status = 204)))]
+pub async fn put_logger(State(shared): State<Shared>, Json(logger): Json<Logger>) -> Done {
+    shared.put_logger(logger)
 }

@@ -7,7 +7,7 @@ use super::boot::BootSource;
 use super::drive::Drive;
 use super::machine::MachineConfiguration;
 use super::net::NetworkInterface;
-use super::small::EntropyDevice;
+use super::small::{EntropyDevice, Logger};
 use super::vsock::Vsock;
 
 /// What runs here.
@@ -38,6 +38,8 @@ pub struct FullVmConfiguration {
     pub boot_source: BootSource,
     /// Disks.
     pub drives: Vec<Drive>,
+    /// What is logged.
+    pub logger: Option<Logger>,
     /// CPUs and memory.
     pub machine_config: MachineConfiguration,
     /// Network cards.
@@ -62,6 +64,8 @@ pub struct ConfigFile {
     /// Network cards.
     #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
+    /// What is logged.
+    pub logger: Option<Logger>,
     /// Streams between guest and host.
     pub vsock: Option<Vsock>,
     /// Source of entropy.

@@ -1,5 +1,7 @@
 //! Resources of a field or two.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmm::config::VmConfig;
@@ -57,4 +59,21 @@ pub struct EntropyDevice {
     /// Bytes and requests a second.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
+}
+
+/// `/logger`: what is `null` stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Logger {
+    /// File or named pipe that lines are appended to.
+    #[schema(value_type = Option<String>)]
+    pub log_path: Option<PathBuf>,
+    /// `Off`, `Error`, `Warning`, `Info`, `Debug` or `Trace`.
+    pub level: Option<String>,
+    /// Lines have the level in them.
+    pub show_level: Option<bool>,
+    /// Lines have the place in Hull's source in them.
+    pub show_log_origin: Option<bool>,
+    /// Lines of this module only.
+    pub module: Option<String>,
 }

@@ -224,3 +224,27 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     other.process.signal(libc::SIGKILL);
     assert!(server.get("/").status == 200);
 }
+
+#[test]
+fn log_lines_go_where_clients_want_them() {
+    let server = Server::firecracker();
+    let log = server.folder.path().join("log");
+    let wanted = json!({ "log_path": log, "level": "Info", "show_level": true });
+    server.put("/logger", wanted).done();
+    assert_eq!(server.get("/logger").json()["level"], "Info");
+    server.put("/logger", r#"{ "level": "Loud" }"#).refused(400, &["level", "Loud"]);
+    server.put("/logger", r#"{ "log_path": "/nowhere/log" }"#).refused(400, &["log_path"]);
+    server.put("/machine-config", "{}").refused(400, &["vcpu_count"]);
+    server.boot("boottimer");
+    let folder = server.folder;
+    assert_eq!(server.process.finish().code(), 0);
+    let text = fs::read_to_string(&log).unwrap();
+    let line = text.lines().find(|line| line.contains("vcpu_count")).unwrap();
+    // 2026-11-22T09:39:19.756675303 [anonymous-instance:api:INFO] …
+    let (time, rest) = line.split_once(' ').unwrap();
+    assert!(time.len() == 29 && time.contains('T'), "{line}");
+    assert!(rest.starts_with("[anonymous-instance:api:INFO] "), "{line}");
+    let boot = text.lines().find(|line| line.contains("Guest-boot-time = ")).unwrap();
+    assert!(boot.contains(" CPU us "), "{boot}");
+    drop(folder);
+}

@@ -85,7 +85,9 @@ fn ps_and_stop() {
     let stop = beside("stop").flag("sleeper").option("--timeout", "1").run();
     assert_eq!(stop.code(), 0, "{}", stop.stderr);
     let runtime = guest.runtime().to_owned();
-    guest.finish();
+    let outcome = guest.finish();
+    assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+    assert!(outcome.left.is_empty(), "{:?}", outcome.left);
     let list = Guest::hull("ps").variable("XDG_RUNTIME_DIR", &runtime).run();
     assert!(!list.stdout.contains("sleeper"), "{}", list.stdout);
 }
@@ -103,7 +105,7 @@ fn the_pid_file_is_there_and_goes() {
     guest.wait_for("halting");
     assert_eq!(std::fs::read_to_string(&file).unwrap().trim(), guest.id().to_string());
     guest.signal(libc::SIGTERM);
-    guest.finish();
+    assert_eq!(guest.finish().code(), 143);
     assert!(!file.exists());
 }
 

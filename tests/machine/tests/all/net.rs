@@ -133,7 +133,7 @@ fn a_guest_that_does_not_listen() {
         for _ in 0..2000 {
             link.send(&frame(1000, b"")).unwrap();
         }
-        running.finish();
+        running.finish().ok();
         let idle = Guest::new("halt").option("--net", format!("tap={NAME}")).start();
         idle.wait_for("halting");
         for _ in 0..5000 {
@@ -232,13 +232,13 @@ fn a_tap_of_the_run_goes_with_it() {
         guest.wait_for("halting");
         assert_eq!(interfaces().len(), before.len() + 1);
         guest.signal(libc::SIGTERM);
-        guest.finish();
+        assert_eq!(guest.finish().code(), 143);
         assert_eq!(interfaces(), before);
         // And when it is killed, or fails after it was made.
         let guest = Guest::new("halt").option("--net", "tap").start();
         guest.wait_for("halting");
         guest.signal(libc::SIGKILL);
-        guest.finish();
+        assert_eq!(guest.finish().code(), 137);
         assert_eq!(interfaces(), before);
         let missing = std::path::Path::new("/nowhere/disk.img");
         let outcome = Guest::new("hello").option("--net", "tap").disk(missing, "").run();

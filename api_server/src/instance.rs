@@ -12,16 +12,19 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
 
 use axum::http::StatusCode;
 use tokio::sync::oneshot;
-use vmm::config::{DiskConfig, NetConfig, RateLimit, VmConfig};
+use vmm::config::{BalloonConfig, ByteSize, DiskConfig, NetConfig, RateLimit, VmConfig};
 use vmm::devices::virtio::blk::Candidate;
-use vmm::machine::{BackEnd, Command, Handle, Message, Reply, State, Traffic};
+use vmm::machine::{BackEnd, Command, DeviceStatus, Handle, Message, Reply, State, Traffic};
 use vmm::machine::{check_disk, root_arguments};
 
 use crate::body;
 use crate::fault::{DONE, Done, Fault, chain};
+use crate::routes::balloon::missing;
+use crate::types::balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate};
 use crate::types::boot::BootSource;
 use crate::types::check_id;
 use crate::types::drive::PartialDrive;
@@ -29,6 +32,9 @@ use crate::types::info::ConfigFile;
 use crate::types::net::PartialNetworkInterface;
 use crate::types::small::{EntropyDevice, Logger};
 use crate::types::vsock::Vsock;
+
+/// Name of the balloon among a machine's devices.
+const BALLOON: &str = "balloon";
 
 /// Bounds of what a client may ask for.
 #[derive(Clone, Copy, Debug)]
@@ -210,6 +216,9 @@ impl Instance {
             check_id(&interface.iface_id)?;
             self.put_net(interface.into())?;
         }
+        if let Some(balloon) = file.balloon {
+            self.put_balloon(balloon)?;
+        }
         if let Some(vsock) = file.vsock {
             self.put_vsock(vsock)?;
         }
@@ -387,6 +396,78 @@ impl Instance {
             config.vsock = Some(vsock.into());
             Ok(())
         })
+    }
+
+    /// Gives the guest a balloon.
+    ///
+    /// # Errors
+    /// See [`Instance::configure`].
+    pub fn put_balloon(&self, balloon: Balloon) -> Done {
+        self.configure(|config| {
+            config.balloon = Some(balloon.try_into()?);
+            Ok(())
+        })
+    }
+
+    /// The running machine and its balloon.
+    fn balloon(&self) -> Result<(Handle, BalloonConfig), Fault> {
+        let handle = self.handle()?;
+        Ok((handle, self.config().balloon.ok_or_else(missing)?))
+    }
+
+    /// Gives the balloon of the running machine another size.
+    ///
+    /// # Errors
+    /// The machine does not run, has no balloon, or has less memory than that.
+    pub async fn patch_balloon(&self, update: BalloonUpdate) -> Done {
+        let (handle, mut balloon) = self.balloon()?;
+        balloon.size = ByteSize(u64::from(update.amount_mib) << 20);
+        let mut config = self.config();
+        config.balloon = Some(balloon.clone());
+        config.validate_without_kernel().map_err(|error| Fault::bad(chain(&error)))?;
+        let message = Message::BalloonTarget(balloon.pages());
+        send(&handle, Command::Update { device: BALLOON.into(), message }).await?;
+        self.lock().config.balloon = Some(balloon);
+        Ok(DONE)
+    }
+
+    /// Asks the guest about its memory more or less often.
+    ///
+    /// # Errors
+    /// The machine does not run or has no balloon; statistics were not asked for before the start,
+    /// or would not be any more.
+    pub async fn patch_balloon_statistics(&self, update: BalloonStatsUpdate) -> Done {
+        let (handle, mut balloon) = self.balloon()?;
+        let seconds = update.stats_polling_interval_s;
+        if (seconds == 0) != (balloon.stats_interval == 0) {
+            return Err(Fault::bad(
+                "stats_polling_interval_s: Statistics cannot be enabled/disabled after activation.",
+            ));
+        }
+        let message = Message::StatisticsInterval(Duration::from_secs(seconds.into()));
+        send(&handle, Command::Update { device: BALLOON.into(), message }).await?;
+        balloon.stats_interval = seconds;
+        self.lock().config.balloon = Some(balloon);
+        Ok(DONE)
+    }
+
+    /// How the balloon of the running machine stands.
+    ///
+    /// # Errors
+    /// The machine does not run or has no balloon; statistics were not asked for before the start.
+    pub async fn balloon_statistics(&self) -> Result<BalloonStats, Fault> {
+        let (handle, balloon) = self.balloon()?;
+        if balloon.stats_interval == 0 {
+            return Err(Fault::bad(
+                "Statistics are disabled: stats_polling_interval_s was 0 before the start.",
+            ));
+        }
+        let (answer, status) = mpsc::sync_channel(1);
+        send(&handle, Command::DeviceStatus { device: BALLOON.into(), answer }).await?;
+        match status.try_recv() {
+            Ok(DeviceStatus::Balloon(status)) => Ok(status.into()),
+            Err(_) => Err(Fault::gone()),
+        }
     }
 
     /// Gives a drive of the running machine another file or other limits.

@@ -37,6 +37,7 @@ pub async fn full(State(shared): State<Shared>, _: Nothing) -> Found<FullVmConfi
         logger: shared.logger(),
         machine_config: (&config).into(),
         network_interfaces: config.net.iter().map(Into::into).collect(),
+        balloon: config.balloon.as_ref().map(Into::into),
         vsock: config.vsock.as_ref().map(Into::into),
         entropy: EntropyDevice::of(&config),
     }))

@@ -1,5 +1,6 @@
 //! What can be asked for, by path.
 
+pub mod balloon;
 mod boot;
 mod drives;
 mod info;
@@ -29,6 +30,11 @@ pub fn router(shared: Shared) -> Router {
         .route("/drives/{drive_id}", get(drives::get).put(drives::put).patch(drives::patch))
         .route("/network-interfaces", get(nets::list).put(drives::no_id).patch(drives::no_id))
         .route("/network-interfaces/{iface_id}", get(nets::get).put(nets::put).patch(nets::patch))
+        .route("/balloon", get(balloon::get).put(balloon::put).patch(balloon::patch))
+        .route("/balloon/statistics", get(balloon::statistics).patch(balloon::patch_statistics))
+        .route("/balloon/hinting/start", patch(small::later))
+        .route("/balloon/hinting/stop", patch(small::later))
+        .route("/balloon/hinting/status", get(small::later))
         .route("/logger", get(small::logger).put(small::put_logger))
         .route("/vsock", get(small::vsock).put(small::put_vsock))
         .route("/entropy", get(small::entropy).put(small::put_entropy))

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::balloon::Balloon;
 use super::boot::BootSource;
 use super::drive::Drive;
 use super::machine::MachineConfiguration;
@@ -44,6 +45,8 @@ pub struct FullVmConfiguration {
     pub machine_config: MachineConfiguration,
     /// Network cards.
     pub network_interfaces: Vec<NetworkInterface>,
+    /// Memory that the guest lends to the host.
+    pub balloon: Option<Balloon>,
     /// Streams between guest and host.
     pub vsock: Option<Vsock>,
     /// Source of entropy.
@@ -66,6 +69,8 @@ pub struct ConfigFile {
     pub network_interfaces: Vec<NetworkInterface>,
     /// What is logged.
     pub logger: Option<Logger>,
+    /// Memory that the guest lends to the host.
+    pub balloon: Option<Balloon>,
     /// Streams between guest and host.
     pub vsock: Option<Vsock>,
     /// Source of entropy.

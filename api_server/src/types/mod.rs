@@ -4,6 +4,7 @@
 //!
 //! [`VmConfig`]: vmm::config::VmConfig
 
+pub mod balloon;
 pub mod boot;
 pub mod drive;
 pub mod info;

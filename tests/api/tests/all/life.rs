@@ -248,3 +248,31 @@ fn log_lines_go_where_clients_want_them() {
     assert!(boot.contains(" CPU us "), "{boot}");
     drop(folder);
 }
+
+#[test]
+fn a_balloon_is_configured_and_changed() {
+    let server = Server::hull();
+    server.get("/balloon").refused(400, &["No balloon"]);
+    let balloon =
+        json!({ "amount_mib": 16, "deflate_on_oom": true, "stats_polling_interval_s": 1 });
+    server.put("/machine-config", r#"{ "vcpu_count": 1, "mem_size_mib": 128 }"#).done();
+    server
+        .put("/balloon", r#"{ "amount_mib": 129, "deflate_on_oom": true }"#)
+        .refused(400, &["129M"]);
+    server.put("/balloon", &balloon).done();
+    assert_eq!(server.get("/balloon").json(), balloon);
+    server.patch("/balloon", r#"{ "amount_mib": 1 }"#).refused(400, &["before starting"]);
+    server.get("/balloon/statistics").refused(400, &["before starting"]);
+    server.boot("spin");
+    server.process.wait_for("hello");
+    server.patch("/balloon", r#"{ "amount_mib": 200 }"#).refused(400, &["200M"]);
+    server.patch("/balloon", r#"{ "amount_mib": 32 }"#).done();
+    assert_eq!(server.get("/balloon").json()["amount_mib"], 32);
+    let statistics = server.get("/balloon/statistics").json();
+    assert_eq!((&statistics["target_mib"], &statistics["actual_mib"]), (&json!(32), &json!(0)));
+    assert_eq!(statistics["target_pages"], 8192);
+    server.patch("/balloon/statistics", r#"{ "stats_polling_interval_s": 5 }"#).done();
+    let off = server.patch("/balloon/statistics", r#"{ "stats_polling_interval_s": 0 }"#);
+    off.refused(400, &["cannot be enabled/disabled"]);
+    server.patch("/balloon/hinting/start", "{}").refused(400, &["not supported yet"]);
+}

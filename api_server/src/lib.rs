@@ -13,6 +13,7 @@
 mod body;
 mod fault;
 mod instance;
+mod openapi;
 mod patience;
 mod routes;
 mod server;
@@ -20,4 +21,5 @@ pub mod types;
 
 pub use fault::Fault;
 pub use instance::{Instance, Limits, LogSettings, Program, Start};
+pub use openapi::description;
 pub use server::{ServerError, Socket, SocketFile, serve};

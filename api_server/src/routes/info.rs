@@ -2,9 +2,11 @@
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
 
 use crate::body::Nothing;
-use crate::fault::Found;
+use crate::fault::{Fault, Found};
 use crate::instance::Shared;
 use crate::types::info::{FirecrackerVersion, FullVmConfiguration, InstanceInfo};
 use crate::types::small::EntropyDevice;
@@ -41,4 +43,12 @@ pub async fn full(State(shared): State<Shared>, _: Nothing) -> Found<FullVmConfi
         vsock: config.vsock.as_ref().map(Into::into),
         entropy: EntropyDevice::of(&config),
     }))
+}
+
+/// The description of this API.
+#[utoipa::path(get, path = "/openapi.json",
+    responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value)))]
+pub async fn openapi(_: Nothing) -> Result<Response, Fault> {
+    let json = [(header::CONTENT_TYPE, "application/json")];
+    Ok((json, crate::openapi::description()).into_response())
 }

@@ -1,12 +1,12 @@
 //! What can be asked for, by path.
 
 pub mod balloon;
-mod boot;
-mod drives;
-mod info;
-mod machine;
-mod nets;
-mod small;
+pub mod boot;
+pub mod drives;
+pub mod info;
+pub mod machine;
+pub mod nets;
+pub mod small;
 
 use axum::Router;
 use axum::extract::Request;
@@ -21,6 +21,7 @@ pub fn router(shared: Shared) -> Router {
     Router::new()
         .route("/", get(info::instance))
         .route("/version", get(info::version))
+        .route("/openapi.json", get(info::openapi))
         .route("/vm", patch(small::set_state))
         .route("/vm/config", get(info::full))
         .route("/actions", put(small::act))

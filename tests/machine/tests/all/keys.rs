@@ -88,3 +88,10 @@ fn there_are_no_such_keys_without_a_terminal() {
     guest.write("q");
     assert!(!guest.finish().ok().contains("Ctrl-A"));
 }
+
+#[test]
+fn a_terminal_that_is_none() {
+    let outcome = Guest::new("hello").console("tty").run();
+    outcome.failed(&["hull: --console tty needs a terminal as standard input\n"]);
+    assert_eq!(outcome.stdout, "");
+}

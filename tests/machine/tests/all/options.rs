@@ -159,6 +159,89 @@ fn all_options_at_once() {
 }
 
 #[test]
+fn values_are_printed_as_they_were_given() {
+    let options = [
+        "--kernel=k",
+        "--cmdline=quiet \"a\" 'b'",
+        "--boot=pvh",
+        "--cpus=64",
+        "--memory=1073745920",
+        "--name=the-one_1.2",
+        "--on-reboot=restart",
+        "--seccomp=log",
+        "--i8042",
+        "--rng=rate=1M/100ms+5M",
+        "--console=file=/tmp/a b,device=virtio,rate=64K",
+        "--disk=path=/a,,b.img,ro,id=first,root,cache=unsafe,direct,queues=3,rate=10M:1000ops",
+        "--net=tap=tap7,mac=02:00:00:00:00:0f,mtu=9000,queues=16,rx-rate=5M,tx-rate=300ops",
+        "--net=host=172.30.0.1/30",
+        "--net=fd=7",
+        "--vsock=path=/run/v.sock,cid=4294967294",
+        "--balloon=size=1M,deflate-on-oom,stats-interval=7,reporting",
+    ];
+    let printed = print(options.iter().fold(Guest::hull("run"), |guest, text| guest.flag(text)));
+    // In this order; other keys may stand between.
+    let mut lines = printed.lines();
+    for expected in [
+        r#"name = "the-one_1.2""#,
+        "cpus = 64",
+        r#"on-reboot = "restart""#,
+        r#"seccomp = "log""#,
+        "i8042 = true",
+        "rng = true",
+        r#"rng-rate = "1M/100ms+5M""#,
+        "[kernel]",
+        r#"path = "k""#,
+        r#"boot = "pvh""#,
+        "[memory]",
+        "[console]",
+        r#"mode = "file""#,
+        r#"path = "/tmp/a b""#,
+        r#"device = "virtio""#,
+        r#"rate = "64K/s""#,
+        "[[disk]]",
+        r#"path = "/a,b.img""#,
+        "ro = true",
+        r#"id = "first""#,
+        "root = true",
+        r#"cache = "unsafe""#,
+        "direct = true",
+        "queues = 3",
+        r#"rate = "10M/s:1000ops/s""#,
+        "[[net]]",
+        r#"tap = "tap7""#,
+        r#"mac = "02:00:00:00:00:0f""#,
+        "mtu = 9000",
+        "queues = 16",
+        r#"rx-rate = "5M/s""#,
+        r#"tx-rate = "300ops/s""#,
+        "[[net]]",
+        r#"host = "172.30.0.1/30""#,
+        "[[net]]",
+        "fd = 7",
+        "[vsock]",
+        r#"path = "/run/v.sock""#,
+        "cid = 4294967294",
+        "[balloon]",
+        r#"size = "1M""#,
+        "deflate-on-oom = true",
+        "stats-interval = 7",
+        "reporting = true",
+    ] {
+        assert!(lines.any(|line| line == expected), "no {expected} at its place in {printed}");
+    }
+    // Those that can be written in more than one way.
+    assert!(
+        printed.contains("quiet \"a\" 'b'") || printed.contains("quiet \\\"a\\\" 'b'"),
+        "{printed}"
+    );
+    assert!(
+        printed.contains("size = 1073745920") || printed.contains("size = \"1048580K\""),
+        "{printed}"
+    );
+}
+
+#[test]
 fn keys_that_only_files_have() {
     let folder = tempfile::tempdir().unwrap();
     let text = "cpus = 2\nsmt = true\n[kernel]\npath = \"k\"\n[memory]\ntrack-dirty-pages = true\n\

@@ -173,15 +173,19 @@ fn cpu_ticks(guest: &Running) -> (u64, u64) {
 
 #[test]
 fn a_serial_flood_arrives_whole_and_costs_no_memory() {
-    let mut guest = Guest::new("serialflood size=256K").start();
+    let mut guest = Guest::new("serialflood size=128K").start();
     guest.wait_for("0123");
-    let before = guest.kilobytes("VmRSS");
-    guest.wait_for("done");
-    let after = guest.kilobytes("VmRSS");
-    guest.close_stdin();
+    let before = guest.kilobytes("RssAnon");
+    assert!(before > 0);
+    let mut peak = before;
+    while !guest.has_ended() {
+        peak = peak.max(guest.kilobytes("RssAnon"));
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let outcome = guest.finish();
-    assert!(outcome.ok().len() == (256 << 10) + "done\n".len(), "{} bytes", outcome.stdout.len());
-    assert!(after < before + 4096, "from {before} to {after} kB");
+    assert!(outcome.ok().len() == (128 << 10) + "done\n".len(), "{} bytes", outcome.stdout.len());
+    // Half of what the guest said, and as a rule nothing.
+    assert!(peak < before + 64, "from {before} to {peak} kB");
 }
 
 #[test]

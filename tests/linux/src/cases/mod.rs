@@ -1,5 +1,6 @@
 //! The tests, by subject.
 
+mod balloon;
 mod boot;
 mod disk;
 mod lifecycle;
@@ -15,8 +16,8 @@ pub type Case = fn(&Site) -> Result<(), Failure>;
 
 /// Every test, by name.
 pub fn all() -> Vec<(&'static str, Case)> {
-    let cases = [boot::CASES, resources::CASES, disk::CASES, network::CASES, vsock::CASES];
-    [cases.concat(), lifecycle::CASES.to_vec()].concat()
+    let devices = [disk::CASES, network::CASES, vsock::CASES, balloon::CASES].concat();
+    [boot::CASES, resources::CASES, &devices, lifecycle::CASES].concat()
 }
 
 /// Fails with `what` unless `held`.

@@ -355,6 +355,17 @@ impl Running {
             .unwrap_or(0)
     }
 
+    /// The largest of [`Running::kilobytes`] from now to the machine's end, or as long as a guest may
+    /// take.
+    pub fn peak_kilobytes(&mut self, key: &str) -> u64 {
+        let mut peak = 0;
+        while !self.has_ended() && Instant::now() < self.deadline {
+            peak = peak.max(self.kilobytes(key));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        peak
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: i32) {
         // SAFETY: the child is ours and not yet waited for, so its id is not someone else's.

@@ -177,11 +177,7 @@ fn a_serial_flood_arrives_whole_and_costs_no_memory() {
     guest.wait_for("0123");
     let before = guest.kilobytes("RssAnon");
     assert!(before > 0);
-    let mut peak = before;
-    while !guest.has_ended() {
-        peak = peak.max(guest.kilobytes("RssAnon"));
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let peak = guest.peak_kilobytes("RssAnon");
     let outcome = guest.finish();
     assert!(outcome.ok().len() == (128 << 10) + "done\n".len(), "{} bytes", outcome.stdout.len());
     // Half of what the guest said, and as a rule nothing.

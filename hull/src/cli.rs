@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use serde::de::DeserializeOwned;
 use vmm::config::{
-    BootMode, ByteSize, ConfigError, ConsoleConfig, ConsoleMode, DiskConfig, NetConfig, OnReboot,
-    RateLimit, VmConfig, VsockConfig,
+    BootMode, ByteSize, ConfigError, ConsoleConfig, ConsoleMode, DiskConfig, MAX_CPUS, NetConfig,
+    OnReboot, RateLimit, VmConfig, VsockConfig,
 };
 use vmm::seccomp;
 
@@ -115,7 +115,7 @@ pub struct RunArgs {
     #[arg(long)]
     pub force: bool,
     /// Number of vCPUs, 1 to 64 [default: 1]
-    #[arg(short, long, value_name = "N")]
+    #[arg(short, long, value_name = "N", value_parser = cpus, allow_negative_numbers = true)]
     pub cpus: Option<u32>,
     /// Size of the guest's memory: 128M, 2G [default: 512M]
     #[arg(short, long, value_name = "SIZE")]
@@ -454,6 +454,11 @@ fn read_text(path: &Path) -> io::Result<String> {
         return Err(io::Error::other("it is longer than 1 MiB"));
     }
     Ok(text)
+}
+
+/// A number of vCPUs, as far as it is a number: how many there may be is the machine's to say.
+fn cpus(text: &str) -> std::result::Result<u32, String> {
+    text.parse().map_err(|_| format!("{text} is not a number between 1 and {MAX_CPUS}"))
 }
 
 /// Reads a configuration file: JSON if it starts with a brace, else TOML.

@@ -180,6 +180,11 @@ fn tap_hint(err: &TapError) -> Option<String> {
             "make it with `ip tuntap add {name} mode tap user $USER`, or write --net tap to have \
              one made for the life of the machine"
         ),
+        TapError::Tun(source) if source.kind() == ErrorKind::PermissionDenied => {
+            "run as root, or let this user open it: `chmod a+rw /dev/net/tun`; making an interface \
+             takes CAP_NET_ADMIN all the same"
+                .to_owned()
+        }
         TapError::Permission { .. } => {
             "run as root, or make an interface for this user beforehand: `ip tuntap add NAME mode \
              tap user $USER`, then --net tap=NAME"

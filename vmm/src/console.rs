@@ -213,10 +213,22 @@ pub enum Sink {
     /// A regular file; or a pipe or terminal, opened anew so that "non-blocking" is this process's
     /// alone: the flag belongs to the open file description, which a shell would share.
     File(File),
+    /// A pipe or terminal of another user's, which may be written and not opened anew. Room for a
+    /// little is looked for before each write; somebody else who writes may take it first.
+    Shared(File),
     /// A socket, which cannot be opened anew; each write says that it does not want to wait.
     Socket(OwnedFd),
     /// Nowhere.
     Null,
+}
+
+/// What a pipe or terminal takes at once when it says that it is writable.
+const LITTLE: usize = 512;
+
+fn has_room(file: &File) -> bool {
+    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one valid pollfd. What is an error shows at the write.
+    unsafe { libc::poll(&mut poll, 1, 0) != 0 }
 }
 
 impl Sink {
@@ -236,7 +248,13 @@ impl Sink {
         }
         let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
-        OpenOptions::new().write(true).custom_flags(flags).open(&path).map(Sink::File)
+        match OpenOptions::new().write(true).custom_flags(flags).open(&path) {
+            // After `su`, say.
+            Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {
+                Ok(Sink::Shared(inherited))
+            }
+            file => file.map(Sink::File),
+        }
     }
 
     /// A sink that creates the file at `path`, which is none of the files `used`, and writes behind
@@ -274,7 +292,7 @@ impl Sink {
     /// The descriptor to wait at when it takes no more; `None` if it always takes.
     pub fn fd(&self) -> Option<RawFd> {
         match self {
-            Sink::File(file) => Some(file.as_raw_fd()),
+            Sink::File(file) | Sink::Shared(file) => Some(file.as_raw_fd()),
             Sink::Socket(socket) => Some(socket.as_raw_fd()),
             Sink::Null => None,
         }
@@ -285,6 +303,10 @@ impl Sink {
         loop {
             let result = match self {
                 Sink::File(file) => file.write(bytes),
+                Sink::Shared(file) if has_room(file) => {
+                    file.write(&bytes[..bytes.len().min(LITTLE)])
+                }
+                Sink::Shared(_) => return Ok(0),
                 Sink::Socket(socket) => {
                     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
                     // SAFETY: the buffer is valid for its length.

@@ -184,9 +184,6 @@ impl Step {
                     check(libc::setrlimit(*resource, &raw const limit))
                 }
                 Step::User(id) => {
-                    // Pipes belong to who made them, as a terminal does to who logged in.
-                    check(libc::fchown(1, *id, *id))?;
-                    check(libc::fchown(2, *id, *id))?;
                     check(libc::setgroups(0, ptr::null()))?;
                     check(libc::setresgid(*id, *id, *id))?;
                     check(libc::setresuid(*id, *id, *id))

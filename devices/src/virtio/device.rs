@@ -19,9 +19,11 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use libc::iovec;
+use serde_json::Value;
 
 use super::Kind;
 use super::balloon::BalloonStatus;
@@ -227,6 +229,8 @@ pub enum Message {
     StatisticsInterval(Duration),
     /// Another limit for requests, or none.
     RateLimit(Traffic, Option<RateLimiter>),
+    /// What the metadata service of a network card has to say from now on.
+    Metadata(Arc<Value>),
     /// Connections of a socket device are gone, e.g. because the machine is a copy: its driver is to
     /// close them and to read its address again (virtio 1.3 § 5.10.6.7).
     TransportReset,

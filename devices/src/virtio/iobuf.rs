@@ -89,6 +89,33 @@ impl IoBuf {
         })
     }
 
+    /// Copies bytes from `offset` on into `data` without consuming them. Returns how many, at most
+    /// `data.len()`.
+    #[inline]
+    pub fn peek(&self, offset: u64, data: &mut [u8]) -> usize {
+        let mut skip = usize::try_from(offset).unwrap_or(usize::MAX);
+        let mut done = 0;
+        for iov in self.iovecs() {
+            if skip >= iov.iov_len {
+                skip -= iov.iov_len;
+                continue;
+            }
+            let len = (iov.iov_len - skip).min(data.len() - done);
+            if len == 0 {
+                break;
+            }
+            // SAFETY: `skip + len` is at most the length of this buffer of guest RAM, `done + len`
+            // that of `data`; the two never overlap.
+            unsafe {
+                let from = iov.iov_base.cast::<u8>().add(skip);
+                std::ptr::copy_nonoverlapping(from, data.as_mut_ptr().add(done), len);
+            }
+            done += len;
+            skip = 0;
+        }
+        done
+    }
+
     /// Copies `data` to the front and consumes the space. Returns how many bytes fitted.
     pub fn write(&mut self, data: &[u8]) -> usize {
         self.copy(data.len(), |guest, offset, len| {
@@ -179,6 +206,12 @@ mod tests {
                 let v = next; next += 1; v
             }).collect()).collect();
             let mut buf = buf_over(&mut parts);
+            for (_, offset) in &ops {
+                let mut data = vec![0; 13];
+                let got = buf.peek(*offset as u64, &mut data);
+                let rest = flat.get(*offset..).unwrap_or_default();
+                prop_assert_eq!(&data[..got], &rest[..rest.len().min(13)]);
+            }
             let (mut at, mut end) = (0, total);
             for (op, n) in ops {
                 match op {

@@ -7,9 +7,11 @@
 //! ```
 //!
 //! Frames are never copied here: the kernel reads and writes guest memory, and does the checksums
-//! and the segmentation that either side leaves to the other.
+//! and the segmentation that either side leaves to the other. What is for the metadata service, where
+//! a card has one, is copied, and stays here.
 
 mod control;
+pub mod mmds;
 mod rx;
 pub mod tap;
 mod tx;
@@ -18,9 +20,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
 
 use control::ControlWorker;
-use rx::Receiver;
+use mmds::Service;
+use rx::{PATIENCE, Receiver};
+use serde_json::Value;
 use tap::Tap;
 use tx::Sender;
 
@@ -92,6 +97,9 @@ pub enum NetError {
     /// The MTU is below what virtio allows.
     #[error("an MTU of {0} bytes is not between 68 and 65535")]
     Mtu(u16),
+    /// A card with several queue pairs was to have a metadata service.
+    #[error("a card with {0} queue pairs cannot have a metadata service; it has to have one")]
+    MmdsPairs(usize),
 }
 
 /// The device.
@@ -104,6 +112,9 @@ pub struct Net {
     /// Queue pairs that the driver uses: 1 until it asks for more.
     pairs: Arc<AtomicU16>,
     limits: NetLimits,
+    mmds: Option<mmds::Options>,
+    /// What the metadata service has to say.
+    metadata: Arc<Value>,
 }
 
 /// What limits the traffic of all queue pairs together: bytes are those of Ethernet frames, and each
@@ -142,7 +153,23 @@ impl Net {
             sizes.push(CONTROL_QUEUE_SIZE);
         }
         let pairs = Arc::new(AtomicU16::new(1));
-        Ok(Net { taps, mac, mtu, sizes, pairs, limits: NetLimits::default() })
+        let (limits, metadata) = (NetLimits::default(), Arc::default());
+        Ok(Net { taps, mac, mtu, sizes, pairs, limits, mmds: None, metadata })
+    }
+
+    /// Gives the guest a metadata service on this card. Its contents come by
+    /// [`Message::Metadata`]; until then nothing is found.
+    ///
+    /// A connection has to stay with one queue pair, which a guest with several does not care for.
+    ///
+    /// # Errors
+    /// [`NetError::MmdsPairs`].
+    pub fn set_mmds(&mut self, options: mmds::Options) -> Result<(), NetError> {
+        if self.taps.len() > 1 {
+            return Err(NetError::MmdsPairs(self.taps.len()));
+        }
+        self.mmds = Some(options);
+        Ok(())
     }
 
     /// Limits what the guest receives or sends; a card has no limit for [`Traffic::All`].
@@ -196,8 +223,10 @@ impl Device for Net {
     }
 
     fn update(&mut self, message: &Message) -> Option<Vec<u8>> {
-        if let Message::RateLimit(traffic, limit) = message {
-            self.set_limit(*traffic, limit.clone());
+        match message {
+            Message::RateLimit(traffic, limit) => self.set_limit(*traffic, limit.clone()),
+            Message::Metadata(contents) => self.metadata = Arc::clone(contents),
+            _ => {}
         }
         None
     }
@@ -220,7 +249,12 @@ impl Device for Net {
             tap.set_offloads(offloads(negotiated))?;
             enable_pairs(&self.taps, self.used_pairs(negotiated))?;
         }
+        let service = self.mmds.clone().map(|options| {
+            let mtu = self.mtu.unwrap_or(u16::MAX).min(tap.mtu());
+            Box::new(Service::new(options, Arc::clone(&self.metadata), self.mac, mtu))
+        });
         Ok(Box::new(PairWorker {
+            service,
             tap: tap.clone(),
             mergeable: negotiated & feature::MRG_RXBUF != 0,
             largest: self.largest_frame(negotiated),
@@ -303,7 +337,48 @@ struct PairWorker {
     limits: NetLimits,
     rx: Option<Receiver>,
     tx: Option<Sender>,
+    service: Option<Box<Service>>,
 }
+
+impl PairWorker {
+    fn receive(&mut self, reactor: &mut dyn Reactor) {
+        if let Some(rx) = &mut self.rx {
+            rx.on_kick(self.service.as_deref_mut(), reactor);
+        }
+        self.look_after_service(reactor);
+    }
+
+    fn send(&mut self, reactor: &mut dyn Reactor) {
+        if let Some(tx) = &mut self.tx {
+            tx.send(self.service.as_deref_mut(), reactor);
+        }
+        self.look_after_service(reactor);
+    }
+
+    /// Hands over what the service has for the guest, and has its clock looked at in time.
+    fn look_after_service(&mut self, reactor: &mut dyn Reactor) {
+        if self.service.as_mut().is_some_and(|service| service.touched()) {
+            self.run_service(reactor);
+        }
+    }
+
+    fn run_service(&mut self, reactor: &mut dyn Reactor) {
+        let (Some(service), Some(rx)) = (&mut self.service, &mut self.rx) else { return };
+        let mut next = service.tick();
+        if service.frame().is_some() {
+            rx.receive(Some(service), reactor);
+            next = service.tick();
+        }
+        if let Some(delay) = next {
+            // There is one timer for both.
+            let delay = if rx.waits() { delay.min(PATIENCE) } else { delay };
+            reactor.set_timer(delay.max(SERVICE_TICK));
+        }
+    }
+}
+
+/// How often the service's clock is looked at, at most.
+const SERVICE_TICK: Duration = Duration::from_millis(5);
 
 /// Receive queues have even indices, transmit queues odd ones.
 fn is_receive(index: u16) -> bool {
@@ -334,42 +409,47 @@ impl Worker for PairWorker {
 
     fn on_kick(&mut self, index: u16, reactor: &mut dyn Reactor) {
         if is_receive(index) {
-            if let Some(rx) = &mut self.rx {
-                rx.on_kick(reactor);
-            }
-        } else if let Some(tx) = &mut self.tx {
-            tx.send(reactor);
+            self.receive(reactor);
+        } else {
+            self.send(reactor);
         }
     }
 
     fn on_event(&mut self, token: u32, reactor: &mut dyn Reactor) {
         // The token is the index of the queue that waits.
+        let service = self.service.as_deref_mut();
         if token.is_multiple_of(2) {
             if let Some(rx) = &mut self.rx {
-                rx.on_readable(reactor);
+                rx.on_readable(service, reactor);
             }
         } else if let Some(tx) = &mut self.tx {
-            tx.on_writable(reactor);
+            tx.on_writable(service, reactor);
         }
+        self.look_after_service(reactor);
     }
 
     fn on_timer(&mut self, reactor: &mut dyn Reactor) {
         if let Some(rx) = &mut self.rx {
-            rx.on_timer(reactor);
+            rx.on_timer(self.service.as_deref_mut(), reactor);
         }
+        self.run_service(reactor);
     }
 
     fn on_message(&mut self, message: Message, reactor: &mut dyn Reactor) {
-        let Message::RateLimit(traffic, limit) = message else { return };
+        let (traffic, limit) = match (message, &mut self.service) {
+            (Message::RateLimit(traffic, limit), _) => (traffic, limit),
+            (Message::Metadata(contents), Some(service)) => return service.set_contents(contents),
+            _ => return,
+        };
         self.limits.set(traffic, limit.clone());
         match (traffic, &mut self.rx, &mut self.tx) {
             (Traffic::Received, Some(rx), _) => {
                 rx.set_limit(limit);
-                rx.on_kick(reactor);
+                self.receive(reactor);
             }
             (Traffic::Sent, _, Some(tx)) => {
                 tx.set_limit(limit);
-                tx.send(reactor);
+                self.send(reactor);
             }
             _ => {}
         }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use libc::iovec;
 
+use super::mmds::Service;
 use super::tap::Tap;
 use super::{Drops, HEADER};
 use crate::rate::RateLimiter;
@@ -27,7 +28,7 @@ const HELD_DESCRIPTORS: usize = 1024 - MAX_SIZE as usize - 1;
 
 /// How long a driver with too few buffers for the largest frame may take to offer more, before
 /// frames that fit into what there is are delivered.
-const PATIENCE: Duration = Duration::from_millis(10);
+pub(super) const PATIENCE: Duration = Duration::from_millis(10);
 
 /// A chain taken from the ring and not yet filled.
 struct Held {
@@ -127,35 +128,40 @@ impl Receiver {
         self.queue.state()
     }
 
+    /// True while a timer is set for a driver that has to offer more.
+    pub(super) fn waits(&self) -> bool {
+        self.waiting
+    }
+
     /// The TAP has frames.
-    pub(super) fn on_readable(&mut self, reactor: &mut dyn Reactor) {
+    pub(super) fn on_readable(&mut self, service: Option<&mut Service>, reactor: &mut dyn Reactor) {
         self.readable = true;
-        self.receive(reactor);
+        self.receive(service, reactor);
     }
 
     /// The driver offered buffers, or a wait for the limit is over.
-    pub(super) fn on_kick(&mut self, reactor: &mut dyn Reactor) {
+    pub(super) fn on_kick(&mut self, service: Option<&mut Service>, reactor: &mut dyn Reactor) {
         self.limited = false;
-        self.receive(reactor);
+        self.receive(service, reactor);
     }
 
     /// The driver took its time to offer buffers.
-    pub(super) fn on_timer(&mut self, reactor: &mut dyn Reactor) {
+    pub(super) fn on_timer(&mut self, service: Option<&mut Service>, reactor: &mut dyn Reactor) {
         if std::mem::take(&mut self.waiting) {
             self.short = true;
-            self.receive(reactor);
+            self.receive(service, reactor);
             self.short = false;
         }
     }
 
-    /// Passes frames on, up to a batch of them.
-    fn receive(&mut self, reactor: &mut dyn Reactor) {
+    /// Passes frames on, up to a batch of them: those of `service` first.
+    pub(super) fn receive(&mut self, service: Option<&mut Service>, reactor: &mut dyn Reactor) {
         if self.limited {
             return;
         }
         self.queue.disable_kicks();
         let waited = std::mem::take(&mut self.waiting);
-        match self.run() {
+        match self.run(service) {
             Ok(Pause::Empty) => {}
             Ok(Pause::Starved) => {
                 // A driver with a ring that is too small for the largest frame would wait forever.
@@ -174,19 +180,29 @@ impl Receiver {
         self.queue.notify();
     }
 
-    fn run(&mut self) -> Result<Pause, Fault> {
+    fn run(&mut self, mut service: Option<&mut Service>) -> Result<Pause, Fault> {
         for _ in 0..BATCH {
             let enough = self.hold()?;
-            if !self.readable {
+            let answer = service.as_deref().and_then(Service::frame);
+            if !self.readable && answer.is_none() {
                 return Ok(Pause::Empty);
             }
-            if !enough && (self.held.is_empty() || !self.short) {
+            let fits = answer.is_some_and(|frame| frame.len() as u64 <= self.held_bytes);
+            if !enough && !fits && (self.held.is_empty() || !self.short) {
                 return Ok(Pause::Starved);
             }
             if let Some(limit) = &self.limit
                 && let Err(wait) = limit.ready(Instant::now())
             {
                 return Ok(Pause::Later(wait));
+            }
+            if let Some(frame) = answer {
+                let len = self.copy(frame);
+                self.deliver(len)?;
+                if let Some(service) = &mut service {
+                    service.delivered();
+                }
+                continue;
             }
             match self.read() {
                 Ok(len) => self.deliver(len)?,
@@ -272,6 +288,20 @@ impl Receiver {
         let len =
             unsafe { libc::readv(self.tap.fd(), buffers.as_ptr(), buffers.len() as libc::c_int) };
         u64::try_from(len).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Copies `frame` into what is held, as reading it would. Returns its length.
+    fn copy(&self, frame: &[u8]) -> u64 {
+        let mut rest = frame;
+        for buffer in &self.buffers[self.first..] {
+            let (part, more) = rest.split_at(rest.len().min(buffer.iov_len));
+            // SAFETY: guest RAM of held chains and one byte of ours, of at least this length.
+            unsafe {
+                std::ptr::copy_nonoverlapping(part.as_ptr(), buffer.iov_base.cast(), part.len());
+            }
+            rest = more;
+        }
+        frame.len() as u64
     }
 
     /// Hands a frame of `len` bytes with header, which lies in the held chains, to the driver.

@@ -3,6 +3,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use super::mmds::Service;
 use super::tap::Tap;
 use super::{Drops, HEADER, MAX_FRAME};
 use crate::rate::RateLimiter;
@@ -53,21 +54,21 @@ impl Sender {
     }
 
     /// The TAP has room again.
-    pub(super) fn on_writable(&mut self, reactor: &mut dyn Reactor) {
+    pub(super) fn on_writable(&mut self, service: Option<&mut Service>, reactor: &mut dyn Reactor) {
         if std::mem::take(&mut self.blocked) {
             // Watched anew when it is full again: that reports room which came in between.
             reactor.unwatch(self.tap.waiting_fd());
-            self.send(reactor);
+            self.send(service, reactor);
         }
     }
 
-    /// Sends what the driver has made available, up to a batch.
-    pub(super) fn send(&mut self, reactor: &mut dyn Reactor) {
+    /// Sends what the driver has made available, up to a batch. What is for `service` goes there.
+    pub(super) fn send(&mut self, service: Option<&mut Service>, reactor: &mut dyn Reactor) {
         if self.blocked {
             return;
         }
         self.queue.disable_kicks();
-        match self.run() {
+        match self.run(service) {
             Ok(Pause::Empty) => {}
             Ok(Pause::Batch) => reactor.again(self.index),
             Ok(Pause::Later(wait)) => reactor.later(self.index, wait),
@@ -83,7 +84,7 @@ impl Sender {
         self.queue.notify();
     }
 
-    fn run(&mut self) -> Result<Pause, QueueError> {
+    fn run(&mut self, mut service: Option<&mut Service>) -> Result<Pause, QueueError> {
         for _ in 0..BATCH {
             if let Some(limit) = &self.limit
                 && self.queue.has_available()?
@@ -100,7 +101,9 @@ impl Sender {
                 }
                 return Ok(Pause::Empty);
             };
-            match write(&self.tap, &self.chain.readable) {
+            let taken = service.as_mut().is_some_and(|service| service.take(&self.chain.readable));
+            let sent = if taken { Ok(()) } else { write(&self.tap, &self.chain.readable) };
+            match sent {
                 Err(err) if err.kind() == io::ErrorKind::WouldBlock => {
                     self.queue.undo(&[head]);
                     return Ok(Pause::Blocked);

@@ -10,11 +10,14 @@
 //! The configuration is guarded by a lock that is held for as long as it takes to look or to write,
 //! never while something is waited for: a request that waits delays no other.
 
+mod metadata;
+
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use axum::http::StatusCode;
+use serde_json::Value;
 use tokio::sync::oneshot;
 use vmm::config::{BalloonConfig, ByteSize, DiskConfig, NetConfig, RateLimit, VmConfig};
 use vmm::devices::virtio::blk::Candidate;
@@ -41,11 +44,13 @@ const BALLOON: &str = "balloon";
 pub struct Limits {
     /// Most bytes of a request's body.
     pub body: usize,
+    /// Most bytes of the metadata, as JSON.
+    pub metadata: usize,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { body: 51_200 }
+        Limits { body: 51_200, metadata: 51_200 }
     }
 }
 
@@ -80,7 +85,11 @@ pub struct Start {
 impl Start {
     /// The machine is built and runs from now on.
     pub fn started(self, handle: Handle) {
-        lock(&self.inner).phase = Phase::Started(handle);
+        let mut inner = lock(&self.inner);
+        // Before anybody can change it.
+        let _ = inner.tell_metadata(&handle);
+        inner.phase = Phase::Started(handle);
+        drop(inner);
         // A client that is gone has its machine all the same.
         let _ = self.reply.send(Ok(()));
     }
@@ -108,6 +117,8 @@ struct Inner {
     config: VmConfig,
     phase: Phase,
     logger: Option<Logger>,
+    /// What the guest's metadata service has to say; `None` until somebody puts something.
+    metadata: Option<Arc<Value>>,
 }
 
 /// The machine behind the API.
@@ -132,7 +143,7 @@ impl Instance {
         config: VmConfig,
         starts: mpsc::Sender<Start>,
     ) -> Instance {
-        let inner = Inner { config, phase: Phase::Configuring, logger: None };
+        let inner = Inner { config, phase: Phase::Configuring, logger: None, metadata: None };
         Instance {
             id: None,
             log: None,
@@ -146,7 +157,7 @@ impl Instance {
     /// A machine that runs already.
     pub fn running(program: Program, limits: Limits, config: VmConfig, handle: Handle) -> Instance {
         let (starts, _) = mpsc::channel();
-        let inner = Inner { config, phase: Phase::Started(handle), logger: None };
+        let inner = Inner { config, phase: Phase::Started(handle), logger: None, metadata: None };
         Instance {
             id: None,
             log: None,
@@ -224,6 +235,9 @@ impl Instance {
         }
         if let Some(entropy) = file.entropy {
             self.put_entropy(entropy)?;
+        }
+        if let Some(mmds) = file.mmds_config {
+            self.put_mmds(mmds)?;
         }
         self.wish().map(drop)
     }

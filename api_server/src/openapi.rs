@@ -3,7 +3,7 @@
 use utoipa::OpenApi;
 
 use crate::fault::FaultBody;
-use crate::routes::{balloon, boot, drives, info, machine, nets, small};
+use crate::routes::{balloon, boot, drives, info, machine, mmds, nets, small};
 
 /// What is served, as OpenAPI 3.1. `docs/openapi.json` is a copy of it, which a test keeps equal.
 #[derive(OpenApi)]
@@ -39,6 +39,11 @@ use crate::routes::{balloon, boot, drives, info, machine, nets, small};
         balloon::patch,
         balloon::statistics,
         balloon::patch_statistics,
+        mmds::get,
+        mmds::put,
+        mmds::patch,
+        mmds::config,
+        mmds::put_config,
         small::act,
         small::set_state,
         small::entropy,

@@ -36,9 +36,10 @@ pub fn api(args: &ApiArgs) -> Result {
     let session = Session::prepare(&mut config, wanted)?;
     let (starts, wishes) = mpsc::channel();
     let filter = config.seccomp;
+    let limits =
+        Limits { body: args.max_body, metadata: args.mmds_size_limit.unwrap_or(args.max_body) };
     let log = Log { id: config.name.clone().unwrap_or_default() };
-    let instance = Instance::new(program, Limits { body: args.max_body }, config, starts)
-        .with_log(Box::new(log));
+    let instance = Instance::new(program, limits, config, starts).with_log(Box::new(log));
     let _file = api_server::serve(socket, instance, filter)?;
     start_wished(&session, &wishes)
 }

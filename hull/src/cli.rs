@@ -71,6 +71,9 @@ pub struct ApiArgs {
     /// Most bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
     pub max_body: usize,
+    /// Most bytes of the metadata [default: those of a body]
+    #[arg(long, value_name = "BYTES")]
+    pub mmds_size_limit: Option<usize>,
 }
 
 /// `hull firecracker`: everything behind it is Firecracker's.
@@ -135,6 +138,10 @@ pub struct RunArgs {
     /// Memory that the guest lends to the host: size=SIZE[,deflate-on-oom][,stats-interval=SECONDS][,reporting]
     #[arg(long, value_name = "OPTIONS")]
     pub balloon: Option<String>,
+    /// Metadata that the guest reads over its network card, at http://169.254.169.254:
+    /// path=FILE[,net=CARD][,version=V1|V2][,address=ADDR][,imds-compat]
+    #[arg(long, value_name = "OPTIONS")]
+    pub mmds: Option<String>,
     /// Give the guest a source of entropy [=rate=RATE]
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true,
           default_missing_value = "")]
@@ -357,6 +364,9 @@ impl RunArgs {
         if let Some(text) = &self.balloon {
             config.balloon = Some(read_option("balloon", text, keyvalue::split(text))?);
         }
+        if let Some(text) = &self.mmds {
+            config.mmds = Some(read_option("mmds", text, leading_path(text))?);
+        }
         if let Some(text) = &self.console {
             config.console = console(text)?;
         }
@@ -410,12 +420,17 @@ fn net(text: &str) -> std::result::Result<NetConfig, UsageError> {
 
 /// A socket's path alone is enough.
 fn vsock(text: &str) -> std::result::Result<VsockConfig, UsageError> {
+    read_option("vsock", text, leading_path(text))
+}
+
+/// Options of which the first is a path if it has no key.
+fn leading_path(text: &str) -> Vec<keyvalue::Pair> {
     let mut pairs = keyvalue::split(text);
     if let Some(first) = pairs.first_mut().filter(|first| first.value.is_none()) {
         let path = std::mem::replace(&mut first.key, "path".to_owned());
         first.value = Some(path);
     }
-    read_option("vsock", text, pairs)
+    pairs
 }
 
 /// `MODE[,device=…]`, with `file=PATH` as a mode.
@@ -684,6 +699,28 @@ mod tests {
         assert!(refused("size=1G").contains("more than the guest's memory of 512M"));
         assert!(refused("stats-interval=-1").contains("stats-interval"));
         assert!(refused("sise=1M").contains("did you mean `size`?"));
+    }
+
+    #[test]
+    fn metadata_is_read() {
+        let config = config(&[
+            "--net",
+            "tap,id=a",
+            "--mmds",
+            "m.json,net=a,version=V2,address=169.254.1.2,imds-compat",
+        ])
+        .unwrap();
+        let mmds = config.mmds.as_ref().unwrap();
+        assert_eq!(mmds.path.as_deref(), Some(Path::new("m.json")));
+        assert_eq!((mmds.net.as_slice(), mmds.imds_compat), (&["a".to_owned()][..], true));
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(toml::from_str::<VmConfig>(&text).unwrap(), config, "{text}");
+        let refused =
+            |text| self::config(&["--net", "tap", "--mmds", text]).unwrap_err().to_string();
+        assert!(refused("m,net=b").contains("mmds.net: there is no network card b"));
+        assert!(refused("m,address=10.0.0.1").contains("mmds.address: 10.0.0.1 is not between"));
+        assert!(refused("m,version=V3").contains("V3"));
+        assert!(self::config(&["--mmds", "m"]).is_err());
     }
 
     #[test]

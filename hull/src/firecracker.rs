@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use api_server::types::small::Logger;
-use api_server::{Fault, Instance, Limits, LogSettings, Program, Socket};
+use api_server::{Instance, Limits, LogSettings, Program, Socket};
 use clap::Parser;
 use vmm::config::{ByteSize, VmConfig};
 use vmm::seccomp;
@@ -197,11 +197,19 @@ fn run(options: &Options, start: Instant) -> Result {
     let (starts, wishes) = mpsc::channel();
     let filter = config.seccomp;
     let program = Program { name: "Firecracker", version: FIRECRACKER, api_version: FIRECRACKER };
-    let limits = Limits { body: options.http_api_max_payload_size };
+    let body = options.http_api_max_payload_size;
+    let limits = Limits { body, metadata: options.mmds_size_limit.unwrap_or(body) };
     let instance =
         Instance::new(program, limits, config, starts).with_id(&options.id).with_log(Box::new(log));
+    if let Some(path) = &options.metadata {
+        read(path, |text| {
+            let contents = serde_json::from_slice(text)?;
+            instance.preset_metadata(contents).map(drop).map_err(|fault| fault.to_string().into())
+        })?;
+    }
     if let Some(path) = &options.config_file {
-        configure(&instance, path)?;
+        // The configuration of the machine, and the wish for its start.
+        read(path, |text| instance.configure_from(text).map_err(|fault| fault.to_string().into()))?;
     }
     let _file = socket.map(|socket| api_server::serve(socket, instance, filter)).transpose()?;
     if let Some(path) = &options.config_file {
@@ -217,14 +225,13 @@ fn run(options: &Options, start: Instant) -> Result {
     start_wished(&session, &wishes)
 }
 
-/// Puts the configuration of a file into the machine, and wishes for its start.
-fn configure(instance: &Instance, path: &Path) -> std::result::Result<(), BadConfiguration> {
-    let read = || -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let text = fs::read(path)?;
-        instance.configure_from(&text).map_err(|fault: Fault| fault.to_string())?;
-        Ok(())
-    };
-    read().map_err(|source| BadConfiguration { path: path.to_owned(), source })
+/// Has `take` take what is in a file.
+fn read(
+    path: &Path,
+    take: impl FnOnce(&[u8]) -> Result<()>,
+) -> std::result::Result<(), BadConfiguration> {
+    let taken = fs::read(path).map_err(Into::into).and_then(|text| take(&text));
+    taken.map_err(|source| BadConfiguration { path: path.to_owned(), source })
 }
 
 /// An instance's id: letters, digits and `-`, at most 64.

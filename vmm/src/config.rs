@@ -6,6 +6,7 @@
 //! opening files and devices is the machine's business.
 
 mod balloon;
+mod mmds;
 mod rate;
 mod values;
 mod vsock;
@@ -17,6 +18,7 @@ use arch::layout;
 use serde::{Deserialize, Serialize};
 
 pub use balloon::BalloonConfig;
+pub use mmds::{MmdsConfig, MmdsVersion};
 pub use rate::{RateLimit, TokenBucket};
 pub use values::{ByteSize, HostAddress, MacAddress};
 pub use vsock::VsockConfig;
@@ -72,6 +74,9 @@ pub struct VmConfig {
     /// Memory that the guest lends to the host (virtio-balloon).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
+    /// Contents that the guest reads over its network card.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mmds: Option<MmdsConfig>,
 }
 
 impl Default for VmConfig {
@@ -92,6 +97,7 @@ impl Default for VmConfig {
             net: Vec::new(),
             vsock: None,
             balloon: None,
+            mmds: None,
         }
     }
 }
@@ -333,6 +339,9 @@ impl VmConfig {
         self.vsock.as_ref().map_or(Ok(()), VsockConfig::validate)?;
         if let Some(balloon) = &self.balloon {
             balloon.validate(self.memory.size)?;
+        }
+        if let Some(mmds) = &self.mmds {
+            mmds.validate(self)?;
         }
         self.validate_device_count()
     }

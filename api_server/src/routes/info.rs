@@ -42,6 +42,7 @@ pub async fn full(State(shared): State<Shared>, _: Nothing) -> Found<FullVmConfi
         balloon: config.balloon.as_ref().map(Into::into),
         vsock: config.vsock.as_ref().map(Into::into),
         entropy: EntropyDevice::of(&config),
+        mmds_config: config.mmds.as_ref().map(Into::into),
     }))
 }
 

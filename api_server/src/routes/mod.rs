@@ -5,6 +5,7 @@ pub mod boot;
 pub mod drives;
 pub mod info;
 pub mod machine;
+pub mod mmds;
 pub mod nets;
 pub mod small;
 
@@ -36,6 +37,8 @@ pub fn router(shared: Shared) -> Router {
         .route("/balloon/hinting/start", patch(small::later))
         .route("/balloon/hinting/stop", patch(small::later))
         .route("/balloon/hinting/status", get(small::later))
+        .route("/mmds", get(mmds::get).put(mmds::put).patch(mmds::patch))
+        .route("/mmds/config", get(mmds::config).put(mmds::put_config))
         .route("/logger", get(small::logger).put(small::put_logger))
         .route("/vsock", get(small::vsock).put(small::put_vsock))
         .route("/entropy", get(small::entropy).put(small::put_entropy))

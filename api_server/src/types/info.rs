@@ -7,6 +7,7 @@ use super::balloon::Balloon;
 use super::boot::BootSource;
 use super::drive::Drive;
 use super::machine::MachineConfiguration;
+use super::mmds::MmdsConfig;
 use super::net::NetworkInterface;
 use super::small::{EntropyDevice, Logger};
 use super::vsock::Vsock;
@@ -51,6 +52,8 @@ pub struct FullVmConfiguration {
     pub vsock: Option<Vsock>,
     /// Source of entropy.
     pub entropy: Option<EntropyDevice>,
+    /// The metadata service.
+    pub mmds_config: Option<MmdsConfig>,
 }
 
 /// A configuration file: what can be put, by section.
@@ -75,4 +78,6 @@ pub struct ConfigFile {
     pub vsock: Option<Vsock>,
     /// Source of entropy.
     pub entropy: Option<EntropyDevice>,
+    /// The metadata service.
+    pub mmds_config: Option<MmdsConfig>,
 }

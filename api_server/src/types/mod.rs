@@ -9,6 +9,7 @@ pub mod boot;
 pub mod drive;
 pub mod info;
 pub mod machine;
+pub mod mmds;
 pub mod net;
 pub mod rate;
 pub mod small;

@@ -1,7 +1,10 @@
 //! The device table: which virtio devices a configuration asks for, in the order in which the guest
 //! finds them. A new kind of device is one line here.
 
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,16 +12,18 @@ use devices::rate::RateLimiter;
 use devices::virtio::balloon::{Balloon, BalloonOptions};
 use devices::virtio::blk::{Block, Cache, DiskFile, OpenError, Options};
 use devices::virtio::console::{Console, ConsoleOutput};
-use devices::virtio::device::{Device, Traffic};
+use devices::virtio::device::{Device, Message, Traffic};
+use devices::virtio::net::mmds::{self, TokenKey};
 use devices::virtio::net::tap::{Tap, TapError};
 use devices::virtio::net::{Net, NetOptions};
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Listener, Vsock};
+use serde_json::Value;
 
 use super::build::BuildError;
 use crate::config::{
-    BalloonConfig, CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, NetConfig, RateLimit,
-    VmConfig,
+    BalloonConfig, CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, MmdsConfig, MmdsVersion,
+    NetConfig, RateLimit, VmConfig,
 };
 use crate::console::Output;
 use crate::files;
@@ -76,10 +81,18 @@ pub(super) fn devices(
         })?;
         add(name, Box::new(device), back_end);
     }
+    let service = config.mmds.as_ref().map(metadata_service).transpose();
+    let service = service.map_err(|source| BuildError::Device { device: "mmds".into(), source })?;
     for (n, net) in config.net.iter().enumerate() {
         let name = config.net_name(n);
-        let device = card(config, n, net)
-            .map_err(|source| BuildError::Device { device: name.clone(), source })?;
+        let failed = |source| BuildError::Device { device: name.clone(), source };
+        let mut device = card(config, n, net).map_err(failed)?;
+        let here = config.mmds.as_ref().is_some_and(|mmds| mmds.is_on(&name));
+        if let Some((options, contents)) = service.as_ref().filter(|_| here) {
+            device.set_mmds(options.clone()).map_err(|err| failed(err.into()))?;
+            // Nothing that the guest sees changes by it.
+            device.update(&Message::Metadata(Arc::clone(contents)));
+        }
         add(name, Box::new(device), BackEnd::Polled);
     }
     if let Some(vsock) = &config.vsock {
@@ -160,6 +173,35 @@ fn card(
     card.set_limit(Traffic::Received, limiter(net.rx_rate));
     card.set_limit(Traffic::Sent, limiter(net.tx_rate));
     Ok(card)
+}
+
+/// Most bytes of a file of metadata.
+const LONGEST_METADATA: u64 = 1 << 20;
+
+/// What the cards of a machine serve: with one secret, so that a token is good for all of them.
+fn metadata_service(
+    config: &MmdsConfig,
+) -> Result<(mmds::Options, Arc<Value>), Box<dyn std::error::Error + Send + Sync>> {
+    let contents = match &config.path {
+        Some(path) => read_metadata(path).map_err(|why| format!("{}: {why}", path.display()))?,
+        None => Value::default(),
+    };
+    let version = match config.version {
+        MmdsVersion::V1 => mmds::Version::V1,
+        MmdsVersion::V2 => mmds::Version::V2,
+    };
+    let (address, imds_compat) = (config.address, config.imds_compat);
+    let options = mmds::Options { version, address, imds_compat, key: TokenKey::random()? };
+    Ok((options, Arc::new(contents)))
+}
+
+fn read_metadata(path: &Path) -> Result<Value, Box<dyn std::error::Error + Send + Sync>> {
+    let mut text = Vec::new();
+    File::open(path)?.take(LONGEST_METADATA + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > LONGEST_METADATA {
+        return Err("it is longer than 1 MiB".into());
+    }
+    Ok(serde_json::from_slice(&text)?)
 }
 
 /// A TAP that goes with this process: up, and with the host's address if one is configured.

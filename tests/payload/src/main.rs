@@ -45,6 +45,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("rng", virtio::rng::scenario),
     ("blk", virtio::blk::scenario),
     ("net", virtio::net::scenario),
+    ("mmds", virtio::mmds::scenario),
     ("console", virtio::console::scenario),
     ("vsock", virtio::vsock::scenario),
 ];

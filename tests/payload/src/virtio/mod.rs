@@ -3,6 +3,7 @@
 pub mod balloon;
 pub mod blk;
 pub mod console;
+pub mod mmds;
 pub mod mmio;
 pub mod net;
 pub mod queue;

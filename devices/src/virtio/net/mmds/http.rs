@@ -146,20 +146,22 @@ impl Request<'_, '_> {
     fn closes(&self) -> bool {
         let connection = self.header(&["connection"]).unwrap_or_default();
         match self.parsed.version {
+            // The answer to it has a body, which its sender does not expect (RFC 9110 § 9.3.2).
+            _ if self.parsed.method == Some("HEAD") => true,
             Some(0) => !connection.eq_ignore_ascii_case(b"keep-alive"),
             _ => connection.eq_ignore_ascii_case(b"close"),
         }
     }
 
-    /// The path, without what an absolute URI has in front of it (RFC 9112 § 3.2.2), and without a
-    /// query. `None` if nothing is left.
+    /// The path, without what an absolute URI has in front of it (RFC 9112 § 3.2.2). A query is part of
+    /// it, since it may be one of a key. `None` if nothing is left.
     fn path(&self) -> Option<&str> {
         let target = self.parsed.path?;
         let path = match target.strip_prefix("http://") {
             Some(rest) => &rest[rest.find('/')?..],
             None => target,
         };
-        path.split(['?', '#']).next().filter(|path| path.starts_with('/'))
+        Some(path).filter(|path| path.starts_with('/'))
     }
 
     /// True if JSON is asked for; the first type that is known decides.
@@ -198,8 +200,13 @@ fn respond(
             }
             Some(_) => Reply::text(UNAUTHORIZED, "MMDS token not valid."),
         },
-        Some("PUT") => hand_out(options, now, serial, path, request),
-        _ => Reply::text(METHOD_NOT_ALLOWED, "Not allowed HTTP method.").with("Allow", "GET, PUT"),
+        Some("PUT") if options.version == Version::V2 => {
+            hand_out(options, now, serial, path, request)
+        }
+        _ => {
+            let allowed = if options.version == Version::V1 { "GET" } else { "GET, PUT" };
+            Reply::text(METHOD_NOT_ALLOWED, "Not allowed HTTP method.").with("Allow", allowed)
+        }
     }
 }
 
@@ -244,7 +251,7 @@ fn hand_out(options: &Options, now: Instant, serial: u64, path: &str, request: &
             "Invalid header. Reason: Unsupported header name. Key: X-Forwarded-For",
         );
     }
-    if pointer(path) != TOKEN_PATH {
+    if pointer(path) != TOKEN_PATH || path.ends_with('/') {
         return Reply::text(NOT_FOUND, format!("Resource not found: {path}."));
     }
     let Some(ttl) = request.header(&TOKEN_TTL) else {
@@ -254,14 +261,21 @@ fn hand_out(options: &Options, now: Instant, serial: u64, path: &str, request: &
              `X-aws-ec2-metadata-token-ttl-seconds` header to specify the token's lifetime.",
         );
     };
-    let Some(seconds) = number::<u32>(ttl).filter(|seconds| TTL.contains(seconds)) else {
-        let (ttl, least, most) = (String::from_utf8_lossy(ttl), TTL.start(), TTL.end());
+    let Some(seconds) = number::<u32>(ttl) else {
         let text = format!(
-            "Invalid time to live value provided for token: {ttl}. Please provide a value between \
-             {least} and {most}."
+            "Invalid header. Reason: Invalid value. Key:X-metadata-token-ttl-seconds; Value:{}",
+            String::from_utf8_lossy(ttl)
         );
         return Reply::text(BAD_REQUEST, text);
     };
+    if !TTL.contains(&seconds) {
+        let (least, most) = (TTL.start(), TTL.end());
+        let text = format!(
+            "Invalid time to live value provided for token: {seconds}. Please provide a value \
+             between {least} and {most}."
+        );
+        return Reply::text(BAD_REQUEST, text);
+    }
     let token = options.key.token(now, Duration::from_secs(seconds.into()), serial);
     Reply::text(OK, token).with("X-metadata-token-ttl-seconds", seconds.to_string())
 }

@@ -58,11 +58,12 @@ fn values_are_json_or_lists() {
     assert_eq!(found("/age", JSON), ok("43"));
     assert_eq!(found("/none", JSON), ok("null"));
     assert_eq!(found("/a~1b/~0", ""), ok("tilde"));
-    assert_eq!(found("http://169.254.169.254/name/second?x=1", ""), ok("Doe"));
+    assert_eq!(found("http://169.254.169.254/name/second", ""), ok("Doe"));
     let unsupported = "Cannot retrieve value. The value has an unsupported type.".to_owned();
     for path in ["/age", "/phones", "/none"] {
         assert_eq!(found(path, ""), (501, unsupported.clone()));
     }
+    assert_eq!(found("/name?x", ""), (404, "Resource not found: /name?x.".to_owned()));
     assert_eq!(found("/nmae", ""), (404, "Resource not found: /nmae.".to_owned()));
     assert_eq!(found("http://host", ""), (400, "Invalid URI.".to_owned()));
     assert_eq!(found("*", ""), (400, "Invalid URI.".to_owned()));
@@ -102,7 +103,7 @@ fn version_2_wants_a_token() {
     let not_valid = (401, "MMDS token not valid.".to_owned());
     assert_eq!(get(&v2, "/age", "X-metadata-token: 00\r\n"), not_valid);
     for ttl in ["X-metadata-token-ttl-seconds", "x-aws-ec2-metadata-token-ttl-seconds"] {
-        let request = format!("PUT //latest/api/token/ HTTP/1.1\r\n{ttl}: 21600\r\n\r\n");
+        let request = format!("PUT //latest/api/token HTTP/1.1\r\n{ttl}: 21600\r\n\r\n");
         let (status, head, token) = ask(&v2, &request);
         assert_eq!(status, 200, "{token}");
         assert!(head.contains("Content-Type: text/plain"), "{head}");
@@ -123,36 +124,46 @@ fn version_2_wants_a_token() {
 
 #[test]
 fn tokens_are_refused_with_a_reason() {
-    // With version 1 they can be asked for as well, and make no difference.
-    for version in [Version::V1, Version::V2] {
-        let options = options(version);
-        let put = |path: &str, headers: &str| {
-            let (status, _, body) = ask(&options, &format!("PUT {path} HTTP/1.1\r\n{headers}\r\n"));
-            (status, body)
-        };
-        let path = "/latest/api/token";
-        for ttl in ["0", "21601", "-1", "+1", "", "1.5", "one", "99999999999"] {
-            let (status, body) = put(path, &format!("X-metadata-token-ttl-seconds: {ttl}\r\n"));
-            assert_eq!(status, 400);
-            assert!(body.ends_with("Please provide a value between 1 and 21600."), "{body}");
-        }
-        assert_eq!(put(path, "").0, 400);
-        let ttl = "X-metadata-token-ttl-seconds: 1\r\n";
-        let forwarded = put(path, &format!("{ttl}x-forwarded-FOR: 1.2.3.4\r\n"));
-        assert_eq!(forwarded.0, 400);
-        assert!(forwarded.1.contains("X-Forwarded-For"), "{forwarded:?}");
-        assert_eq!(put("/latest/api", ttl), (404, "Resource not found: /latest/api.".to_owned()));
-        assert_eq!(put(path, ttl).0, 200);
+    let options = options(Version::V2);
+    let put = |path: &str, headers: &str| {
+        let (status, _, body) = ask(&options, &format!("PUT {path} HTTP/1.1\r\n{headers}\r\n"));
+        (status, body)
+    };
+    let path = "/latest/api/token";
+    for ttl in ["0", "21601"] {
+        let (status, body) = put(path, &format!("X-metadata-token-ttl-seconds: {ttl}\r\n"));
+        assert_eq!(status, 400);
+        assert!(body.ends_with("Please provide a value between 1 and 21600."), "{body}");
     }
+    for ttl in ["-1", "+1", "", "1.5", "one", "99999999999"] {
+        let (status, body) = put(path, &format!("X-metadata-token-ttl-seconds: {ttl}\r\n"));
+        assert_eq!(status, 400);
+        assert!(body.ends_with(&format!("Value:{ttl}")), "{body}");
+    }
+    assert_eq!(put(path, "").0, 400);
+    let ttl = "X-metadata-token-ttl-seconds: 1\r\n";
+    let forwarded = put(path, &format!("{ttl}x-forwarded-FOR: 1.2.3.4\r\n"));
+    assert_eq!(forwarded.0, 400);
+    assert!(forwarded.1.contains("X-Forwarded-For"), "{forwarded:?}");
+    for path in ["/latest/api", "/latest/api/token/"] {
+        assert_eq!(put(path, ttl), (404, format!("Resource not found: {path}.")));
+    }
+    assert_eq!(put(path, ttl).0, 200);
 }
 
 #[test]
 fn other_methods_are_told_what_is_allowed() {
-    for method in ["POST", "PATCH", "DELETE", "HEAD"] {
-        let request = format!("{method} / HTTP/1.1\r\n\r\n");
-        let (status, head, body) = ask(&options(Version::V2), &request);
-        assert_eq!((status, body.as_str()), (405, "Not allowed HTTP method."));
-        assert!(head.contains("Allow: GET, PUT"), "{head}");
+    for (version, allowed) in [(Version::V1, "Allow: GET"), (Version::V2, "Allow: GET, PUT")] {
+        for method in ["POST", "PATCH", "DELETE", "HEAD", "PUT"] {
+            if method == "PUT" && version == Version::V2 {
+                continue;
+            }
+            let request = format!("{method} /latest/api/token HTTP/1.1\r\n\r\n");
+            let (status, head, body) = ask(&options(version), &request);
+            assert_eq!((status, body.as_str()), (405, "Not allowed HTTP method."));
+            assert!(head.lines().any(|line| line == allowed), "{head}");
+            assert_eq!(head.contains("Connection: close"), method == "HEAD");
+        }
     }
 }
 

@@ -12,6 +12,8 @@
 //! answer, and [`OUTBOUND`] frames. While the guest does not take those, what it sends to the service
 //! is dropped, as a host whose network is full would do.
 
+#[cfg(any(test, feature = "conformance"))]
+mod fuzzing;
 mod http;
 mod stack;
 mod token;
@@ -20,6 +22,8 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+#[cfg(any(test, feature = "conformance"))]
+pub use fuzzing::fuzz;
 use serde_json::Value;
 use stack::Stack;
 pub use token::TokenKey;

@@ -22,6 +22,8 @@ mod input;
 #[cfg(test)]
 mod keys;
 #[cfg(test)]
+mod mmds;
+#[cfg(test)]
 mod names;
 #[cfg(test)]
 mod net;

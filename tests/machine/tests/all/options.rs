@@ -11,7 +11,7 @@ const BARE: &str = "no value";
 
 /// Options that describe a machine, each with values that are not the default ones. Together they
 /// have every key that the help names.
-const OPTIONS: [(&str, &[&str]); 19] = [
+const OPTIONS: [(&str, &[&str]); 20] = [
     ("--kernel", &["/boot/vmlinuz"]),
     ("--initrd", &["/boot/initrd.img"]),
     ("--cmdline", &["quiet \"a\\b\" -- 'x' ü", ""]),
@@ -33,13 +33,15 @@ const OPTIONS: [(&str, &[&str]); 19] = [
         "--net",
         &[
             "tap",
-            "tap=tap7,mac=02:00:00:00:00:0f,mtu=9000,queues=16,rx-rate=5M,tx-rate=300ops/1s+20",
+            "tap=tap7,mac=02:00:00:00:00:0f,mtu=9000,rx-rate=5M,tx-rate=300ops/1s+20",
             "host=172.30.0.1/30",
             "fd=7",
+            "queues=16",
         ],
     ),
     ("--vsock", &["path=/run/v.sock,cid=4294967294", "v.sock"]),
     ("--balloon", &["size=1M,deflate-on-oom,stats-interval=7,reporting"]),
+    ("--mmds", &["path=m,,d.json,net=net0,version=V2,address=169.254.1.2,imds-compat", "m.json"]),
     ("--rng", &[BARE, "rate=1M/100ms+5M"]),
     ("--console", &["tty", "stdio", "off", "file=/tmp/a b,device=virtio,rate=64K"]),
     ("--name", &["the-one_1.2"]),
@@ -121,6 +123,7 @@ fn every_option_is_printed_and_read_back() {
         for index in 0..values.len().max(1) {
             let guest = match name {
                 "--kernel" => Guest::hull("run"),
+                "--mmds" => Guest::hull("run").option("--kernel", "k").option("--net", "tap"),
                 _ => Guest::hull("run").option("--kernel", "k"),
             };
             let printed = print(with(guest, &[(name, values)], index));
@@ -153,7 +156,7 @@ fn all_options_at_once() {
         );
     let printed = print(all);
     assert_eq!(printed.matches("[[disk]]").count(), 3);
-    assert_eq!(printed.matches("[[net]]").count(), 4);
+    assert_eq!(printed.matches("[[net]]").count(), 5);
     assert!(printed.find("first").unwrap() < printed.find("plain.img").unwrap());
     assert_eq!(again(&folder, &printed), printed);
 }
@@ -178,6 +181,7 @@ fn values_are_printed_as_they_were_given() {
         "--net=fd=7",
         "--vsock=path=/run/v.sock,cid=4294967294",
         "--balloon=size=1M,deflate-on-oom,stats-interval=7,reporting",
+        "--mmds=m.json,net=net1,version=V2,address=169.254.1.2,imds-compat",
     ];
     let printed = print(options.iter().fold(Guest::hull("run"), |guest, text| guest.flag(text)));
     // In this order; other keys may stand between.
@@ -227,6 +231,12 @@ fn values_are_printed_as_they_were_given() {
         "deflate-on-oom = true",
         "stats-interval = 7",
         "reporting = true",
+        "[mmds]",
+        r#"path = "m.json""#,
+        r#"net = ["net1"]"#,
+        r#"version = "V2""#,
+        r#"address = "169.254.1.2""#,
+        "imds-compat = true",
     ] {
         assert!(lines.any(|line| line == expected), "no {expected} at its place in {printed}");
     }

@@ -34,7 +34,8 @@ const LONGEST: usize = 60 << 10;
 /// `request=` is sent, with `%20` and the like in it; after `|` there may be more of them, in which
 /// `$T` stands for the body of the answer before. Prints answers, or with `quiet=1` their lengths.
 /// `address=` is the service's, `window=` what is offered to it; `flood=` asks for so many connections
-/// first that nobody goes on with, `junk=` sends as many segments of none.
+/// first that nobody goes on with, `junk=` sends as many segments of none. With `wait=1` each request is
+/// repeated until its answer is another than the one before.
 pub fn scenario(boot: &Boot) {
     let Some(device) = find(boot, NET) else { return };
     let Some((_, [mut rx, tx])) = start::<2>(boot, &device, FEATURES, 256) else { return };
@@ -88,11 +89,17 @@ pub fn scenario(boot: &Boot) {
             text[len % 1400] = byte;
             len += 1;
         }
-        match guest.ask(text.get(..len).unwrap_or(&[]), store) {
-            Some(length) => total = length,
-            None => {
-                println!("mmds: no answer");
-                return;
+        let before = sum_of(bytes(store, total));
+        loop {
+            match guest.ask(text.get(..len).unwrap_or(&[]), store) {
+                Some(length) => total = length,
+                None => {
+                    println!("mmds: no answer");
+                    return;
+                }
+            }
+            if !boot.flag("wait") || sum_of(bytes(store, total)) != before {
+                break;
             }
         }
         let answer = bytes(store, total);
@@ -107,6 +114,11 @@ pub fn scenario(boot: &Boot) {
         }
     }
     println!("result mmds bytes={total} bad={} mac={:02x?}", guest.bad, guest.service);
+}
+
+/// Differs for different answers.
+fn sum_of(answer: &[u8]) -> u64 {
+    answer.iter().fold(1, |sum, &byte| sum.wrapping_mul(31).wrapping_add(byte.into()))
 }
 
 fn address(text: Option<&str>) -> [u8; 4] {

@@ -18,8 +18,8 @@ mod tx;
 
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use control::ControlWorker;
@@ -115,6 +115,8 @@ pub struct Net {
     mmds: Option<mmds::Options>,
     /// What the metadata service has to say.
     metadata: Arc<Value>,
+    /// The service of a worker that stopped, with its connections, for the next one.
+    paused: (mpsc::Sender<Box<Service>>, mpsc::Receiver<Box<Service>>),
 }
 
 /// What limits the traffic of all queue pairs together: bytes are those of Ethernet frames, and each
@@ -154,7 +156,8 @@ impl Net {
         }
         let pairs = Arc::new(AtomicU16::new(1));
         let (limits, metadata) = (NetLimits::default(), Arc::default());
-        Ok(Net { taps, mac, mtu, sizes, pairs, limits, mmds: None, metadata })
+        let paused = mpsc::channel();
+        Ok(Net { taps, mac, mtu, sizes, pairs, limits, mmds: None, metadata, paused })
     }
 
     /// Gives the guest a metadata service on this card. Its contents come by
@@ -250,11 +253,17 @@ impl Device for Net {
             enable_pairs(&self.taps, self.used_pairs(negotiated))?;
         }
         let service = self.mmds.clone().map(|options| {
+            let contents = Arc::clone(&self.metadata);
+            if let Ok(mut service) = self.paused.1.try_recv() {
+                service.go_on(contents);
+                return service;
+            }
             let mtu = self.mtu.unwrap_or(u16::MAX).min(tap.mtu());
-            Box::new(Service::new(options, Arc::clone(&self.metadata), self.mac, mtu))
+            Box::new(Service::new(options, contents, self.mac, mtu))
         });
         Ok(Box::new(PairWorker {
             service,
+            paused: self.paused.0.clone(),
             tap: tap.clone(),
             mergeable: negotiated & feature::MRG_RXBUF != 0,
             largest: self.largest_frame(negotiated),
@@ -266,6 +275,8 @@ impl Device for Net {
 
     fn reset(&mut self) {
         self.pairs.store(1, Ordering::Relaxed);
+        // Another driver knows nothing of the connections of the one before.
+        while self.paused.1.try_recv().is_ok() {}
     }
 
     fn save(&self) -> Payload {
@@ -338,6 +349,8 @@ struct PairWorker {
     rx: Option<Receiver>,
     tx: Option<Sender>,
     service: Option<Box<Service>>,
+    /// Where the service goes when the last queue stops.
+    paused: mpsc::Sender<Box<Service>>,
 }
 
 impl PairWorker {
@@ -404,6 +417,13 @@ impl Worker for PairWorker {
         } else {
             self.tx.take().map(|tx| tx.stop(reactor))
         };
+        if self.rx.is_none()
+            && self.tx.is_none()
+            && let Some(service) = self.service.take()
+        {
+            // Without a device there is nobody who could go on.
+            let _ = self.paused.send(service);
+        }
         Some(state.unwrap_or_default())
     }
 

@@ -121,6 +121,13 @@ impl Service {
         self.stack.set_contents(contents);
     }
 
+    /// Goes on after a pause, with the contents of now.
+    pub(super) fn go_on(&mut self, contents: Arc<Value>) {
+        self.stack.set_contents(contents);
+        // Frames may wait, and time has passed.
+        self.touched = true;
+    }
+
     /// Takes a frame with its header if it is for the service, and returns whether it is.
     #[inline]
     pub(super) fn take(&mut self, frame: &IoBuf) -> bool {

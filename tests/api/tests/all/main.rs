@@ -9,3 +9,5 @@ mod docs;
 mod drop_in;
 #[cfg(test)]
 mod life;
+#[cfg(test)]
+mod mmds;

@@ -103,11 +103,16 @@ fn buffers_that_are_too_small_lose_answers_and_nothing_else() {
 }
 
 #[test]
-fn a_pause_forgets_what_was_not_delivered() {
+fn a_pause_forgets_nothing_and_a_reset_all() {
     let mut harness = served(PLAIN);
     send(&mut harness, &arp(ADDRESS), &[]);
     harness.pause();
     harness.resume();
+    offer(&mut harness, &[2000]);
+    assert_eq!(harness.used(RX).unwrap().1, 54);
+    send(&mut harness, &arp(ADDRESS), &[]);
+    harness.reset();
+    harness.activate_with(PLAIN);
     offer(&mut harness, &[2000]);
     assert!(harness.used(RX).is_none());
     send(&mut harness, &arp(ADDRESS), &[]);

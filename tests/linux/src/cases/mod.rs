@@ -4,6 +4,7 @@ mod balloon;
 mod boot;
 mod disk;
 mod lifecycle;
+mod metadata;
 mod network;
 mod resources;
 mod vsock;
@@ -16,7 +17,8 @@ pub type Case = fn(&Site) -> Result<(), Failure>;
 
 /// Every test, by name.
 pub fn all() -> Vec<(&'static str, Case)> {
-    let devices = [disk::CASES, network::CASES, vsock::CASES, balloon::CASES].concat();
+    let devices =
+        [disk::CASES, network::CASES, metadata::CASES, vsock::CASES, balloon::CASES].concat();
     [boot::CASES, resources::CASES, &devices, lifecycle::CASES].concat()
 }
 

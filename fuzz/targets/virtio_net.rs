@@ -5,6 +5,7 @@
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use devices::virtio::conformance::fuzz;
+use devices::virtio::net::mmds::{DEFAULT_ADDRESS, Options, TokenKey, Version};
 use devices::virtio::net::tap::Tap;
 use devices::virtio::net::{Net, NetOptions};
 use libfuzzer_sys::fuzz_target;
@@ -32,6 +33,12 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     let mtu = (choice & 2 != 0).then_some(1500);
-    let net = Net::new(NetOptions { taps, mac: [2, 0, 0, 0, 0, 1], mtu }).unwrap();
+    let mut net = Net::new(NetOptions { taps, mac: [2, 0, 0, 0, 0, 1], mtu }).unwrap();
+    if choice & 4 != 0 {
+        let (address, key) = (DEFAULT_ADDRESS, TokenKey::random().unwrap());
+        let options = Options { version: Version::V2, address, imds_compat: false, key };
+        // A card with two pairs refuses it.
+        let _ = net.set_mmds(options);
+    }
     fuzz((net, peers), data);
 });

@@ -149,9 +149,6 @@ impl Session {
         let (console, _raw) = console(config, &self.used, !self.ran.swap(true, Ordering::Relaxed))?;
         let signals = Some(self.signals.try_clone()?);
         let last = config.on_reboot == OnReboot::Exit;
-        if last {
-            give_back_stack();
-        }
         let options = RunOptions { console, signals, services, last };
         Ok(machine.run(options)?)
     }
@@ -185,21 +182,6 @@ fn record(config: &VmConfig) -> Record {
         memory: config.memory.size.0,
         kernel: config.kernel.path.to_string_lossy().into_owned(),
     }
-}
-
-/// Returns the pages of the main thread's stack that only reading options needed. The machine runs for
-/// long and is one of many. To be called on the main thread only: what lies below its stack is
-/// free by the kernel's layout, below another thread's may be anything.
-fn give_back_stack() {
-    const PAGE: usize = 4096;
-    /// Far below what option parsing reaches; the stack may grow to 8 MiB.
-    const DEPTH: usize = 256 * 1024;
-    let marker = 0u8;
-    // A page stays between here and what goes, for the frames of the call itself.
-    let end = (&raw const marker as usize & !(PAGE - 1)) - PAGE;
-    // SAFETY: nothing below the stack pointer is in use. Pages that the stack never reached are not
-    // mapped, which is an error of no consequence.
-    unsafe { libc::madvise((end - DEPTH) as *mut libc::c_void, DEPTH, libc::MADV_DONTNEED) };
 }
 
 /// A standard stream without the buffer that std would put on it.

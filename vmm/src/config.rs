@@ -43,7 +43,8 @@ pub struct VmConfig {
     pub name: Option<String>,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
     pub cpus: u32,
-    /// Two vCPUs each are threads of one core.
+    /// Firecracker's clients ask for it: an even number of vCPUs. The guest sees cores of one thread all
+    /// the same, and it is remembered for them.
     pub smt: bool,
     /// What a guest reset leads to.
     pub on_reboot: OnReboot,

@@ -41,7 +41,7 @@ pub struct MachineConfiguration {
     pub vcpu_count: u32,
     /// Memory in MiB.
     pub mem_size_mib: u64,
-    /// Two vCPUs are threads of one core.
+    /// Asks for an even number of vCPUs. They are cores of one thread all the same.
     #[serde(default, alias = "ht_enabled")]
     pub smt: bool,
     /// A static CPU template; deprecated.
@@ -64,7 +64,7 @@ pub struct MachineConfigurationUpdate {
     pub vcpu_count: Option<u32>,
     /// Memory in MiB.
     pub mem_size_mib: Option<u64>,
-    /// Two vCPUs are threads of one core.
+    /// Asks for an even number of vCPUs. They are cores of one thread all the same.
     #[serde(alias = "ht_enabled")]
     pub smt: Option<bool>,
     /// A static CPU template; deprecated.

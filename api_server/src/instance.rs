@@ -16,7 +16,6 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
-use axum::http::StatusCode;
 use serde_json::Value;
 use tokio::sync::oneshot;
 use vmm::config::{BalloonConfig, ByteSize, DiskConfig, NetConfig, RateLimit, VmConfig};
@@ -144,20 +143,6 @@ impl Instance {
         starts: mpsc::Sender<Start>,
     ) -> Instance {
         let inner = Inner { config, phase: Phase::Configuring, logger: None, metadata: None };
-        Instance {
-            id: None,
-            log: None,
-            program,
-            limits,
-            starts,
-            inner: Arc::new(Mutex::new(inner)),
-        }
-    }
-
-    /// A machine that runs already.
-    pub fn running(program: Program, limits: Limits, config: VmConfig, handle: Handle) -> Instance {
-        let (starts, _) = mpsc::channel();
-        let inner = Inner { config, phase: Phase::Started(handle), logger: None, metadata: None };
         Instance {
             id: None,
             log: None,
@@ -381,10 +366,7 @@ impl Instance {
         self.before_start()?;
         check_disk(&disk).map_err(|error| Fault::bad(chain(&error)))?;
         self.configure(|config| {
-            match config.disk.iter_mut().find(|other| other.id == disk.id) {
-                Some(other) => *other = disk,
-                None => config.disk.push(disk),
-            }
+            put(&mut config.disk, disk, |disk| &disk.id);
             Ok(())
         })
     }
@@ -561,20 +543,17 @@ impl Instance {
     /// See [`Instance::configure`]; another card has its address or interface.
     pub fn put_net(&self, net: NetConfig) -> Done {
         self.configure(|config| {
-            let others = || config.net.iter().filter(|other| other.id != net.id);
-            if let Some(mac) = net.mac.filter(|mac| others().any(|o| o.mac == Some(*mac))) {
-                return Err(Fault::bad(format!("The MAC address is already in use: {mac}")));
-            }
-            if others().any(|other| other.tap == net.tap) {
-                let tap = net.tap.as_deref().unwrap_or_default();
-                return Err(Fault::bad(format!("host_dev_name: {tap} is another card's.")));
-            }
-            match config.net.iter_mut().find(|other| other.id == net.id) {
-                Some(other) => *other = net,
-                None => config.net.push(net),
-            }
+            put(&mut config.net, net, |net| &net.id);
             Ok(())
         })
+    }
+}
+
+/// Puts `new` in the place of the one with its id, or behind all.
+fn put<T>(all: &mut Vec<T>, new: T, id: impl Fn(&T) -> &Option<String>) {
+    match all.iter_mut().find(|other| id(other) == id(&new)) {
+        Some(other) => *other = new,
+        None => all.push(new),
     }
 }
 
@@ -627,10 +606,7 @@ pub async fn send(handle: &Handle, command: Command) -> Result<State, Fault> {
     );
     match receiver.await {
         Ok(reply) => reply.map_err(|refusal| Fault::bad(refusal.to_string())),
-        Err(_) => Err(Fault::with_status(
-            StatusCode::BAD_REQUEST,
-            "The microVM stopped before the request was done.",
-        )),
+        Err(_) => Err(Fault::gone()),
     }
 }
 

@@ -66,7 +66,7 @@ struct Options {
     /// Log lines of this module only
     #[arg(long, value_name = "MODULE")]
     module: Option<String>,
-    /// File or named pipe for metrics
+    /// File or named pipe for metrics; accepted, nothing is written there yet
     #[arg(long, value_name = "FILE")]
     metrics_path: Option<PathBuf>,
     /// Log how long the guest took to boot
@@ -174,6 +174,9 @@ fn run(options: &Options, start: Instant) -> Result {
     log.change(&wanted).map_err(BadOption)?;
     if options.enable_pci {
         tracing::warn!("--enable-pci: devices are on MMIO, there is no PCI bus yet");
+    }
+    if options.metrics_path.is_some() {
+        tracing::warn!("--metrics-path: nothing is written there, there are no metrics yet");
     }
     if options.seccomp_filter.is_some() {
         tracing::warn!("--seccomp-filter: Hull's own filters are used");

@@ -12,6 +12,8 @@
 
 mod metadata;
 
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
@@ -25,7 +27,6 @@ use vmm::machine::{check_disk, root_arguments};
 
 use crate::body;
 use crate::fault::{DONE, Done, Fault, chain};
-use crate::routes::balloon::missing;
 use crate::types::balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate};
 use crate::types::boot::BootSource;
 use crate::types::check_id;
@@ -37,6 +38,11 @@ use crate::types::vsock::Vsock;
 
 /// Name of the balloon among a machine's devices.
 const BALLOON: &str = "balloon";
+
+/// There is no balloon.
+pub fn no_balloon() -> Fault {
+    Fault::bad("Balloon config error: No balloon device found.")
+}
 
 /// Bounds of what a client may ask for.
 #[derive(Clone, Copy, Debug)]
@@ -408,7 +414,7 @@ impl Instance {
     /// The running machine and its balloon.
     fn balloon(&self) -> Result<(Handle, BalloonConfig), Fault> {
         let handle = self.handle()?;
-        Ok((handle, self.config().balloon.ok_or_else(missing)?))
+        Ok((handle, self.config().balloon.ok_or_else(no_balloon)?))
     }
 
     /// Gives the balloon of the running machine another size.
@@ -558,7 +564,10 @@ fn put<T>(all: &mut Vec<T>, new: T, id: impl Fn(&T) -> &Option<String>) {
 }
 
 /// Does what may wait on a thread of its own.
-async fn elsewhere<T: Send + 'static>(
+///
+/// # Errors
+/// There is no thread to be had.
+pub async fn elsewhere<T: Send + 'static>(
     what: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Fault> {
     let (sender, receiver) = oneshot::channel();
@@ -583,7 +592,8 @@ async fn limit_traffic(
 /// # Errors
 /// The reason, with `what` the file is.
 pub fn check_file(what: &str, path: &Path) -> Result<(), Fault> {
-    match std::fs::File::open(path) {
+    // Of a pipe, nobody waits for the other end.
+    match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path) {
         Ok(_) => Ok(()),
         Err(error) => Err(Fault::bad(format!(
             "The {what} file cannot be opened: {}: {error}",

@@ -3,8 +3,8 @@
 use axum::extract::State;
 
 use crate::body::{Json, Nothing};
-use crate::fault::{Done, Fault, Found};
-use crate::instance::Shared;
+use crate::fault::{Done, Found};
+use crate::instance::{Shared, no_balloon};
 use crate::types::balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate};
 
 /// The balloon as it is configured.
@@ -12,7 +12,7 @@ use crate::types::balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUp
 pub async fn get(State(shared): State<Shared>, _: Nothing) -> Found<Balloon> {
     let config = shared.config();
     let balloon = config.balloon.as_ref();
-    balloon.map(|balloon| axum::Json(balloon.into())).ok_or_else(missing)
+    balloon.map(|balloon| axum::Json(balloon.into())).ok_or_else(no_balloon)
 }
 
 /// Gives the guest a balloon. Before the start only.
@@ -41,9 +41,4 @@ pub async fn patch_statistics(
     Json(update): Json<BalloonStatsUpdate>,
 ) -> Done {
     shared.patch_balloon_statistics(update).await
-}
-
-/// There is no balloon.
-pub fn missing() -> Fault {
-    Fault::bad("Balloon config error: No balloon device found.")
 }

@@ -4,7 +4,7 @@ use axum::extract::State;
 
 use crate::body::{Json, Nothing};
 use crate::fault::{Done, Found};
-use crate::instance::Shared;
+use crate::instance::{Shared, elsewhere};
 use crate::types::boot::BootSource;
 
 /// What is booted.
@@ -16,5 +16,5 @@ pub async fn get(State(shared): State<Shared>, _: Nothing) -> Found<BootSource> 
 /// Says what is booted. Before the start only.
 #[utoipa::path(put, path = "/boot-source", request_body = BootSource, responses((status = 204)))]
 pub async fn put(State(shared): State<Shared>, Json(source): Json<BootSource>) -> Done {
-    shared.put_boot_source(source)
+    elsewhere(move || shared.put_boot_source(source)).await?
 }

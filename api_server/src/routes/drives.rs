@@ -5,7 +5,7 @@ use vmm::config::DiskConfig;
 
 use crate::body::{Json, Nothing};
 use crate::fault::{Done, Fault, Found};
-use crate::instance::Shared;
+use crate::instance::{Shared, elsewhere};
 use crate::types::check_ids;
 use crate::types::drive::{Drive, PartialDrive};
 
@@ -38,7 +38,8 @@ pub async fn put(
     Json(drive): Json<Drive>,
 ) -> Done {
     check_ids(&id, &drive.drive_id)?;
-    shared.put_drive(DiskConfig::try_from(drive)?)
+    let disk = DiskConfig::try_from(drive)?;
+    elsewhere(move || shared.put_drive(disk)).await?
 }
 
 /// Changes a disk of a running machine.

@@ -7,7 +7,7 @@ use crate::body::{Json, Nothing};
 use vmm::machine::Command;
 
 use crate::fault::{DONE, Done, Fault, Found};
-use crate::instance::{Shared, send};
+use crate::instance::{Shared, elsewhere, send};
 use crate::types::small::{ActionType, EntropyDevice, InstanceActionInfo, Logger, Vm, WantedState};
 use crate::types::vsock::Vsock;
 
@@ -75,5 +75,5 @@ pub async fn logger(State(shared): State<Shared>, _: Nothing) -> Found<Logger> {
 /// Says what is logged, where, and how. Before the start only.
 #[utoipa::path(put, path = "/logger", request_body = Logger, responses((status = 204)))]
 pub async fn put_logger(State(shared): State<Shared>, Json(logger): Json<Logger>) -> Done {
-    shared.put_logger(logger)
+    elsewhere(move || shared.put_logger(logger)).await?
 }

@@ -123,3 +123,20 @@ fn a_thousand_connections_harm_nobody() {
     server.process.signal(libc::SIGTERM);
     assert_eq!(server.process.finish().code(), 143);
 }
+
+#[test]
+fn a_pipe_that_nobody_writes_holds_up_nobody() {
+    let server = Server::hull();
+    let pipe = server.folder.path().join("pipe");
+    let path = std::ffi::CString::new(pipe.as_os_str().as_encoded_bytes()).unwrap();
+    // SAFETY: a valid C string.
+    assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
+    let source = serde_json::json!({ "kernel_image_path": pipe });
+    server.put("/boot-source", source).done();
+    let start = server.put("/actions", r#"{ "action_type": "InstanceStart" }"#);
+    start.refused(400, &["pipe", "not a regular file"]);
+    let drive =
+        serde_json::json!({ "drive_id": "d", "path_on_host": pipe, "is_root_device": false });
+    server.put("/drives/d", drive).refused(400, &["pipe"]);
+    assert_eq!(server.get("/").json()["state"], "Not started");
+}

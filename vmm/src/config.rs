@@ -43,8 +43,7 @@ pub struct VmConfig {
     pub name: Option<String>,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
     pub cpus: u32,
-    /// Firecracker's clients ask for it: an even number of vCPUs. The guest sees cores of one thread all
-    /// the same, and it is remembered for them.
+    /// Two vCPUs are the threads of a core: their number is even, or 1.
     pub smt: bool,
     /// What a guest reset leads to.
     pub on_reboot: OnReboot,

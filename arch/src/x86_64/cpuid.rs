@@ -1,7 +1,7 @@
 //! CPUID: what the host's KVM offers, made into the CPUs of this machine.
 //!
 //! The features are the host's, less what a guest cannot use here. The topology is ours: one
-//! package of N cores with one thread each, whatever the host has, and APIC ids equal to vCPU
+//! package of cores with one thread each or two, whatever the host has, and APIC ids equal to vCPU
 //! indices. Leaves follow the Intel SDM vol. 2 (CPUID) and the AMD APM vol. 3 appendix E.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
@@ -11,6 +11,9 @@ use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 pub struct CpuidConfig {
     /// Number of vCPUs, 1 to [`super::MAX_VCPUS`].
     pub cpus: u8,
+    /// Simultaneous multithreading: two vCPUs, of which the first has an even number, are the threads of
+    /// a core. Each is a core of its own without it, or if there is only one.
+    pub smt: bool,
     /// Whether the local APIC has TSC deadline mode (`KVM_CAP_TSC_DEADLINE_TIMER`).
     /// `KVM_GET_SUPPORTED_CPUID` never says so.
     pub tsc_deadline: bool,
@@ -73,6 +76,8 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 pub struct Cpuid {
     entries: Vec<kvm_cpuid_entry2>,
     amd: bool,
+    /// Threads of a core.
+    threads: u32,
 }
 
 impl Cpuid {
@@ -80,23 +85,23 @@ impl Cpuid {
     pub fn new(supported: &[kvm_cpuid_entry2], config: &CpuidConfig) -> Self {
         let mut entries = supported.to_vec();
         let amd = is_amd(&entries);
-        let cpus = config.cpus.max(1);
+        let topology = Topology::new(config);
         for entry in &mut entries {
             mask_features(entry, config.tsc_deadline);
-            set_sharing(entry, cpus, amd);
+            set_sharing(entry, topology, amd);
         }
         if let Some(tsc_khz) = config.tsc_khz {
             add_timing(&mut entries, tsc_khz);
         }
         if find(&mut entries, leaf::TOPOLOGY_V2).is_some() {
-            replace_topology(&mut entries, leaf::TOPOLOGY_V2, cpus);
+            replace_topology(&mut entries, leaf::TOPOLOGY_V2, topology);
         }
-        replace_topology(&mut entries, leaf::TOPOLOGY, cpus);
+        replace_topology(&mut entries, leaf::TOPOLOGY, topology);
         // There is always a leaf 0xB now, so the highest leaf has to reach it.
         if let Some(vendor) = find(&mut entries, leaf::VENDOR) {
             vendor.eax = vendor.eax.max(leaf::TOPOLOGY);
         }
-        Self { entries, amd }
+        Self { entries, amd, threads: topology.threads }
     }
 
     /// The entries for vCPU `index`, from 0, for `KVM_SET_CPUID2`.
@@ -109,7 +114,7 @@ impl Cpuid {
                 leaf::TOPOLOGY | leaf::TOPOLOGY_V2 => entry.edx = apic_id,
                 leaf::AMD_TOPOLOGY if self.amd => {
                     entry.eax = apic_id;
-                    entry.ebx = apic_id;
+                    entry.ebx |= apic_id / self.threads;
                 }
                 _ => {}
             }
@@ -148,13 +153,21 @@ fn find(entries: &mut [kvm_cpuid_entry2], function: u32) -> Option<&mut kvm_cpui
     entries.iter_mut().find(|entry| entry.function == function)
 }
 
+/// The vendor's name and EAX of leaf 1, which are family, model and stepping. Empty and 0 where there is
+/// no such leaf.
+pub(super) fn vendor_and_signature(entries: &[kvm_cpuid_entry2]) -> (Vec<u8>, u32) {
+    let find = |leaf| entries.iter().find(|entry| entry.function == leaf);
+    let name = |entry: &kvm_cpuid_entry2| {
+        [entry.ebx, entry.edx, entry.ecx].into_iter().flat_map(u32::to_le_bytes).collect()
+    };
+    let vendor = find(leaf::VENDOR).map(name).unwrap_or_default();
+    (vendor, find(leaf::FEATURES).map_or(0, |entry| entry.eax))
+}
+
 /// Whether the vendor leaf names AMD, or Hygon, whose CPUs have AMD's leaves.
 fn is_amd(entries: &[kvm_cpuid_entry2]) -> bool {
-    entries.iter().filter(|entry| entry.function == leaf::VENDOR).any(|entry| {
-        let name: Vec<u8> =
-            [entry.ebx, entry.edx, entry.ecx].into_iter().flat_map(u32::to_le_bytes).collect();
-        name == b"AuthenticAMD" || name == b"HygonGenuine"
-    })
+    let (name, _) = vendor_and_signature(entries);
+    name == b"AuthenticAMD" || name == b"HygonGenuine"
 }
 
 /// Takes away what a guest cannot use: nested virtualisation, performance counters, MWAIT, and
@@ -198,41 +211,63 @@ fn mask_features(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
     }
 }
 
-/// Bits of an APIC id that tell `cpus` cores of one package from each other.
-fn core_bits(cpus: u8) -> u32 {
-    u32::from(cpus).next_power_of_two().trailing_zeros()
+/// What the leaves say of one package.
+#[derive(Clone, Copy)]
+struct Topology {
+    /// Threads of all cores together, at least 1.
+    cpus: u32,
+    /// Threads of a core, 1 or 2.
+    threads: u32,
+}
+
+impl Topology {
+    fn new(config: &CpuidConfig) -> Topology {
+        let cpus = u32::from(config.cpus.max(1));
+        Topology { cpus, threads: if config.smt && cpus > 1 { 2 } else { 1 } }
+    }
+
+    /// Bits of an APIC id that tell the threads of one core from each other.
+    fn thread_bits(self) -> u32 {
+        self.threads.trailing_zeros()
+    }
+
+    /// Bits of an APIC id that tell the threads of the package from each other.
+    fn bits(self) -> u32 {
+        self.cpus.next_power_of_two().trailing_zeros()
+    }
 }
 
 /// How many CPUs there are, and which caches they share: the first two levels are a core's own,
 /// the others the package's.
-fn set_sharing(entry: &mut kvm_cpuid_entry2, cpus: u8, amd: bool) {
-    let count = u32::from(cpus);
-    let ids = 1 << core_bits(cpus);
+fn set_sharing(entry: &mut kvm_cpuid_entry2, topology: Topology, amd: bool) {
+    let Topology { cpus, threads } = topology;
+    let (ids, several) = (1 << topology.bits(), cpus > 1);
     let (cache_type, cache_level) = (entry.eax & 0x1F, entry.eax >> 5 & 0x7);
     let shared = cache_level >= 3;
     match entry.function {
         leaf::FEATURES => {
-            entry.ebx = entry.ebx & 0x0000_FFFF | count << 16;
-            entry.edx = with_bits(entry.edx, EDX_HTT, cpus > 1);
+            entry.ebx = entry.ebx & 0x0000_FFFF | cpus << 16;
+            entry.edx = with_bits(entry.edx, EDX_HTT, several);
         }
         leaf::CACHES if cache_type != 0 => {
-            let sharing = if shared { ids - 1 } else { 0 };
-            entry.eax = entry.eax & 0x3FFF | sharing << 14 | (ids - 1) << 26;
+            let sharing = if shared { ids } else { threads } - 1;
+            let cores = ids / threads - 1;
+            entry.eax = entry.eax & 0x3FFF | sharing << 14 | cores << 26;
         }
         leaf::AMD_FEATURES if amd => {
-            entry.ecx = with_bits(entry.ecx, ECX_CMP_LEGACY, cpus > 1);
+            entry.ecx = with_bits(entry.ecx, ECX_CMP_LEGACY, several);
         }
         leaf::SIZES if amd => {
-            entry.ecx = entry.ecx & 0xFFFF_0F00 | core_bits(cpus) << 12 | (count - 1);
+            entry.ecx = entry.ecx & 0xFFFF_0F00 | topology.bits() << 12 | (cpus - 1);
         }
         leaf::AMD_CACHES if amd && cache_type != 0 => {
-            let sharing = if shared { count - 1 } else { 0 };
+            let sharing = if shared { cpus } else { threads } - 1;
             entry.eax = entry.eax & 0xFC00_3FFF | sharing << 14;
         }
         leaf::AMD_TOPOLOGY if amd => {
-            // One thread per core, one node; the ids are each vCPU's own.
+            // One node; the ids of thread and core are each vCPU's own.
             entry.eax = 0;
-            entry.ebx = 0;
+            entry.ebx = (threads - 1) << 8;
             entry.ecx = 0;
         }
         _ => {}
@@ -244,9 +279,13 @@ fn with_bits(value: u32, bits: u32, set: bool) -> u32 {
 }
 
 /// Puts our extended topology into leaf 0xB or 0x1F: threads, cores, end.
-fn replace_topology(entries: &mut Vec<kvm_cpuid_entry2>, function: u32, cpus: u8) {
+fn replace_topology(entries: &mut Vec<kvm_cpuid_entry2>, function: u32, topology: Topology) {
     entries.retain(|entry| entry.function != function);
-    let levels = [(0, 1, LEVEL_THREAD), (core_bits(cpus), u32::from(cpus), LEVEL_CORE), (0, 0, 0)];
+    let levels = [
+        (topology.thread_bits(), topology.threads, LEVEL_THREAD),
+        (topology.bits(), topology.cpus, LEVEL_CORE),
+        (0, 0, 0),
+    ];
     entries.extend(levels.into_iter().zip(0..).map(|((shift, count, kind), index)| {
         kvm_cpuid_entry2 {
             function,

@@ -132,6 +132,7 @@ impl Machine {
             hypervisor.supported_cpuid()?.as_slice(),
             &CpuidConfig {
                 cpus,
+                smt: config.smt,
                 tsc_deadline: capabilities.tsc_deadline_timer,
                 tsc_khz: capabilities.tsc_khz,
             },

@@ -62,14 +62,19 @@ fn leaf(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_en
 }
 
 fn config(cpus: u8) -> CpuidConfig {
-    CpuidConfig { cpus, tsc_deadline: false, tsc_khz: None }
+    CpuidConfig { cpus, smt: false, tsc_deadline: false, tsc_khz: None }
 }
 
 proptest! {
     #[test]
-    fn every_topology_leaf_says_the_same(cpus in 1..=MAX_VCPUS, on_amd: bool) {
-        let cpuid = Cpuid::new(&if on_amd { amd() } else { intel() }, &config(cpus));
+    fn every_topology_leaf_says_the_same(pairs in 1..=MAX_VCPUS / 2, odd: bool, smt: bool, on_amd: bool) {
+        // With several threads a core, their number is even.
+        let cpus = if odd { 2 * pairs - 1 } else { 2 * pairs };
+        let smt = smt && (cpus == 1 || !odd);
+        let config = CpuidConfig { smt, ..config(cpus) };
+        let cpuid = Cpuid::new(&if on_amd { amd() } else { intel() }, &config);
         let n = u32::from(cpus);
+        let each = if smt && n > 1 { 2 } else { 1 };
         for index in 0..cpus {
             let entries = cpuid.for_vcpu(index);
             let id = u32::from(index);
@@ -79,7 +84,7 @@ proptest! {
             prop_assert_eq!(features.edx >> 28 & 1 == 1, n > 1);
 
             let (threads, cores) = (leaf(&entries, 0xB, 0), leaf(&entries, 0xB, 1));
-            prop_assert_eq!((threads.eax, threads.ebx, threads.ecx), (0, 1, 0x100));
+            prop_assert_eq!((threads.eax, threads.ebx, threads.ecx), (each - 1, each, 0x100));
             prop_assert_eq!((cores.ebx, cores.ecx), (n, 0x201));
             prop_assert_eq!(leaf(&entries, 0xB, 2).ecx, 2);
             prop_assert_eq!((threads.edx, cores.edx), (id, id));
@@ -91,16 +96,22 @@ proptest! {
                 prop_assert_eq!(leaf(&entries, 0x8000_0008, 0).ecx & 0xFF, n - 1);
                 prop_assert_eq!(leaf(&entries, 0x8000_0008, 0).ecx >> 12 & 0xF, cores.eax);
                 prop_assert_eq!(leaf(&entries, 0x8000_001E, 0).eax, id);
-                prop_assert_eq!(leaf(&entries, 0x8000_001E, 0).ebx, id);
+                // Who is a thread of whose core is what the shift of leaf 0xB says.
+                prop_assert_eq!(leaf(&entries, 0x8000_001E, 0).ebx & 0xFF, id >> threads.eax);
+                prop_assert_eq!(leaf(&entries, 0x8000_001E, 0).ebx >> 8, each - 1);
                 prop_assert_eq!(leaf(&entries, 0x8000_001E, 0).ecx, 0);
-                prop_assert_eq!(leaf(&entries, 0x8000_001D, 0).eax >> 14 & 0xFFF, 0);
+                prop_assert_eq!(leaf(&entries, 0x8000_001D, 0).eax >> 14 & 0xFFF, each - 1);
                 prop_assert_eq!(leaf(&entries, 0x8000_001D, 3).eax >> 14 & 0xFFF, n - 1);
                 prop_assert_eq!(leaf(&entries, 0x8000_0001, 0).ecx >> 1 & 1 == 1, n > 1);
             } else {
+                prop_assert_eq!(leaf(&entries, 0x1F, 0).ebx, each);
                 prop_assert_eq!(leaf(&entries, 0x1F, 1).ebx, n);
-                prop_assert_eq!(leaf(&entries, 0x4, 2).eax >> 14 & 0xFFF, 0);
+                prop_assert_eq!(leaf(&entries, 0x4, 2).eax >> 14 & 0xFFF, each - 1);
                 prop_assert_eq!(leaf(&entries, 0x4, 3).eax >> 14 & 0xFFF, (1 << cores.eax) - 1);
-                prop_assert_eq!(leaf(&entries, 0x4, 0).eax >> 26, (1 << cores.eax) - 1);
+                prop_assert_eq!(
+                    leaf(&entries, 0x4, 0).eax >> 26,
+                    (1 << (cores.eax - threads.eax)) - 1
+                );
                 prop_assert_eq!(leaf(&entries, 0x4, 4).eax, 0);
             }
         }
@@ -110,10 +121,11 @@ proptest! {
     fn any_host_table_is_shaped_without_panic(
         raw in proptest::collection::vec(any::<(u32, u32, [u32; 4])>(), 0..40),
         cpus: u8,
+        smt: bool,
         index: u8,
     ) {
         let host: Vec<_> = raw.into_iter().map(|(f, i, r)| entry(f, i, r)).collect();
-        let config = CpuidConfig { cpus, tsc_deadline: true, tsc_khz: Some(1) };
+        let config = CpuidConfig { cpus, smt, tsc_deadline: true, tsc_khz: Some(1) };
         let _ = Cpuid::new(&host, &config).for_vcpu(index);
     }
 }

@@ -10,6 +10,7 @@ pub mod kernel;
 pub mod layout;
 pub mod mptable;
 pub mod msr;
+pub mod template;
 
 /// The most vCPUs a machine can have. Their APIC ids are `0..MAX_VCPUS`, all below 255, so every
 /// table can use the 8-bit xAPIC form and no vCPU depends on x2APIC.

@@ -6,6 +6,7 @@
 //! opening files and devices is the machine's business.
 
 mod balloon;
+mod cpu;
 mod mmds;
 mod rate;
 mod values;
@@ -17,7 +18,11 @@ use arch::interrupts::MAX_VIRTIO_DEVICES;
 use arch::layout;
 use serde::{Deserialize, Serialize};
 
+pub use arch::template::{
+    Bitmap, CpuidModifier, KvmCapability, MsrModifier, StaticTemplate, Template as CpuModifiers,
+};
 pub use balloon::BalloonConfig;
+pub use cpu::CpuConfig;
 pub use mmds::{MmdsConfig, MmdsVersion};
 pub use rate::{RateLimit, TokenBucket};
 pub use values::{ByteSize, HostAddress, MacAddress};
@@ -43,8 +48,6 @@ pub struct VmConfig {
     pub name: Option<String>,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
     pub cpus: u32,
-    /// Two vCPUs are the threads of a core: their number is even, or 1.
-    pub smt: bool,
     /// What a guest reset leads to.
     pub on_reboot: OnReboot,
     /// System call filters.
@@ -58,6 +61,8 @@ pub struct VmConfig {
     pub rng_rate: Option<RateLimit>,
     /// What is booted.
     pub kernel: KernelConfig,
+    /// What the guest sees of the host's CPU.
+    pub cpu: CpuConfig,
     /// RAM.
     pub memory: MemoryConfig,
     /// The guest's console.
@@ -84,13 +89,13 @@ impl Default for VmConfig {
         VmConfig {
             name: None,
             cpus: 1,
-            smt: false,
             on_reboot: OnReboot::Exit,
             seccomp: seccomp::Mode::On,
             i8042: false,
             rng: false,
             rng_rate: None,
             kernel: KernelConfig::default(),
+            cpu: CpuConfig::default(),
             memory: MemoryConfig::default(),
             console: ConsoleConfig::default(),
             disk: Vec::new(),
@@ -321,9 +326,7 @@ impl VmConfig {
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return error("cpus", format!("{} is not between 1 and {MAX_CPUS}", self.cpus));
         }
-        if self.smt && self.cpus > 1 && !self.cpus.is_multiple_of(2) {
-            return error("cpus", format!("{} is odd; with smt it has to be 1 or even", self.cpus));
-        }
+        self.cpu.validate(self.cpus)?;
         if self.kernel.cmdline.as_ref().is_some_and(|text| text.contains('\0')) {
             return error("kernel.cmdline", "contains a NUL character");
         }

@@ -106,7 +106,7 @@ impl From<&VmConfig> for MachineConfiguration {
         MachineConfiguration {
             vcpu_count: config.cpus,
             mem_size_mib: config.memory.size.0 / MIB,
-            smt: config.smt,
+            smt: config.cpu.smt,
             cpu_template: None,
             track_dirty_pages: config.memory.track_dirty_pages,
             huge_pages: if config.memory.huge_pages {
@@ -134,7 +134,7 @@ impl MachineConfiguration {
             Fault::bad(format!("mem_size_mib: {} is too large.", self.mem_size_mib))
         })?;
         config.cpus = self.vcpu_count;
-        config.smt = self.smt;
+        config.cpu.smt = self.smt;
         config.memory.size = ByteSize(size);
         config.memory.huge_pages = self.huge_pages == HugePages::Hugetlbfs2M;
         config.memory.track_dirty_pages = self.track_dirty_pages;

@@ -52,6 +52,9 @@ pub struct RunArgs {
     /// Number of vCPUs, 1 to 64 [default: 1]
     #[arg(short, long, value_name = "N", value_parser = cpus, allow_negative_numbers = true)]
     pub cpus: Option<u32>,
+    /// What the guest sees of the host's CPU: [smt][,template=C3|T2|T2S|T2CL|T2A][,config=FILE]
+    #[arg(long, value_name = "OPTIONS")]
+    pub cpu: Option<String>,
     /// Size of the guest's memory: 128M, 2G [default: 512M]
     #[arg(short, long, value_name = "SIZE")]
     pub memory: Option<ByteSize>,
@@ -213,6 +216,9 @@ impl RunArgs {
             }),
         );
         set(&mut config.cpus, self.cpus);
+        if let Some(text) = &self.cpu {
+            config.cpu = read_option("cpu", text, keyvalue::split(text))?;
+        }
         set(&mut config.memory.size, self.memory);
         config.memory.huge_pages |= self.huge_pages;
         if let Some(text) = &self.rng {

@@ -8,6 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use arch::template::KvmCapability;
 use kvm_bindings::{
     CpuId, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_userspace_memory_region,
@@ -60,9 +61,9 @@ impl<H: Hypervisor> Faulty<H> {
 }
 
 impl<H: Hypervisor> Hypervisor for Faulty<H> {
-    fn capabilities(&self) -> Result<Capabilities> {
+    fn capabilities_with(&self, changes: &[KvmCapability]) -> Result<Capabilities> {
         self.plan.step("KVM_CHECK_EXTENSION")?;
-        self.inner.capabilities()
+        self.inner.capabilities_with(changes)
     }
 
     fn supported_cpuid(&self) -> Result<CpuId> {
@@ -135,6 +136,11 @@ impl Vcpu for FaultyVcpu {
     fn set_msrs(&self, msrs: &[kvm_msr_entry]) -> Result<()> {
         self.plan.step("KVM_SET_MSRS")?;
         self.inner.set_msrs(msrs)
+    }
+
+    fn msrs(&self, numbers: &[u32]) -> Result<Vec<kvm_msr_entry>> {
+        self.plan.step("KVM_GET_MSRS")?;
+        self.inner.msrs(numbers)
     }
 
     fn set_regs(&self, regs: &kvm_regs) -> Result<()> {

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 
+use arch::template::KvmCapability;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KVM_SYSTEM_EVENT_CRASH,
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_fpu, kvm_lapic_state,
@@ -69,14 +70,22 @@ impl Kvm {
 }
 
 impl Hypervisor for Kvm {
-    fn capabilities(&self) -> Result<Capabilities> {
+    fn capabilities_with(&self, changes: &[KvmCapability]) -> Result<Capabilities> {
+        let missing = |what: String| {
+            let source = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+            Err(failed_with("KVM_CHECK_EXTENSION", format!("{what} is missing"), source))
+        };
         for (cap, name) in REQUIRED {
-            if !self.fd.check_extension(cap) {
-                return Err(failed_with(
-                    "KVM_CHECK_EXTENSION",
-                    format!("{name} is missing"),
-                    io::Error::from_raw_os_error(libc::EOPNOTSUPP),
-                ));
+            let waived = changes.contains(&KvmCapability::NotNeeded(cap as u32));
+            if !waived && !self.fd.check_extension(cap) {
+                return missing(name.to_owned());
+            }
+        }
+        for change in changes {
+            if let &KvmCapability::Needed(number) = change
+                && self.fd.check_extension_raw(libc::c_ulong::from(number)) <= 0
+            {
+                return missing(format!("capability {number}"));
             }
         }
         Ok(Capabilities {
@@ -169,17 +178,13 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_msrs(&self, msrs: &[kvm_msr_entry]) -> Result<()> {
-        let list = Msrs::from_entries(msrs)
-            .map_err(|_| failed("KVM_SET_MSRS", Errno::new(libc::E2BIG)))?;
-        let set = self.fd.set_msrs(&list).map_err(|err| failed("KVM_SET_MSRS", err))?;
-        match msrs.get(set) {
-            None => Ok(()),
-            Some(refused) => Err(failed_with(
-                "KVM_SET_MSRS",
-                format!("MSR {:#x} refused", refused.index),
-                io::Error::from_raw_os_error(libc::EINVAL),
-            )),
-        }
+        each_list("KVM_SET_MSRS", msrs, |list| self.fd.set_msrs(list)).map(drop)
+    }
+
+    fn msrs(&self, numbers: &[u32]) -> Result<Vec<kvm_msr_entry>> {
+        let unread: Vec<_> =
+            numbers.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        each_list("KVM_GET_MSRS", &unread, |list| self.fd.get_msrs(list))
     }
 
     fn set_regs(&self, regs: &kvm_regs) -> Result<()> {
@@ -241,6 +246,30 @@ impl Vcpu for KvmVcpu {
     fn immediate_exit(&mut self) -> *mut u8 {
         &raw mut self.fd.get_kvm_run().immediate_exit
     }
+}
+
+/// Most registers that one call takes (`MAX_IO_MSRS` of arch/x86/kvm/x86.c).
+const MAX_MSRS: usize = 256;
+
+/// Has `call` read or write all of `msrs`, and returns them as it leaves them. It says how many it
+/// took; the one after those was refused.
+fn each_list(
+    name: &'static str,
+    msrs: &[kvm_msr_entry],
+    call: impl Fn(&mut Msrs) -> std::result::Result<usize, Errno>,
+) -> Result<Vec<kvm_msr_entry>> {
+    let mut all = Vec::with_capacity(msrs.len());
+    for part in msrs.chunks(MAX_MSRS) {
+        let mut list =
+            Msrs::from_entries(part).map_err(|_| failed(name, Errno::new(libc::E2BIG)))?;
+        let done = call(&mut list).map_err(|err| failed(name, err))?;
+        if let Some(refused) = part.get(done) {
+            let detail = format!("MSR {:#x} refused", refused.index);
+            return Err(failed_with(name, detail, io::Error::from_raw_os_error(libc::EINVAL)));
+        }
+        all.extend_from_slice(list.as_slice());
+    }
+    Ok(all)
 }
 
 /// Bytes of one access of the port exit that `run` describes.

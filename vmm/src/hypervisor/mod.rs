@@ -13,6 +13,7 @@ pub mod kvm;
 use std::fmt;
 use std::io;
 
+use arch::template::KvmCapability;
 use kvm_bindings::{
     CpuId, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_userspace_memory_region,
@@ -51,7 +52,15 @@ pub trait Hypervisor: Send + Sync {
     ///
     /// # Errors
     /// A needed capability is missing.
-    fn capabilities(&self) -> Result<Capabilities>;
+    fn capabilities(&self) -> Result<Capabilities> {
+        self.capabilities_with(&[])
+    }
+
+    /// As [`Hypervisor::capabilities`], with more that is needed, or less.
+    ///
+    /// # Errors
+    /// A needed capability is missing.
+    fn capabilities_with(&self, changes: &[KvmCapability]) -> Result<Capabilities>;
 
     /// CPUID leaves that it can give a guest.
     ///
@@ -125,6 +134,10 @@ pub trait Vcpu: Send {
     /// Sets model-specific registers; all of them or an error that names the first refused.
     #[allow(missing_docs)]
     fn set_msrs(&self, msrs: &[kvm_msr_entry]) -> Result<()>;
+    /// Model-specific registers by their numbers; all of them or an error that names the first that
+    /// there is not.
+    #[allow(missing_docs)]
+    fn msrs(&self, numbers: &[u32]) -> Result<Vec<kvm_msr_entry>>;
     /// Sets general registers.
     #[allow(missing_docs)]
     fn set_regs(&self, regs: &kvm_regs) -> Result<()>;

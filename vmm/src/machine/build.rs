@@ -4,24 +4,26 @@
 //! the interrupt controllers need the VM and are needed by vCPUs and irqfds. Whatever fails, what
 //! was made before is dropped again.
 
+mod cpus;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc;
 
 use arch::acpi::{self, AcpiConfig, AcpiError};
 use arch::boot::cpu_state::{self, PageSize};
-use arch::cpuid::{Cpuid, CpuidConfig};
+use arch::cpuid::Cpuid;
 use arch::ids::VmClock;
 use arch::layout::{self, VirtioSlot};
-use arch::{interrupts, mptable, msr};
+use arch::{interrupts, mptable};
 use devices::bus::BusError;
 use devices::virtio::Kind;
 use devices::virtio::mmio::{Registers, reg};
 use devices::virtio::queue::Interrupt;
-use kvm_bindings::CpuId;
 use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::cpus::{Cpus, TemplateError};
 use super::Machine;
 use super::bus::{AcpiPort, Buses, KeyboardPort, SerialPort};
 use super::control::Parts;
@@ -57,6 +59,9 @@ pub enum BuildError {
         /// What KVM allows.
         max: usize,
     },
+    /// The CPU template is not for this host.
+    #[error("the CPU template cannot be used on this host")]
+    Template(#[from] TemplateError),
     /// No memory.
     #[error("cannot set up the guest's memory")]
     Memory(#[from] MemoryError),
@@ -116,28 +121,12 @@ impl Machine {
         config.validate()?;
         warn_if_larger_than_host(config);
         let hypervisor = host_side.hypervisor;
-        let capabilities = hypervisor.capabilities()?;
-        if config.cpus as usize > capabilities.max_vcpus {
-            return Err(BuildError::TooManyCpus {
-                wanted: config.cpus,
-                max: capabilities.max_vcpus,
-            });
-        }
-        let cpus = config.cpus as u8;
+        let cpus = Cpus::new(hypervisor, config.cpus, &config.cpu)?;
         let wake = Arc::new(event()?);
         let (events, receiver) = Sender::new(Arc::clone(&wake));
         let output = Arc::new(Output::new().map_err(host("an event descriptor"))?);
         output.set_limit(table::limiter(config.console.rate));
-        let cpuid = Cpuid::new(
-            hypervisor.supported_cpuid()?.as_slice(),
-            &CpuidConfig {
-                cpus,
-                smt: config.smt,
-                tsc_deadline: capabilities.tsc_deadline_timer,
-                tsc_khz: capabilities.tsc_khz,
-            },
-        );
-        check_addresses(config, cpuid.address_limit())?;
+        check_addresses(config, cpus.cpuid().address_limit())?;
 
         let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
         let devices = table::devices(config, &output, host_side.window, &ram)?;
@@ -163,9 +152,9 @@ impl Machine {
         let Wiring { buses, slots, io: io_threads, .. } = wiring;
         host_side.timings.mark(Milestone::VmCreated);
 
-        let vcpus = make_vcpus(vm.as_ref(), cpus, &cpuid)?;
-        let page_size = PageSize::largest(&cpuid.for_vcpu(0));
-        let described = describe(config, &slots, &mut ram, &cpuid)?;
+        let vcpus = cpus.make(vm.as_ref())?;
+        let page_size = PageSize::largest(&cpus.cpuid().for_vcpu(0));
+        let described = describe(config, &slots, &mut ram, cpus.cpuid())?;
         let context = Context {
             cmdline: &command_line(config, slots.len()),
             root_disk: config.disk.iter().any(|disk| disk.root),
@@ -335,21 +324,6 @@ fn warn_if_larger_than_host(config: &VmConfig) {
             "the guest has more memory than the host; using all of it ends the machine"
         );
     }
-}
-
-fn make_vcpus(vm: &dyn Vm, cpus: u8, cpuid: &Cpuid) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
-    let msrs = msr::boot_msrs();
-    (0..cpus)
-        .map(|index| {
-            let vcpu = vm.create_vcpu(index)?;
-            let entries = CpuId::from_entries(&cpuid.for_vcpu(index)).map_err(|err| {
-                host("a CPUID table of this size")(io::Error::other(format!("{err:?}")))
-            })?;
-            vcpu.set_cpuid(&entries)?;
-            vcpu.set_msrs(&msrs)?;
-            Ok(vcpu)
-        })
-        .collect()
 }
 
 /// Puts the boot vCPU at the kernel's entry. The others wait for their start-up interrupt.

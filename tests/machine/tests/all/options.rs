@@ -11,7 +11,7 @@ const BARE: &str = "no value";
 
 /// Options that describe a machine, each with values that are not the default ones. Together they
 /// have every key that the help names.
-const OPTIONS: [(&str, &[&str]); 20] = [
+const OPTIONS: [(&str, &[&str]); 21] = [
     ("--kernel", &["/boot/vmlinuz"]),
     ("--initrd", &["/boot/initrd.img"]),
     ("--cmdline", &["quiet \"a\\b\" -- 'x' ü", ""]),
@@ -19,6 +19,7 @@ const OPTIONS: [(&str, &[&str]); 20] = [
     ("--boot", &["pvh", "bzimage"]),
     ("--force", &[]),
     ("--cpus", &["64", "3"]),
+    ("--cpu", &["template=T2A,smt", "config=/a,,b.json", "template=T2S,smt=off"]),
     ("--memory", &["2M", "1073745920", "8T"]),
     ("--huge-pages", &[]),
     (
@@ -168,6 +169,7 @@ fn values_are_printed_as_they_were_given() {
         "--cmdline=quiet \"a\" 'b'",
         "--boot=pvh",
         "--cpus=64",
+        "--cpu=template=T2CL,smt",
         "--memory=1073745920",
         "--name=the-one_1.2",
         "--on-reboot=restart",
@@ -197,6 +199,9 @@ fn values_are_printed_as_they_were_given() {
         "[kernel]",
         r#"path = "k""#,
         r#"boot = "pvh""#,
+        "[cpu]",
+        "smt = true",
+        r#"template = "T2CL""#,
         "[memory]",
         "[console]",
         r#"mode = "file""#,
@@ -254,11 +259,14 @@ fn values_are_printed_as_they_were_given() {
 #[test]
 fn keys_that_only_files_have() {
     let folder = tempfile::tempdir().unwrap();
-    let text = "cpus = 2\nsmt = true\n[kernel]\npath = \"k\"\n[memory]\ntrack-dirty-pages = true\n\
+    let text = "cpus = 2\n[kernel]\npath = \"k\"\n[memory]\ntrack-dirty-pages = true\n\
+                [[cpu.modifiers.cpuid_modifiers]]\nleaf = \"0x7\"\nsubleaf = \"0\"\nflags = 1\n\
+                modifiers = [{ register = \"ebx\", bitmap = \"0b10x\" }]\n\
                 [[disk]]\npath = \"d\"\npartuuid = \"0a-1b\"\n[[net]]\nid = \"card\"\n";
     let printed = again(&folder, text);
     for key in [
-        "smt = true",
+        "leaf = \"0x7\"",
+        "bitmap = \"0bxxxxxxxxxxxxxxxxxxxxxxxxxxxxx10x\"",
         "track-dirty-pages = true",
         "partuuid = \"0a-1b\"",
         "id = \"card\"",

@@ -5,13 +5,14 @@
 mod policy;
 
 use std::path::Path;
-use std::{env, fs, io};
+use std::{env, fs};
 
 use policy::Policy;
 
 /// Names of programs, and the policies that each of them is made from.
-const PROGRAMS: [(&str, &[&str]); 6] = [
+const PROGRAMS: [(&str, &[&str]); 7] = [
     ("main", &["main"]),
+    ("main-api", &["main", "api", "starter"]),
     ("vcpu", &["vcpu"]),
     ("io", &["io"]),
     ("io-sockets", &["io", "sockets"]),
@@ -23,15 +24,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let directory = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../resources/seccomp");
     let out = env::var("OUT_DIR")?;
     for (name, parts) in PROGRAMS {
-        let mut text = String::new();
+        let mut policy = Policy::default();
         for part in parts {
             let path = directory.join(format!("{part}.policy"));
             println!("cargo::rerun-if-changed={}", path.display());
-            text += &fs::read_to_string(&path)
-                .map_err(|err| io::Error::other(format!("{}: {err}", path.display())))?;
+            let wrong = |what: String| format!("{}: {what}", path.display());
+            let text = fs::read_to_string(&path).map_err(|err| wrong(err.to_string()))?;
+            policy.join(Policy::parse(&text).map_err(wrong)?);
         }
-        let policy =
-            Policy::parse(&text).map_err(|err| format!("{}: {err}", parts.join(" and ")))?;
         for (action, answer) in [("trap", policy::TRAP), ("log", policy::LOG)] {
             let program = policy.compile(answer).map_err(|err| format!("{name}: {err}"))?;
             let bytes: Vec<u8> = program

@@ -10,39 +10,20 @@
 //! The configuration is guarded by a lock that is held for as long as it takes to look or to write,
 //! never while something is waited for: a request that waits delays no other.
 
+mod configuring;
 mod metadata;
+mod running;
 
-use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::oneshot;
-use vmm::config::{BalloonConfig, ByteSize, DiskConfig, NetConfig, RateLimit, VmConfig};
-use vmm::devices::virtio::blk::Candidate;
-use vmm::machine::{BackEnd, Command, DeviceStatus, Handle, Message, Reply, State, Traffic};
-use vmm::machine::{check_disk, root_arguments};
+use vmm::config::VmConfig;
+use vmm::machine::{Command, Handle, Reply, State, root_arguments};
 
-use crate::body;
+pub use self::running::no_balloon;
 use crate::fault::{DONE, Done, Fault, chain};
-use crate::types::balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate};
-use crate::types::boot::BootSource;
-use crate::types::check_id;
-use crate::types::drive::PartialDrive;
-use crate::types::info::ConfigFile;
-use crate::types::net::PartialNetworkInterface;
-use crate::types::small::{EntropyDevice, Logger};
-use crate::types::vsock::Vsock;
-
-/// Name of the balloon among a machine's devices.
-const BALLOON: &str = "balloon";
-
-/// There is no balloon.
-pub fn no_balloon() -> Fault {
-    Fault::bad("Balloon config error: No balloon device found.")
-}
+use crate::types::small::Logger;
 
 /// Bounds of what a client may ask for.
 #[derive(Clone, Copy, Debug)]
@@ -79,30 +60,53 @@ pub trait LogSettings: Send + Sync {
     fn change(&self, wanted: &Logger) -> Result<(), String>;
 }
 
+/// What clients want of whoever has the process.
+pub enum Wish {
+    /// The machine is to be built and run.
+    Start(Box<Start>),
+    /// The process is to end; there is no machine yet.
+    Quit,
+}
+
 /// Somebody wants the machine to start. Whoever gets this builds it.
 pub struct Start {
     /// What is to be built.
     pub config: VmConfig,
-    inner: Arc<Mutex<Inner>>,
+    link: Link,
     reply: oneshot::Sender<Result<(), String>>,
 }
 
 impl Start {
     /// The machine is built and runs from now on.
     pub fn started(self, handle: Handle) {
-        let mut inner = lock(&self.inner);
-        // Before anybody can change it.
-        let _ = inner.tell_metadata(&handle);
-        inner.phase = Phase::Started(handle);
-        drop(inner);
+        self.link.started(handle);
         // A client that is gone has its machine all the same.
         let _ = self.reply.send(Ok(()));
     }
 
     /// It cannot be built; nothing of it is left, and it can be configured otherwise.
     pub fn failed(self, error: &dyn std::error::Error) {
-        lock(&self.inner).phase = Phase::Configuring;
+        lock(&self.link.0).phase = Phase::Configuring;
         let _ = self.reply.send(Err(chain(error)));
+    }
+}
+
+/// From whoever runs the machine to the API.
+#[derive(Clone)]
+pub struct Link(Arc<Mutex<Inner>>);
+
+impl Link {
+    /// This is the machine that runs from now on, the first one or one that follows.
+    pub fn started(&self, handle: Handle) {
+        let mut inner = lock(&self.0);
+        // Before anybody can change it.
+        let _ = inner.tell_metadata(&handle);
+        inner.phase = Phase::Started(handle);
+    }
+
+    /// The configuration as clients left it.
+    pub fn config(&self) -> VmConfig {
+        lock(&self.0).config.clone()
     }
 }
 
@@ -132,7 +136,7 @@ pub struct Instance {
     log: Option<Box<dyn LogSettings>>,
     program: Program,
     limits: Limits,
-    starts: mpsc::Sender<Start>,
+    wishes: mpsc::Sender<Wish>,
     inner: Arc<Mutex<Inner>>,
 }
 
@@ -140,23 +144,48 @@ pub struct Instance {
 pub type Shared = Arc<Instance>;
 
 impl Instance {
-    /// A machine that is not configured yet; `config` has the defaults. What wants it to start
-    /// arrives at `starts`.
+    /// A machine that is not configured yet; `config` has the defaults. What clients want of it
+    /// arrives at `wishes`.
     pub fn new(
         program: Program,
         limits: Limits,
         config: VmConfig,
-        starts: mpsc::Sender<Start>,
+        wishes: mpsc::Sender<Wish>,
     ) -> Instance {
-        let inner = Inner { config, phase: Phase::Configuring, logger: None, metadata: None };
-        Instance {
-            id: None,
-            log: None,
-            program,
-            limits,
-            starts,
-            inner: Arc::new(Mutex::new(inner)),
+        Instance::in_phase(Phase::Configuring, program, limits, config, wishes)
+    }
+
+    /// A machine that is being built of `config`. Who builds it says through the [`Link`] when it
+    /// runs.
+    pub fn configured(program: Program, limits: Limits, mut config: VmConfig) -> (Instance, Link) {
+        // Clients ask for devices by their names.
+        for n in 0..config.disk.len() {
+            config.disk[n].id = Some(config.disk_name(n));
         }
+        for n in 0..config.net.len() {
+            config.net[n].id = Some(config.net_name(n));
+        }
+        // Nobody wishes for what is there.
+        let (wishes, _) = mpsc::channel();
+        let instance = Instance::in_phase(Phase::Starting, program, limits, config, wishes);
+        let link = instance.link();
+        (instance, link)
+    }
+
+    fn in_phase(
+        phase: Phase,
+        program: Program,
+        limits: Limits,
+        config: VmConfig,
+        wishes: mpsc::Sender<Wish>,
+    ) -> Instance {
+        let inner = Inner { config, phase, logger: None, metadata: None };
+        let inner = Arc::new(Mutex::new(inner));
+        Instance { id: None, log: None, program, limits, wishes, inner }
+    }
+
+    fn link(&self) -> Link {
+        Link(Arc::clone(&self.inner))
     }
 
     /// Has clients told this id instead of the machine's name.
@@ -191,62 +220,6 @@ impl Instance {
     /// What the machine is called.
     pub fn id(&self) -> String {
         self.id.clone().or_else(|| self.config().name).unwrap_or_default()
-    }
-
-    /// Configures the machine as a file in the form of `GET /vm/config` says, and wishes for its
-    /// start.
-    ///
-    /// # Errors
-    /// What is wrong with it; the machine is to be given up then.
-    pub fn configure_from(&self, json: &[u8]) -> Result<(), Fault> {
-        let file: ConfigFile = body::parse(json)?;
-        if let Some(logger) = file.logger {
-            self.put_logger(logger)?;
-        }
-        let Some(source) = file.boot_source else {
-            return Err(Fault::bad("boot-source: a machine needs a kernel."));
-        };
-        self.put_boot_source(source)?;
-        if let Some(machine) = file.machine_config {
-            self.configure(|config| machine.put_into(config))?;
-        }
-        for drive in file.drives {
-            check_id(&drive.drive_id)?;
-            self.put_drive(drive.try_into()?)?;
-        }
-        for interface in file.network_interfaces {
-            check_id(&interface.iface_id)?;
-            self.put_net(interface.into())?;
-        }
-        if let Some(balloon) = file.balloon {
-            self.put_balloon(balloon)?;
-        }
-        if let Some(vsock) = file.vsock {
-            self.put_vsock(vsock)?;
-        }
-        if let Some(entropy) = file.entropy {
-            self.put_entropy(entropy)?;
-        }
-        if let Some(mmds) = file.mmds_config {
-            self.put_mmds(mmds)?;
-        }
-        self.wish().map(drop)
-    }
-
-    /// Says what is booted.
-    ///
-    /// # Errors
-    /// See [`Instance::configure`]; a file cannot be read.
-    pub fn put_boot_source(&self, source: BootSource) -> Done {
-        self.before_start()?;
-        check_file("kernel", &source.kernel_image_path)?;
-        if let Some(initrd) = &source.initrd_path {
-            check_file("initrd", initrd)?;
-        }
-        self.configure(|config| {
-            config.kernel = source.into();
-            Ok(())
-        })
     }
 
     /// What clients are told of the program.
@@ -329,6 +302,21 @@ impl Instance {
         }
     }
 
+    /// Ends the machine as if its power was cut, and the process with it.
+    ///
+    /// # Errors
+    /// It is just being built, or gone already.
+    pub async fn quit(&self) -> Done {
+        let handle = match &self.lock().phase {
+            Phase::Configuring => {
+                return self.wishes.send(Wish::Quit).map(|()| DONE).map_err(|_| Fault::gone());
+            }
+            Phase::Starting => return Err(Fault::before_start()),
+            Phase::Started(handle) => handle.clone(),
+        };
+        send(&handle, Command::Quit).await.map(|_| DONE)
+    }
+
     /// Has the machine built.
     fn wish(&self) -> Result<oneshot::Receiver<Result<(), String>>, Fault> {
         let (reply, outcome) = oneshot::channel();
@@ -342,224 +330,10 @@ impl Instance {
             ));
         }
         let config = to_be_built(&inner.config);
-        let start = Start { config, inner: Arc::clone(&self.inner), reply };
-        self.starts.send(start).map_err(|_| Fault::gone())?;
+        let start = Start { config, link: self.link(), reply };
+        self.wishes.send(Wish::Start(Box::new(start))).map_err(|_| Fault::gone())?;
         inner.phase = Phase::Starting;
         Ok(outcome)
-    }
-
-    /// Halts the machine, or lets it go on. What it does already is done.
-    ///
-    /// # Errors
-    /// It was not started, or is about to change its state.
-    pub async fn set_paused(&self, paused: bool) -> Done {
-        let handle = self.handle()?;
-        let (command, done) = match paused {
-            true => (Command::Pause, State::Paused),
-            false => (Command::Resume, State::Running),
-        };
-        if send(&handle, Command::Status).await? == done {
-            return Ok(DONE);
-        }
-        send(&handle, command).await.map(|_| DONE)
-    }
-
-    /// Puts a drive into the configuration, in the place of the one with its id.
-    ///
-    /// # Errors
-    /// See [`Instance::configure`]; the file cannot be a disk.
-    pub fn put_drive(&self, disk: DiskConfig) -> Done {
-        self.before_start()?;
-        check_disk(&disk).map_err(|error| Fault::bad(chain(&error)))?;
-        self.configure(|config| {
-            put(&mut config.disk, disk, |disk| &disk.id);
-            Ok(())
-        })
-    }
-
-    /// Gives the guest a source of entropy.
-    ///
-    /// # Errors
-    /// See [`Instance::configure`].
-    pub fn put_entropy(&self, device: EntropyDevice) -> Done {
-        self.configure(|config| {
-            config.rng = true;
-            config.rng_rate = device.rate_limiter.map(Into::into);
-            Ok(())
-        })
-    }
-
-    /// Gives the guest streams to programs of the host.
-    ///
-    /// # Errors
-    /// See [`Instance::configure`].
-    pub fn put_vsock(&self, vsock: Vsock) -> Done {
-        self.configure(|config| {
-            config.vsock = Some(vsock.into());
-            Ok(())
-        })
-    }
-
-    /// Gives the guest a balloon.
-    ///
-    /// # Errors
-    /// See [`Instance::configure`].
-    pub fn put_balloon(&self, balloon: Balloon) -> Done {
-        self.configure(|config| {
-            config.balloon = Some(balloon.try_into()?);
-            Ok(())
-        })
-    }
-
-    /// The running machine and its balloon.
-    fn balloon(&self) -> Result<(Handle, BalloonConfig), Fault> {
-        let handle = self.handle()?;
-        Ok((handle, self.config().balloon.ok_or_else(no_balloon)?))
-    }
-
-    /// Gives the balloon of the running machine another size.
-    ///
-    /// # Errors
-    /// The machine does not run, has no balloon, or has less memory than that.
-    pub async fn patch_balloon(&self, update: BalloonUpdate) -> Done {
-        let (handle, mut balloon) = self.balloon()?;
-        balloon.size = ByteSize(u64::from(update.amount_mib) << 20);
-        let mut config = self.config();
-        config.balloon = Some(balloon.clone());
-        config.validate_without_kernel().map_err(|error| Fault::bad(chain(&error)))?;
-        let message = Message::BalloonTarget(balloon.pages());
-        send(&handle, Command::Update { device: BALLOON.into(), message }).await?;
-        self.lock().config.balloon = Some(balloon);
-        Ok(DONE)
-    }
-
-    /// Asks the guest about its memory more or less often.
-    ///
-    /// # Errors
-    /// The machine does not run or has no balloon; statistics were not asked for before the start,
-    /// or would not be any more.
-    pub async fn patch_balloon_statistics(&self, update: BalloonStatsUpdate) -> Done {
-        let (handle, mut balloon) = self.balloon()?;
-        let seconds = update.stats_polling_interval_s;
-        if (seconds == 0) != (balloon.stats_interval == 0) {
-            return Err(Fault::bad(
-                "stats_polling_interval_s: Statistics cannot be enabled/disabled after activation.",
-            ));
-        }
-        let message = Message::StatisticsInterval(Duration::from_secs(seconds.into()));
-        send(&handle, Command::Update { device: BALLOON.into(), message }).await?;
-        balloon.stats_interval = seconds;
-        self.lock().config.balloon = Some(balloon);
-        Ok(DONE)
-    }
-
-    /// How the balloon of the running machine stands.
-    ///
-    /// # Errors
-    /// The machine does not run or has no balloon; statistics were not asked for before the start.
-    pub async fn balloon_statistics(&self) -> Result<BalloonStats, Fault> {
-        let (handle, balloon) = self.balloon()?;
-        if balloon.stats_interval == 0 {
-            return Err(Fault::bad(
-                "Statistics are disabled: stats_polling_interval_s was 0 before the start.",
-            ));
-        }
-        let (answer, status) = mpsc::sync_channel(1);
-        send(&handle, Command::DeviceStatus { device: BALLOON.into(), answer }).await?;
-        match status.try_recv() {
-            Ok(DeviceStatus::Balloon(status)) => Ok(status.into()),
-            Err(_) => Err(Fault::gone()),
-        }
-    }
-
-    /// Gives a drive of the running machine another file or other limits.
-    ///
-    /// # Errors
-    /// The machine does not run; it has no such drive; the file cannot be a disk, or what is in
-    /// flight on the old one does not end.
-    pub async fn patch_drive(&self, update: PartialDrive) -> Done {
-        let handle = self.handle()?;
-        let id = update.drive_id;
-        let find =
-            |config: &VmConfig| config.disk.iter().position(|disk| disk.id.as_deref() == Some(&id));
-        let config = self.config();
-        let unknown = || Fault::bad(format!("There is no drive with the id {id}."));
-        let disk = find(&config).and_then(|n| config.disk.get(n)).ok_or_else(unknown)?;
-        if update.path_on_host.is_none() && update.rate_limiter.is_none() {
-            return Err(Fault::bad("path_on_host or rate_limiter: one of them has to be there."));
-        }
-        if let Some(path) = update.path_on_host {
-            let (ro, direct) = (disk.ro, disk.direct);
-            let opened = path.clone();
-            // On a thread of its own: a file system that hangs shall hang nobody else.
-            let candidate = elsewhere(move || Candidate::open(&opened, ro, direct)).await?;
-            let candidate = candidate.map_err(|error| Fault::bad(chain(&error)))?;
-            let back_end = BackEnd::Disk(candidate);
-            send(&handle, Command::Replace { device: id.clone(), back_end }).await?;
-            self.remember(find, |config, n| config.disk[n].path = path);
-        }
-        if let Some(limiter) = update.rate_limiter {
-            let limit = disk.rate.unwrap_or_default().updated(limiter.into());
-            limit_traffic(&handle, &id, Traffic::All, limit).await?;
-            self.remember(find, |config, n| config.disk[n].rate = Some(limit));
-        }
-        Ok(DONE)
-    }
-
-    /// Gives a network card of the running machine other limits.
-    ///
-    /// # Errors
-    /// The machine does not run; it has no such card.
-    pub async fn patch_net(&self, update: PartialNetworkInterface) -> Done {
-        let handle = self.handle()?;
-        let id = update.iface_id;
-        let find =
-            |config: &VmConfig| config.net.iter().position(|net| net.id.as_deref() == Some(&id));
-        let config = self.config();
-        let unknown = || Fault::bad(format!("There is no network interface with the id {id}."));
-        let net = find(&config).and_then(|n| config.net.get(n)).ok_or_else(unknown)?;
-        if let Some(limiter) = update.rx_rate_limiter {
-            let limit = net.rx_rate.unwrap_or_default().updated(limiter.into());
-            limit_traffic(&handle, &id, Traffic::Received, limit).await?;
-            self.remember(find, |config, n| config.net[n].rx_rate = Some(limit));
-        }
-        if let Some(limiter) = update.tx_rate_limiter {
-            let limit = net.tx_rate.unwrap_or_default().updated(limiter.into());
-            limit_traffic(&handle, &id, Traffic::Sent, limit).await?;
-            self.remember(find, |config, n| config.net[n].tx_rate = Some(limit));
-        }
-        Ok(DONE)
-    }
-
-    /// Notes a change of the running machine in its configuration.
-    fn remember(
-        &self,
-        find: impl Fn(&VmConfig) -> Option<usize>,
-        change: impl FnOnce(&mut VmConfig, usize),
-    ) {
-        let mut inner = self.lock();
-        if let Some(n) = find(&inner.config) {
-            change(&mut inner.config, n);
-        }
-    }
-
-    /// Puts a network card into the configuration, in the place of the one with its id.
-    ///
-    /// # Errors
-    /// See [`Instance::configure`]; another card has its address or interface.
-    pub fn put_net(&self, net: NetConfig) -> Done {
-        self.configure(|config| {
-            put(&mut config.net, net, |net| &net.id);
-            Ok(())
-        })
-    }
-}
-
-/// Puts `new` in the place of the one with its id, or behind all.
-fn put<T>(all: &mut Vec<T>, new: T, id: impl Fn(&T) -> &Option<String>) {
-    match all.iter_mut().find(|other| id(other) == id(&new)) {
-        Some(other) => *other = new,
-        None => all.push(new),
     }
 }
 
@@ -577,36 +351,14 @@ pub async fn elsewhere<T: Send + 'static>(
     receiver.await.map_err(|_| Fault::gone())
 }
 
-async fn limit_traffic(
-    handle: &Handle,
-    device: &str,
-    traffic: Traffic,
-    limit: RateLimit,
-) -> Result<(), Fault> {
-    let message = Message::RateLimit(traffic, limit.limiter());
-    send(handle, Command::Update { device: device.to_owned(), message }).await.map(drop)
-}
-
-/// That a file of the configuration can be read.
-///
-/// # Errors
-/// The reason, with `what` the file is.
-pub fn check_file(what: &str, path: &Path) -> Result<(), Fault> {
-    // Of a pipe, nobody waits for the other end.
-    match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(Fault::bad(format!(
-            "The {what} file cannot be opened: {}: {error}",
-            path.display()
-        ))),
-    }
-}
-
-/// Sends a command to a running machine and waits for the answer.
+/// Sends a command to a running machine, at once. What comes back is the answer, to be waited for.
 ///
 /// # Errors
 /// It refused, or is gone.
-pub async fn send(handle: &Handle, command: Command) -> Result<State, Fault> {
+pub fn send(
+    handle: &Handle,
+    command: Command,
+) -> impl Future<Output = Result<State, Fault>> + use<> {
     let (sender, receiver) = oneshot::channel::<Reply>();
     handle.send(
         command,
@@ -614,9 +366,11 @@ pub async fn send(handle: &Handle, command: Command) -> Result<State, Fault> {
             let _ = sender.send(reply);
         }),
     );
-    match receiver.await {
-        Ok(reply) => reply.map_err(|refusal| Fault::bad(refusal.to_string())),
-        Err(_) => Err(Fault::gone()),
+    async {
+        match receiver.await {
+            Ok(reply) => reply.map_err(|refusal| Fault::bad(refusal.to_string())),
+            Err(_) => Err(Fault::gone()),
+        }
     }
 }
 
@@ -634,6 +388,8 @@ fn to_be_built(config: &VmConfig) -> VmConfig {
 
 #[cfg(test)]
 mod tests {
+    use vmm::config::DiskConfig;
+
     use super::*;
 
     #[test]

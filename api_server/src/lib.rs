@@ -20,6 +20,6 @@ mod server;
 pub mod types;
 
 pub use fault::Fault;
-pub use instance::{Instance, Limits, LogSettings, Program, Start};
+pub use instance::{Instance, Limits, Link, LogSettings, Program, Start, Wish};
 pub use openapi::description;
-pub use server::{ServerError, Socket, SocketFile, serve};
+pub use server::{Listener, ServerError, Socket, SocketFile, serve};

@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -16,7 +17,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::sync::Semaphore;
-use vmm::files::remove_if_same;
+use vmm::files::{SocketPath, remove_if_same};
 use vmm::seccomp::{self, ThreadKind};
 
 use crate::instance::{Instance, Shared};
@@ -25,6 +26,8 @@ use crate::routes;
 
 /// Connections at a time. What comes on top waits in the socket's backlog.
 const CONNECTIONS: usize = 2048;
+/// How long what the system refused is waited for.
+const AGAIN: Duration = Duration::from_millis(50);
 /// Most bytes of the head of a request.
 const HEAD: usize = 16 * 1024;
 
@@ -91,17 +94,18 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 impl Socket {
-    /// Listens on `path`. A socket that a dead process left there is replaced.
+    /// Listens on `path`, however long it is. A socket that a dead process left there is replaced.
     ///
     /// # Errors
     /// [`ServerError`]; nothing is left then.
     pub fn bind(path: &Path) -> Result<Socket, ServerError> {
         let failed = |source| ServerError::Bind { path: path.to_owned(), source };
+        let address = SocketPath::of(path).map_err(failed)?;
         if let Ok(metadata) = std::fs::symlink_metadata(path) {
             if !metadata.file_type().is_socket() {
                 return Err(ServerError::NotASocket(path.to_owned()));
             }
-            match UnixStream::connect(path) {
+            match UnixStream::connect(address.as_path()) {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     std::fs::remove_file(path).map_err(failed)?;
                 }
@@ -112,7 +116,7 @@ impl Socket {
         // Before anybody can connect: bind(2) takes the mode from the mask, and starts no queue.
         // SAFETY: umask has no memory arguments; there is one thread yet.
         let mask = unsafe { libc::umask(0o177) };
-        let bound = UnixListener::bind(path);
+        let bound = UnixListener::bind(address.as_path());
         // SAFETY: as above.
         unsafe { libc::umask(mask) };
         let listener = bound.map_err(failed)?;
@@ -126,37 +130,70 @@ impl Socket {
     pub fn file(&self) -> &SocketFile {
         &self.file
     }
+
+    /// What there is to be served, and the file, which goes with whoever keeps it.
+    pub fn into_parts(self) -> (Listener, SocketFile) {
+        (Listener(self.listener), self.file)
+    }
 }
 
-/// Serves `instance` on `socket`, on a thread called `api`, for as long as the process lives. Returns
-/// the socket's file, for it to go when the process ends.
+/// The listening side of a [`Socket`].
+#[derive(Debug)]
+pub struct Listener(UnixListener);
+
+impl AsRawFd for Listener {
+    /// Readable when a client is there.
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Serves `instance` to those who connect to `listener`, on a thread called `api`, for as long as the
+/// process lives. What that takes is set up for the first client: there may never be one.
 ///
 /// # Errors
 /// [`ServerError::Thread`].
 pub fn serve(
-    socket: Socket,
+    Listener(listener): Listener,
     instance: Instance,
     filter: seccomp::Mode,
-) -> Result<SocketFile, ServerError> {
-    let Socket { listener, file } = socket;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build()
-        .map_err(ServerError::Thread)?;
+) -> Result<(), ServerError> {
     let main = move || {
+        if let Err(error) = seccomp::apply(ThreadKind::Api, filter) {
+            return tracing::error!(%error, "cannot filter the API's thread");
+        }
+        wait_for_client(&listener);
+        let runtime = event_loop();
         runtime.block_on(async move {
             match tokio::net::UnixListener::from_std(listener) {
-                Ok(listener) => match seccomp::apply(ThreadKind::Api, filter) {
-                    Ok(()) => accept(listener, Arc::new(instance)).await,
-                    Err(error) => tracing::error!(%error, "cannot filter the API's thread"),
-                },
+                Ok(listener) => accept(listener, Arc::new(instance)).await,
                 Err(error) => tracing::error!(%error, "cannot listen"),
             }
         });
     };
     let thread = std::thread::Builder::new().name("api".into()).spawn(main);
-    thread.map(|_| file).map_err(ServerError::Thread)
+    thread.map(drop).map_err(ServerError::Thread)
+}
+
+/// Waits until somebody connects, and takes nobody in.
+fn wait_for_client(listener: &UnixListener) {
+    let mut poll = libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // A failure, such as by a signal, ends the wait: what comes next waits as well.
+    // SAFETY: one valid pollfd.
+    unsafe { libc::poll(&raw mut poll, 1, -1) };
+}
+
+/// An event loop for this thread, as soon as there are descriptors for one.
+fn event_loop() -> tokio::runtime::Runtime {
+    loop {
+        match tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build() {
+            Ok(runtime) => return runtime,
+            Err(error) => {
+                tracing::warn!(%error, "cannot serve the API yet");
+                std::thread::sleep(AGAIN);
+            }
+        }
+    }
 }
 
 async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
@@ -179,7 +216,7 @@ async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
             Err(error) => {
                 // Out of descriptors: others may be closed in a moment.
                 tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                tokio::time::sleep(AGAIN).await;
             }
         }
     }

@@ -5,18 +5,23 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use api_server::types::small::Logger;
-use api_server::{Instance, Limits, LogSettings, Program, Socket, Start};
+use api_server::{Instance, Limits, LogSettings, Program, Start, Wish};
 use vmm::config::VmConfig;
 use vmm::machine::Machine;
 use vmm::timings::Timings;
 
 use crate::cli::{ApiArgs, Result};
+use crate::exit::Code;
 use crate::logging::{self, Level, Lines};
 use crate::run;
-use crate::session::{Session, Wanted};
+use crate::session::{ApiSocket, Session, Wanted};
 
 /// The version of Firecracker whose API is served.
 pub const FIRECRACKER: &str = "1.12.1";
+
+/// What clients are told of Hull.
+pub const HULL: Program =
+    Program { name: "Hull", version: env!("CARGO_PKG_VERSION"), api_version: FIRECRACKER };
 
 /// Serves the API until the machine that is started there ends.
 pub fn api(args: &ApiArgs) -> Result {
@@ -25,45 +30,45 @@ pub fn api(args: &ApiArgs) -> Result {
     let mut config = VmConfig { name: args.name.clone(), ..VmConfig::default() };
     config.seccomp = args.seccomp.map_or(config.seccomp, Into::into);
     config.validate_without_kernel()?;
-    let program =
-        Program { name: "Hull", version: env!("CARGO_PKG_VERSION"), api_version: FIRECRACKER };
-    let socket = Socket::bind(&args.sock)?;
     let wanted = Wanted {
         pidfile: args.pidfile.as_deref(),
-        socket: Some(socket.file()),
+        api: ApiSocket::At(&args.sock),
         ..Wanted::default()
     };
-    let session = Session::prepare(&mut config, wanted)?;
-    let (starts, wishes) = mpsc::channel();
+    let mut session = Session::prepare(&mut config, wanted)?;
+    let (sender, wishes) = mpsc::channel();
     let filter = config.seccomp;
     let limits =
         Limits { body: args.max_body, metadata: args.mmds_size_limit.unwrap_or(args.max_body) };
     let log = Log { id: config.name.clone().unwrap_or_default() };
-    let instance = Instance::new(program, limits, config, starts).with_log(Box::new(log));
-    let _file = api_server::serve(socket, instance, filter)?;
-    start_wished(&session, &wishes)
+    let instance = Instance::new(HULL, limits, config, sender).with_log(Box::new(log));
+    session.serve(instance, filter)?;
+    fulfil(&session, &wishes)
 }
 
 /// Starts the machine that a client wishes for, and stays with it until it ends.
-pub fn start_wished(session: &Session, wishes: &mpsc::Receiver<Start>) -> Result {
+pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>) -> Result {
     loop {
         session.interruptible()?;
         // The sender lives in the API's thread, which lives as long as the process.
-        let wish: Start = wishes.recv()?;
+        let start = match wishes.recv()? {
+            Wish::Start(start) => start,
+            Wish::Quit => return Ok(Code::SUCCESS),
+        };
         // Clients count from their wish, not from the process.
         let timings = Arc::new(Timings::new(Instant::now()));
-        match session.build(&wish.config, &timings) {
-            Err(error) => wish.failed(error.as_ref()),
-            Ok(machine) => return run(session, wish, machine),
+        match session.build(&start.config, &timings) {
+            Err(error) => start.failed(error.as_ref()),
+            Ok(machine) => return run(session, *start, machine),
         }
     }
 }
 
 /// Runs the machine that was wished for until it ends.
-pub fn run(session: &Session, wish: Start, machine: Machine) -> Result {
-    let config = wish.config.clone();
+pub fn run(session: &Session, start: Start, machine: Machine) -> Result {
+    let config = start.config.clone();
     session.describe(&config)?;
-    wish.started(machine.handle());
+    start.started(machine.handle());
     let ending = session.run(machine, &config)?;
     Ok(run::end(&ending))
 }

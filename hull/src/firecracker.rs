@@ -9,18 +9,18 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use api_server::types::small::Logger;
-use api_server::{Instance, Limits, LogSettings, Program, Socket};
+use api_server::{Instance, Limits, LogSettings, Program, Wish};
 use clap::Parser;
 use vmm::config::{ByteSize, VmConfig};
 use vmm::seccomp;
 use vmm::timings::Timings;
 
-use crate::api::{self, FIRECRACKER, Log, start_wished};
+use crate::api::{self, FIRECRACKER, Log, fulfil};
 use crate::cli::Result;
 use crate::exit::Code;
 use crate::logging::{self, Level};
 use crate::report;
-use crate::session::{Session, Wanted};
+use crate::session::{ApiSocket, Session, Wanted};
 use crate::streams;
 
 /// Version of the snapshot format that Firecracker 1.12.1 names.
@@ -147,7 +147,7 @@ pub fn firecracker(arguments: impl IntoIterator<Item = OsString>, start: Instant
     })
 }
 
-fn run(options: &Options, start: Instant) -> Result {
+fn run(options: &Options, begun: Instant) -> Result {
     if options.version {
         let hull = env!("CARGO_PKG_VERSION");
         streams::print(&format!("Firecracker v{FIRECRACKER}\nHull v{hull}\n"))?;
@@ -187,23 +187,19 @@ fn run(options: &Options, start: Instant) -> Result {
     if options.no_seccomp {
         config.seccomp = seccomp::Mode::Off;
     }
-    let socket = match options.no_api {
-        true => None,
-        false => Some(Socket::bind(&options.api_sock)?),
+    let api = match options.no_api {
+        true => ApiSocket::Nowhere,
+        false => ApiSocket::At(&options.api_sock),
     };
-    let wanted = Wanted {
-        socket: socket.as_ref().map(Socket::file),
-        config: options.config_file.as_deref(),
-        ..Wanted::default()
-    };
-    let session = Session::prepare(&mut config, wanted)?;
-    let (starts, wishes) = mpsc::channel();
+    let wanted = Wanted { api, config: options.config_file.as_deref(), ..Wanted::default() };
+    let mut session = Session::prepare(&mut config, wanted)?;
+    let (sender, wishes) = mpsc::channel();
     let filter = config.seccomp;
     let program = Program { name: "Firecracker", version: FIRECRACKER, api_version: FIRECRACKER };
     let body = options.http_api_max_payload_size;
     let limits = Limits { body, metadata: options.mmds_size_limit.unwrap_or(body) };
     let instance =
-        Instance::new(program, limits, config, starts).with_id(&options.id).with_log(Box::new(log));
+        Instance::new(program, limits, config, sender).with_id(&options.id).with_log(Box::new(log));
     if let Some(path) = &options.metadata {
         read(path, |text| {
             let contents = serde_json::from_slice(text)?;
@@ -214,18 +210,19 @@ fn run(options: &Options, start: Instant) -> Result {
         // The configuration of the machine, and the wish for its start.
         read(path, |text| instance.configure_from(text).map_err(|fault| fault.to_string().into()))?;
     }
-    let _file = socket.map(|socket| api_server::serve(socket, instance, filter)).transpose()?;
-    if let Some(path) = &options.config_file {
-        // The wish that the file made. There is no other way to a machine than this file.
-        session.interruptible()?;
-        let wish = wishes.recv()?;
-        let timings = Arc::new(Timings::new(start));
-        let machine = session
-            .build(&wish.config, &timings)
-            .map_err(|source| BadConfiguration { path: path.clone(), source })?;
-        return api::run(&session, wish, machine);
-    }
-    start_wished(&session, &wishes)
+    session.serve(instance, filter)?;
+    let Some(path) = &options.config_file else { return fulfil(&session, &wishes) };
+    // The wish that the file made. There is no other way to a machine than this file.
+    session.interruptible()?;
+    let start = match wishes.recv()? {
+        Wish::Start(start) => start,
+        Wish::Quit => return Ok(Code::SUCCESS),
+    };
+    let timings = Arc::new(Timings::new(begun));
+    let machine = session
+        .build(&start.config, &timings)
+        .map_err(|source| BadConfiguration { path: path.clone(), source })?;
+    api::run(&session, *start, machine)
 }
 
 /// Has `take` take what is in a file.

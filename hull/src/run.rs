@@ -4,14 +4,16 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Instant;
 
+use api_server::{Instance, Limits, Link};
 use vmm::config::{OnReboot, VmConfig};
-use vmm::machine::Ending;
+use vmm::machine::{Ending, LONGEST_METADATA};
 use vmm::timings::{Milestone, Timings};
 
+use crate::api::HULL;
 use crate::cli::{Format, Result, RunArgs, UsageError};
 use crate::exit::Code;
 use crate::logging;
-use crate::session::{Session, Wanted};
+use crate::session::{ApiSocket, Session, Wanted};
 use crate::streams;
 
 /// Runs a machine until it ends.
@@ -25,14 +27,20 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
     let wanted = Wanted {
         pidfile: args.pidfile.as_deref(),
         config: args.config.as_deref(),
-        ..Wanted::default()
+        api: api_socket(&args),
     };
-    let session = Session::prepare(&mut config, wanted)?;
+    let mut session = Session::prepare(&mut config, wanted)?;
+    let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
+    let (instance, link) = Instance::configured(HULL, limits, config);
+    instance.initialise_metadata()?;
+    session.offer(instance, link.config().seccomp);
     loop {
+        // With what clients changed meanwhile.
+        let config = link.config();
         let timings = Arc::new(Timings::new(start));
         let result = match config.on_reboot {
-            OnReboot::Exit => run_once(&session, &config, &timings),
-            OnReboot::Restart => run_in_thread(&session, &config, &timings),
+            OnReboot::Exit => run_once(&session, &link, &config, &timings),
+            OnReboot::Restart => run_in_thread(&session, &link, &config, &timings),
         };
         if let Some(format) = args.timings {
             streams::say(&timings_text(&timings, format));
@@ -46,6 +54,14 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
     }
 }
 
+fn api_socket(args: &RunArgs) -> ApiSocket<'_> {
+    match &args.api_sock {
+        _ if args.no_api => ApiSocket::Nowhere,
+        Some(path) => ApiSocket::At(path),
+        None => ApiSocket::ByName,
+    }
+}
+
 /// Says how a machine ended, where that needs to be said.
 pub fn end(ending: &Ending) -> Code {
     if *ending == Ending::TripleFault {
@@ -54,18 +70,29 @@ pub fn end(ending: &Ending) -> Code {
     Code::from(ending)
 }
 
-fn run_once(session: &Session, config: &VmConfig, timings: &Arc<Timings>) -> Result<Ending> {
+fn run_once(
+    session: &Session,
+    link: &Link,
+    config: &VmConfig,
+    timings: &Arc<Timings>,
+) -> Result<Ending> {
     let machine = session.build(config, timings)?;
+    link.started(machine.handle());
     session.run(machine, config)
 }
 
 /// Runs the machine on a thread of its own. A thread that controlled a machine is filtered for good
 /// and could not assemble the next one; this one only waits, and no guest reaches it.
-fn run_in_thread(session: &Session, config: &VmConfig, timings: &Arc<Timings>) -> Result<Ending> {
+fn run_in_thread(
+    session: &Session,
+    link: &Link,
+    config: &VmConfig,
+    timings: &Arc<Timings>,
+) -> Result<Ending> {
     std::thread::scope(|scope| {
         let control = std::thread::Builder::new()
             .name("main".into())
-            .spawn_scoped(scope, || run_once(session, config, timings))?;
+            .spawn_scoped(scope, || run_once(session, link, config, timings))?;
         control.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }

@@ -43,6 +43,9 @@ pub struct Record {
     pub memory: u64,
     /// The kernel file; JSON has no place for bytes that are not UTF-8.
     pub kernel: String,
+    /// The socket of its API.
+    #[serde(default)]
+    pub api: PathBuf,
 }
 
 /// Why a machine could not be given its name.
@@ -198,6 +201,11 @@ impl Drop for Files {
 /// The files of the machine called `name`.
 pub fn paths(directory: &Path, name: &str) -> [PathBuf; 2] {
     [socket_path(directory, name), record_path(directory, name)]
+}
+
+/// Where the API of the machine called `name` is served, unless somebody wants it elsewhere.
+pub fn api_path(directory: &Path, name: &str) -> PathBuf {
+    directory.join(format!("{name}.api"))
 }
 
 fn record_path(directory: &Path, name: &str) -> PathBuf {
@@ -378,13 +386,16 @@ impl Service for ControlSocket {
         self.0.socket.as_raw_fd()
     }
 
-    fn on_ready(&mut self, machine: &Handle) {
+    fn on_ready(&mut self, machine: &Handle) -> bool {
         let mut bytes = [0; 256];
-        let Ok(len) = self.0.socket.recv(&mut bytes) else { return };
+        let Ok(len) = self.0.socket.recv(&mut bytes) else { return true };
         let command = match serde_json::from_slice(&bytes[..len]) {
             Ok(Request::PowerButton) => Command::PowerButton,
             Ok(Request::Quit) => Command::Quit,
-            Err(err) => return self.0.ignore(&err),
+            Err(err) => {
+                self.0.ignore(&err);
+                return true;
+            }
         };
         let control = Arc::clone(&self.0);
         machine.send(
@@ -395,6 +406,7 @@ impl Service for ControlSocket {
                 }
             }),
         );
+        true
     }
 }
 
@@ -411,6 +423,7 @@ mod tests {
             cpus: 1,
             memory: 2,
             kernel: "k".into(),
+            api: "s".into(),
         }
     }
 

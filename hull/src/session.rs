@@ -2,19 +2,19 @@
 //! Machines that follow each other in one process share it.
 
 use std::io::{self, IsTerminal};
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use api_server::SocketFile;
+use api_server::{Instance, Listener, ServerError, Socket, SocketFile};
 use vmm::config::{ConfigError, ConsoleMode, OnReboot, VmConfig};
 use vmm::console::{Console, Sink, plain, window_size};
 use vmm::hypervisor::HypervisorError;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
-use vmm::machine::{Ending, Host, Machine, RunOptions, Service};
-use vmm::seccomp;
+use vmm::machine::{Ending, Handle, Host, Machine, RunOptions, Service};
+use vmm::seccomp::{self, ThreadKind};
 use vmm::signals::{Hooks, Signals};
 use vmm::timings::Timings;
 
@@ -34,11 +34,72 @@ pub struct Session {
     _leftovers: Published,
     entry: Option<Entry>,
     _pidfile: Option<PidFile>,
+    /// Where the API is served.
+    api_path: PathBuf,
+    listener: Option<Listener>,
+    _socket: Option<SocketFile>,
+    door: Door,
     signals: Signals,
     /// Files that no console may be written to.
     used: Vec<PathBuf>,
     /// A machine ran already.
     ran: AtomicBool,
+}
+
+/// The API, while nobody has come for it.
+struct Offer {
+    listener: Listener,
+    instance: Instance,
+    filter: seccomp::Mode,
+}
+
+impl Offer {
+    fn serve(self) -> std::result::Result<(), ServerError> {
+        api_server::serve(self.listener, self.instance, self.filter)
+    }
+}
+
+/// An offer that machines which follow each other in one process pass on, until somebody takes it.
+#[derive(Clone, Default)]
+struct Door(Arc<Mutex<Option<Offer>>>);
+
+impl Door {
+    fn offer(&self) -> MutexGuard<'_, Option<Offer>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Opens the door when somebody comes: a machine that nobody talks to has no thread for it.
+struct Doorman {
+    door: Door,
+    fd: RawFd,
+}
+
+impl Service for Doorman {
+    fn fd(&self) -> RawFd {
+        self.fd
+    }
+
+    fn on_ready(&mut self, _machine: &Handle) -> bool {
+        if let Some(offer) = self.door.offer().take()
+            && let Err(error) = offer.serve()
+        {
+            tracing::error!(%error, "the API is not served");
+        }
+        false
+    }
+}
+
+/// Where the API is to be.
+#[derive(Clone, Copy, Default)]
+pub enum ApiSocket<'a> {
+    /// At the machine's place in the runtime directory, if it has one.
+    #[default]
+    ByName,
+    /// There.
+    At(&'a Path),
+    /// Nowhere.
+    Nowhere,
 }
 
 /// What is to be prepared.
@@ -48,18 +109,24 @@ pub struct Wanted<'a> {
     pub pidfile: Option<&'a Path>,
     /// The file that the configuration was read from.
     pub config: Option<&'a Path>,
-    /// A socket that goes with the process.
-    pub socket: Option<&'a SocketFile>,
+    /// Where the API is to be.
+    pub api: ApiSocket<'a>,
 }
 
 impl Session {
     /// Takes over the signals, and a name in the runtime directory: the one of `config`, or one that
-    /// is made up and put into it.
+    /// is made up and put into it. Binds the socket of the API.
     ///
     /// # Errors
-    /// The name or the pid file is another's; the system refused something. Nothing is left then.
+    /// The name, the socket or the pid file is another's; the system refused something. Nothing is
+    /// left then.
     pub fn prepare(config: &mut VmConfig, wanted: Wanted<'_>) -> Result<Session> {
         check_inherited(config)?;
+        // What somebody asked for comes first: that it cannot be had is found before anything is taken.
+        let asked = match wanted.api {
+            ApiSocket::At(path) => Some(Socket::bind(path)?),
+            ApiSocket::ByName | ApiSocket::Nowhere => None,
+        };
         // Before there is any other thread, so that all of them have these signals blocked.
         let signals = Signals::block()?.with_hooks(Hooks {
             end: last_words::clean_up,
@@ -69,8 +136,15 @@ impl Session {
         seccomp::install_handler(terminal::restore)?;
         let named = config.name.is_some();
         config.name.get_or_insert_with(|| format!("vm-{}", std::process::id()));
-        let record = record(config);
-        let entry = match Entry::create(&runtime::directory(), &record) {
+        let directory = runtime::directory();
+        let name = config.name.as_deref().unwrap_or_default();
+        let api_path = match wanted.api {
+            ApiSocket::At(path) => std::path::absolute(path)?,
+            ApiSocket::ByName => runtime::api_path(&directory, name),
+            ApiSocket::Nowhere => PathBuf::new(),
+        };
+        let record = record(config, api_path);
+        let entry = match Entry::create(&directory, &record) {
             Ok(entry) => Some(entry),
             // Who did not ask for a name can do without an entry.
             Err(err) if !named => {
@@ -79,24 +153,53 @@ impl Session {
             }
             Err(err) => return Err(err.into()),
         };
+        let by_name = matches!(wanted.api, ApiSocket::ByName) && entry.is_some();
+        let socket = if by_name { Some(Socket::bind(&record.api)?) } else { asked };
         let pidfile = wanted.pidfile.map(PidFile::create).transpose()?;
         let mut leftovers = Leftovers::default();
         if entry.is_some() {
-            for path in runtime::paths(&runtime::directory(), &record.name) {
+            for path in runtime::paths(&directory, &record.name) {
                 leftovers.add(&path);
             }
         }
         if let Some(pidfile) = &pidfile {
             pidfile.leave_to(&mut leftovers);
         }
-        if let Some(socket) = wanted.socket {
-            let (device, inode) = socket.identity();
-            leftovers.add_if_same(socket.path(), device, inode);
+        if let Some(file) = socket.as_ref().map(Socket::file) {
+            let (device, inode) = file.identity();
+            leftovers.add_if_same(file.path(), device, inode);
         }
         let _leftovers = leftovers.publish();
         let used = wanted.config.into_iter().chain(wanted.pidfile).map(Path::to_owned).collect();
         let ran = AtomicBool::new(false);
-        Ok(Session { _leftovers, entry, _pidfile: pidfile, signals, used, ran })
+        let (listener, _socket) = socket.map(Socket::into_parts).unzip();
+        Ok(Session {
+            _leftovers,
+            entry,
+            _pidfile: pidfile,
+            api_path: record.api,
+            listener,
+            _socket,
+            door: Door::default(),
+            signals,
+            used,
+            ran,
+        })
+    }
+
+    /// Serves `instance` on the socket of the API, if there is one.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub fn serve(&mut self, instance: Instance, filter: seccomp::Mode) -> Result<()> {
+        let offer = self.listener.take().map(|listener| Offer { listener, instance, filter });
+        offer.map_or(Ok(()), |offer| Ok(offer.serve()?))
+    }
+
+    /// Serves `instance` there, from when a machine runs and somebody comes.
+    pub fn offer(&mut self, instance: Instance, filter: seccomp::Mode) {
+        let offer = self.listener.take().map(|listener| Offer { listener, instance, filter });
+        *self.door.offer() = offer;
     }
 
     /// Says in the runtime directory what the machine is now.
@@ -104,7 +207,9 @@ impl Session {
     /// # Errors
     /// The file cannot be written.
     pub fn describe(&self, config: &VmConfig) -> io::Result<()> {
-        self.entry.as_ref().map_or(Ok(()), |entry| entry.update(&record(config)))
+        self.entry
+            .as_ref()
+            .map_or(Ok(()), |entry| entry.update(&record(config, self.api_path.clone())))
     }
 
     /// Lets signals end the process from now on, until a machine runs: for who waits.
@@ -145,11 +250,16 @@ impl Session {
         if let Some(entry) = &self.entry {
             services.push(Box::new(entry.control_socket()));
         }
+        let offered = self.door.offer().as_ref().map(|offer| offer.listener.as_raw_fd());
+        if let Some(fd) = offered {
+            services.push(Box::new(Doorman { door: self.door.clone(), fd }));
+        }
+        let thread = if offered.is_some() { ThreadKind::MainApi } else { ThreadKind::Main };
         // Last, so that an error before it finds the terminal as it was.
         let (console, _raw) = console(config, &self.used, !self.ran.swap(true, Ordering::Relaxed))?;
         let signals = Some(self.signals.try_clone()?);
         let last = config.on_reboot == OnReboot::Exit;
-        let options = RunOptions { console, signals, services, last };
+        let options = RunOptions { console, signals, services, thread, last };
         Ok(machine.run(options)?)
     }
 }
@@ -172,7 +282,7 @@ fn check_inherited(config: &VmConfig) -> std::result::Result<(), ConfigError> {
     Ok(())
 }
 
-fn record(config: &VmConfig) -> Record {
+fn record(config: &VmConfig, api: PathBuf) -> Record {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     Record {
         name: config.name.clone().unwrap_or_default(),
@@ -181,6 +291,7 @@ fn record(config: &VmConfig) -> Record {
         cpus: config.cpus,
         memory: config.memory.size.0,
         kernel: config.kernel.path.to_string_lossy().into_owned(),
+        api,
     }
 }
 

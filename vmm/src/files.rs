@@ -1,9 +1,46 @@
-//! Files by their identity: whether two paths are one, whether one is still ours. And how many may be
-//! open.
+//! Files by their identity: whether two paths are one, whether one is still ours. Sockets by paths of
+//! any length. And how many files may be open.
 
 use std::ffi::CStr;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Longest path of a socket, in bytes: `sun_path` without its NUL.
+const LONGEST_SOCKET_PATH: usize = 107;
+
+/// A path of a socket that fits into a socket's address.
+#[derive(Debug)]
+pub struct SocketPath {
+    path: PathBuf,
+    // The short path leads through it.
+    _folder: Option<File>,
+}
+
+impl SocketPath {
+    /// Another path for `path` if that is too long.
+    ///
+    /// # Errors
+    /// Its folder cannot be opened.
+    pub fn of(path: &Path) -> io::Result<SocketPath> {
+        let long = path.as_os_str().as_bytes().len() > LONGEST_SOCKET_PATH;
+        let (Some(folder), Some(name), true) = (path.parent(), path.file_name(), long) else {
+            return Ok(SocketPath { path: path.to_owned(), _folder: None });
+        };
+        let flags = libc::O_PATH | libc::O_DIRECTORY;
+        let folder = File::options().read(true).custom_flags(flags).open(folder)?;
+        let path = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
+        Ok(SocketPath { path, _folder: Some(folder) })
+    }
+
+    /// The path, good for as long as this lives.
+    pub fn as_path(&self) -> &Path {
+        &self.path
+    }
+}
 
 /// What two paths of one file have in common; `None` if there is none at `path`.
 pub(crate) fn identity(path: &Path) -> Option<(u64, u64)> {

@@ -33,6 +33,8 @@ pub enum Mode {
 pub enum ThreadKind {
     /// Control: events, signals, console.
     Main,
+    /// The same, where it may have to start the thread of the REST API.
+    MainApi,
     /// Runs a vCPU.
     Vcpu,
     /// Runs device workers.
@@ -49,7 +51,7 @@ impl ThreadKind {
     /// Name of the kind, and of its policy file but where there are two (`vmm/build.rs`).
     pub fn name(self) -> &'static str {
         match self {
-            ThreadKind::Main => "main",
+            ThreadKind::Main | ThreadKind::MainApi => "main",
             ThreadKind::Vcpu => "vcpu",
             ThreadKind::Io => "io",
             ThreadKind::IoSockets => "io-sockets",
@@ -70,6 +72,7 @@ impl ThreadKind {
         }
         match self {
             ThreadKind::Main => program!("main"),
+            ThreadKind::MainApi => program!("main-api"),
             ThreadKind::Vcpu => program!("vcpu"),
             ThreadKind::Io => program!("io"),
             ThreadKind::IoSockets => program!("io-sockets"),
@@ -213,8 +216,9 @@ impl Line {
 mod tests {
     use super::*;
 
-    const KINDS: [ThreadKind; 6] = [
+    const KINDS: [ThreadKind; 7] = [
         ThreadKind::Main,
+        ThreadKind::MainApi,
         ThreadKind::Vcpu,
         ThreadKind::Io,
         ThreadKind::IoSockets,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use serde_json::{Map, Value};
 use tokio::sync::oneshot;
-use vmm::machine::{Command, Handle, Message, Reply};
+use vmm::machine::{Command, Handle, Message, Reply, initial_metadata};
 
 use super::{Inner, Instance, Phase};
 use crate::fault::{DONE, Done, Fault};
@@ -66,6 +66,20 @@ impl Instance {
     /// It is more than [`Limits::metadata`](super::Limits::metadata).
     pub fn preset_metadata(&self, contents: Value) -> Done {
         self.change_metadata(|_| Ok(contents)).map(|_| DONE)
+    }
+
+    /// Has the guest find what the file of the configuration says, if there is one.
+    ///
+    /// # Errors
+    /// The file cannot be read, is no JSON or too large.
+    pub fn initialise_metadata(&self) -> Done {
+        match self.config().mmds.filter(|mmds| mmds.path.is_some()) {
+            Some(mmds) => {
+                let contents = initial_metadata(&mmds);
+                self.preset_metadata(contents.map_err(|why| Fault::bad(format!("cannot set up mmds: {why}")))?)
+            }
+            None => Ok(DONE),
+        }
     }
 
     /// Changes what the guest finds by a JSON merge patch (RFC 7396).

@@ -17,6 +17,10 @@ use crate::types::vsock::Vsock;
 pub async fn act(State(shared): State<Shared>, Json(info): Json<InstanceActionInfo>) -> Done {
     match info.action_type {
         ActionType::InstanceStart => shared.start().await,
+        ActionType::PowerButton => {
+            send(&shared.handle()?, Command::PowerButton).await.map(|_| DONE)
+        }
+        ActionType::Quit => shared.quit().await,
         ActionType::SendCtrlAltDel => {
             send(&shared.handle()?, Command::CtrlAltDel).await.map(|_| DONE)
         }

@@ -15,6 +15,10 @@ pub enum ActionType {
     FlushMetrics,
     /// Starts the machine.
     InstanceStart,
+    /// Presses the power button.
+    PowerButton,
+    /// Ends the machine as if its power was cut, and the process with it.
+    Quit,
     /// Presses Ctrl, Alt and Del on the guest's keyboard.
     SendCtrlAltDel,
 }
@@ -47,7 +51,7 @@ pub struct Vm {
 impl EntropyDevice {
     /// The one of this machine.
     pub fn of(config: &VmConfig) -> Option<EntropyDevice> {
-        let rate_limiter = config.rng_rate.map(Into::into);
+        let rate_limiter = RateLimiter::of(config.rng_rate);
         config.rng.then_some(EntropyDevice { rate_limiter })
     }
 }

@@ -90,6 +90,9 @@ pub struct RunArgs {
     /// Where the REST API is served [default: the machine's name in the runtime directory]
     #[arg(long, value_name = "PATH")]
     pub api_sock: Option<PathBuf>,
+    /// Serve no API: nobody can pause, change or stop the machine but by signals
+    #[arg(long, conflicts_with = "api_sock")]
+    pub no_api: bool,
     /// What a guest reboot does [default: exit]
     #[arg(long, value_name = "WHAT")]
     pub on_reboot: Option<Reboot>,

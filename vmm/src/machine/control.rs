@@ -29,7 +29,7 @@ use super::slot::Stopping;
 use super::{Machine, RunError, RunOptions};
 use crate::console::Output;
 use crate::io::{Report, WorkerId, system_error};
-use crate::seccomp::{self, ThreadKind};
+use crate::seccomp;
 use crate::signals::Meaning;
 use crate::timings::Milestone;
 
@@ -165,7 +165,7 @@ impl Machine {
         let mut manager = EventManager::new_with_capacity(READY_EVENTS)
             .map_err(|err| host("cannot wait for events")(system_error(err)))?;
         let timer = TimerFd::new().map_err(|err| host("cannot make a timer")(err.into()))?;
-        seccomp::apply(ThreadKind::Main, self.seccomp)
+        seccomp::apply(options.thread, self.seccomp)
             .map_err(host("cannot filter the main thread"))?;
         self.control.output.set_sink(options.console.sink);
         let id = manager.add_subscriber(Control {
@@ -256,7 +256,10 @@ impl MutEventSubscriber for Control {
             Source::Service(n) => {
                 let handle = self.machine.handle();
                 if let Some(service) = self.options.services.get_mut(n as usize) {
-                    service.on_ready(&handle);
+                    let fd = service.fd();
+                    if !service.on_ready(&handle) {
+                        let _ = ops.remove(Events::empty_raw(fd));
+                    }
                 }
             }
         }

@@ -28,7 +28,7 @@ pub use build::{BuildError, Host, root_arguments};
 pub use devices::virtio::device::{BackEnd, Message, Status as DeviceStatus, Traffic};
 pub use event::{Command, Handle, Reply, ReplyTo};
 pub use lifecycle::{Ending, Refusal, State};
-pub use table::check_disk;
+pub use table::{LONGEST_METADATA, check_disk, initial_metadata};
 
 use crate::console::Console;
 use crate::hypervisor::{Failure, HypervisorError, Vm};
@@ -69,13 +69,14 @@ pub enum RunError {
     },
 }
 
-/// A descriptor that the control thread serves for its caller, such as a control socket.
+/// A descriptor that the control thread serves for its caller, such as a socket.
 pub trait Service {
     /// Becomes readable when there is something to do.
     fn fd(&self) -> RawFd;
 
-    /// Called on the control thread when it is readable. Must not block.
-    fn on_ready(&mut self, machine: &Handle);
+    /// Called on the control thread when it is readable. Must not block. Returns whether it is to be
+    /// called again.
+    fn on_ready(&mut self, machine: &Handle) -> bool;
 }
 
 /// A machine, assembled and not yet running.
@@ -114,6 +115,8 @@ pub struct RunOptions {
     pub signals: Option<crate::signals::Signals>,
     /// Descriptors to be served.
     pub services: Vec<Box<dyn Service>>,
+    /// System calls of the calling thread from now on.
+    pub thread: seccomp::ThreadKind,
     /// The process ends with this machine: what the kernel frees with a process is left to it, which
     /// is quicker than unmapping and closing it piece by piece.
     pub last: bool,

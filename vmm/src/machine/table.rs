@@ -176,16 +176,13 @@ fn card(
 }
 
 /// Most bytes of a file of metadata.
-const LONGEST_METADATA: u64 = 1 << 20;
+pub const LONGEST_METADATA: usize = 1 << 20;
 
 /// What the cards of a machine serve: with one secret, so that a token is good for all of them.
 fn metadata_service(
     config: &MmdsConfig,
 ) -> Result<(mmds::Options, Arc<Value>), Box<dyn std::error::Error + Send + Sync>> {
-    let contents = match &config.path {
-        Some(path) => read_metadata(path).map_err(|why| format!("{}: {why}", path.display()))?,
-        None => Value::default(),
-    };
+    let contents = initial_metadata(config)?;
     let version = match config.version {
         MmdsVersion::V1 => mmds::Version::V1,
         MmdsVersion::V2 => mmds::Version::V2,
@@ -195,10 +192,21 @@ fn metadata_service(
     Ok((options, Arc::new(contents)))
 }
 
+/// What the metadata service has to say at first.
+///
+/// # Errors
+/// The file, which is what it is of; it cannot be read, is no JSON, or longer than 1 MiB.
+pub fn initial_metadata(
+    config: &MmdsConfig,
+) -> Result<Value, Box<dyn std::error::Error + Send + Sync>> {
+    let Some(path) = &config.path else { return Ok(Value::default()) };
+    read_metadata(path).map_err(|why| format!("{}: {why}", path.display()).into())
+}
+
 fn read_metadata(path: &Path) -> Result<Value, Box<dyn std::error::Error + Send + Sync>> {
     let mut text = Vec::new();
-    File::open(path)?.take(LONGEST_METADATA + 1).read_to_end(&mut text)?;
-    if text.len() as u64 > LONGEST_METADATA {
+    File::open(path)?.take(LONGEST_METADATA as u64 + 1).read_to_end(&mut text)?;
+    if text.len() > LONGEST_METADATA {
         return Err("it is longer than 1 MiB".into());
     }
     Ok(serde_json::from_slice(&text)?)

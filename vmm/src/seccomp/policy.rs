@@ -78,6 +78,25 @@ impl Policy {
         Ok(policy)
     }
 
+    /// Allows what `other` allows as well.
+    pub fn join(&mut self, other: Policy) {
+        self.always.extend(other.always);
+        self.always.sort_unstable();
+        self.always.dedup();
+        for (call, conditions) in other.conditional {
+            match self.conditional.iter_mut().find(|(known, _)| *known == call) {
+                Some((_, known)) => {
+                    let new = conditions.into_iter().filter(|new| !known.contains(new));
+                    let new: Vec<_> = new.collect();
+                    known.extend(new);
+                }
+                None => self.conditional.push((call, conditions)),
+            }
+        }
+        let always = &self.always;
+        self.conditional.retain(|(call, _)| !always.contains(call));
+    }
+
     fn rule(&mut self, line: &str) -> Result<(), String> {
         let wrong = || "expected `CALL` or `CALL if argN == VALUE`".to_owned();
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -313,6 +332,27 @@ mod tests {
         assert_eq!(run(&program, I386, 0, [0; 6]), KILL);
         assert_eq!(run(&program, ARCH, 0, [0; 6]), ALLOW);
         assert_eq!(run(&program, ARCH, 1, [0; 6]), LOG);
+    }
+
+    #[test]
+    fn policies_are_joined() {
+        let mut policy = Policy::parse("read\nioctl if arg1 == 1\nprctl if arg0 == 1").unwrap();
+        policy.join(
+            Policy::parse("read\nwrite\nioctl if arg1 == 2\nioctl if arg1 == 1\nprctl").unwrap(),
+        );
+        let program = policy.compile(TRAP).unwrap();
+        let allowed = |call: Sysno, arguments| run(&program, ARCH, call.id() as u32, arguments);
+        for (call, argument, answer) in [
+            (Sysno::read, 0, ALLOW),
+            (Sysno::write, 0, ALLOW),
+            (Sysno::prctl, 7, ALLOW),
+            (Sysno::ioctl, 1, ALLOW),
+            (Sysno::ioctl, 2, ALLOW),
+            (Sysno::ioctl, 3, TRAP),
+            (Sysno::open, 0, TRAP),
+        ] {
+            assert_eq!(allowed(call, [argument; 6]), answer, "{call}");
+        }
     }
 
     #[test]

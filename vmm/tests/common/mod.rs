@@ -21,7 +21,7 @@ use vmm::console::{Console, Sink};
 use vmm::hypervisor::Hypervisor;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::machine::{Ending, Handle, Host, Machine, RunOptions};
-use vmm::seccomp;
+use vmm::seccomp::{self, ThreadKind};
 use vmm::signals::Signals;
 use vmm::timings::Timings;
 
@@ -146,7 +146,8 @@ pub fn run(
     let host = Host { hypervisor, pvm: false, timings, window: None };
     let machine = Machine::new(config, &host).map_err(|err| chain(&err))?;
     started(machine.handle());
-    let options = RunOptions { console, signals, services: Vec::new(), last: false };
+    let thread = ThreadKind::Main;
+    let options = RunOptions { console, signals, services: Vec::new(), thread, last: false };
     machine.run(options).map_err(|err| chain(&err))
 }
 

@@ -52,8 +52,17 @@ const OPTIONS: [(&str, &[&str]); 21] = [
 ];
 
 /// Options that say what is done with a machine.
-const OTHERS: [&str; 7] =
-    ["--log", "--pidfile", "--timings", "--print-config", "--config", "--help", "--version"];
+const OTHERS: [&str; 9] = [
+    "--api-sock",
+    "--no-api",
+    "--log",
+    "--pidfile",
+    "--timings",
+    "--print-config",
+    "--config",
+    "--help",
+    "--version",
+];
 
 /// Adds options with one value each: the `index`th, or the last.
 fn with(guest: Guest, options: &[(&str, &[&str])], index: usize) -> Guest {

@@ -115,7 +115,7 @@ impl From<&DiskConfig> for Drive {
                 CacheMode::Writeback | CacheMode::Writethrough => CacheType::Writeback,
             },
             io_engine: Some(IoEngine::Sync),
-            rate_limiter: disk.rate.map(Into::into),
+            rate_limiter: RateLimiter::of(disk.rate),
             socket: None,
         }
     }

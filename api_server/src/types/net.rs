@@ -65,8 +65,8 @@ impl From<&NetConfig> for NetworkInterface {
             host_dev_name: net.tap.clone().unwrap_or_default(),
             guest_mac: net.mac,
             mtu: net.mtu,
-            rx_rate_limiter: net.rx_rate.map(Into::into),
-            tx_rate_limiter: net.tx_rate.map(Into::into),
+            rx_rate_limiter: RateLimiter::of(net.rx_rate),
+            tx_rate_limiter: RateLimiter::of(net.tx_rate),
         }
     }
 }

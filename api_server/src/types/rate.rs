@@ -55,8 +55,15 @@ impl From<RateLimiter> for RateLimit {
     }
 }
 
-impl From<RateLimit> for RateLimiter {
-    fn from(limit: RateLimit) -> RateLimiter {
-        RateLimiter { bandwidth: limit.bandwidth.map(Into::into), ops: limit.ops.map(Into::into) }
+impl RateLimiter {
+    /// What there is of limits: a bucket without a size or a time is none, nor is a limiter without
+    /// a bucket.
+    pub fn of(limit: Option<RateLimit>) -> Option<RateLimiter> {
+        let limits = |bucket: &Bucket| bucket.size > 0 && bucket.refill_time > 0;
+        let limiter = RateLimiter {
+            bandwidth: limit?.bandwidth.filter(limits).map(Into::into),
+            ops: limit?.ops.filter(limits).map(Into::into),
+        };
+        (limiter.bandwidth.is_some() || limiter.ops.is_some()).then_some(limiter)
     }
 }

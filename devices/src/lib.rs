@@ -11,6 +11,7 @@ pub mod acpi;
 pub mod bus;
 pub mod i8042;
 pub mod memory;
+pub mod metrics;
 pub mod rate;
 pub mod serial;
 pub mod virtio;

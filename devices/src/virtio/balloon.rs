@@ -22,6 +22,8 @@ use std::time::Duration;
 
 use super::Kind;
 use super::device::{Device, Message, Payload, RestoreError, Status, Worker};
+use crate::metrics;
+use crate::metrics::{Counter, Metrics, Set};
 
 const NAME: &str = "virtio-balloon";
 const VERSION: u16 = 1;
@@ -141,6 +143,20 @@ impl Observed {
     }
 }
 
+metrics! {
+    /// What a balloon counts.
+    pub struct BalloonMetrics {
+        /// Times that the guest gave pages.
+        inflate_count: Counter,
+        /// Times that the guest took pages back.
+        deflate_count: Counter,
+        /// Times that the guest reported pages that it does not use.
+        report_count: Counter,
+        /// Statistics that the guest gave.
+        stats_updates_count: Counter,
+    }
+}
+
 /// The device.
 pub struct Balloon {
     target: u32,
@@ -150,6 +166,7 @@ pub struct Balloon {
     interval: Duration,
     observed: Arc<Observed>,
     discard: Arc<dyn Discard>,
+    metrics: Arc<BalloonMetrics>,
 }
 
 impl fmt::Debug for Balloon {
@@ -179,6 +196,7 @@ impl Balloon {
             interval: stats_interval.unwrap_or_default(),
             observed: Arc::default(),
             discard,
+            metrics: Arc::default(),
         }
     }
 }
@@ -259,7 +277,12 @@ impl Device for Balloon {
             interval: self.interval,
             observed: Arc::clone(&self.observed),
             discard: Arc::clone(&self.discard),
+            metrics: Arc::clone(&self.metrics),
         })))
+    }
+
+    fn metrics(&self) -> Vec<Set> {
+        vec![("balloon", Arc::clone(&self.metrics) as Arc<dyn Metrics>)]
     }
 
     fn reset(&mut self) {

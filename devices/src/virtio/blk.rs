@@ -3,9 +3,11 @@
 //! - this file: what the driver sees: features, configuration space, saved state;
 //! - [`file`]: opening, locking and measuring the file behind it;
 //! - [`request`]: what a chain asks for, checked;
-//! - [`worker`]: serving a queue.
+//! - [`worker`]: serving a queue;
+//! - [`metrics`]: what is counted meanwhile.
 
 mod file;
+mod metrics;
 mod pending;
 mod request;
 mod worker;
@@ -16,12 +18,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use file::{Candidate, DiskFile, OpenError};
+pub use metrics::BlockMetrics;
 
 use super::Kind;
 use super::device::{
     BackEnd, Device, Message, Payload, ReplaceError, RestoreError, Traffic, Worker,
 };
 use super::queue::MAX_SIZE;
+use crate::metrics::{Metrics, Set};
 use crate::rate::RateLimiter;
 
 const NAME: &str = "virtio-blk";
@@ -90,6 +94,7 @@ pub struct Block {
     /// The driver's write cache is on. Shared with the workers, which look at each write.
     writeback: Arc<AtomicBool>,
     limit: Option<RateLimiter>,
+    metrics: Arc<BlockMetrics>,
 }
 
 impl Block {
@@ -107,6 +112,7 @@ impl Block {
             queues: vec![MAX_SIZE; usize::from(options.queues.max(1))],
             writeback,
             limit: None,
+            metrics: Arc::default(),
         }
     }
 
@@ -179,7 +185,12 @@ impl Device for Block {
 
     fn replace(&mut self, back_end: BackEnd) -> Result<Vec<u8>, ReplaceError> {
         let BackEnd::Disk(candidate) = back_end;
-        self.file = Arc::new(self.file.replaced_by(candidate)?);
+        let replaced = self.file.replaced_by(candidate);
+        match &replaced {
+            Ok(_) => self.metrics.update_count.count(),
+            Err(_) => self.metrics.update_fails.count(),
+        }
+        self.file = Arc::new(replaced?);
         Ok(self.config())
     }
 
@@ -193,7 +204,12 @@ impl Device for Block {
             always_durable,
             ignore_flush: self.cache == Cache::Unsafe,
             limit: self.limit.clone(),
+            metrics: Arc::clone(&self.metrics),
         })))
+    }
+
+    fn metrics(&self) -> Vec<Set> {
+        vec![("block", Arc::clone(&self.metrics) as Arc<dyn Metrics>)]
     }
 
     fn reset(&mut self) {

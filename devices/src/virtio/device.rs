@@ -29,6 +29,7 @@ use super::Kind;
 use super::balloon::BalloonStatus;
 use super::blk::Candidate;
 use super::queue::{Queue, QueueError, QueueState};
+use crate::metrics::Set;
 use crate::rate::RateLimiter;
 
 /// Saved state of a device: what it is, in which layout, and the bytes.
@@ -135,6 +136,11 @@ pub trait Device: Send {
     /// How the device stands, where there is something to be said.
     fn status(&self) -> Option<Status> {
         None
+    }
+
+    /// What the device counts.
+    fn metrics(&self) -> Vec<Set> {
+        Vec::new()
     }
 
     /// Makes the worker of the `group`th element of [`Device::groups`]; `negotiated` are the

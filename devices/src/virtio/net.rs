@@ -11,6 +11,7 @@
 //! a card has one, is copied, and stays here.
 
 mod control;
+mod metrics;
 pub mod mmds;
 mod rx;
 pub mod tap;
@@ -23,6 +24,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use control::ControlWorker;
+pub use metrics::{MmdsMetrics, NetMetrics};
 use mmds::Service;
 use rx::{PATIENCE, Receiver};
 use serde_json::Value;
@@ -32,6 +34,7 @@ use tx::Sender;
 use super::Kind;
 use super::device::{Device, Message, Payload, Reactor, RestoreError, Traffic, Worker};
 use super::queue::{Chain, Queue, QueueState};
+use crate::metrics::{Metrics, Set};
 use crate::rate::RateLimiter;
 
 const NAME: &str = "virtio-net";
@@ -117,6 +120,9 @@ pub struct Net {
     metadata: Arc<Value>,
     /// The service of a worker that stopped, with its connections, for the next one.
     paused: (mpsc::Sender<Box<Service>>, mpsc::Receiver<Box<Service>>),
+    metrics: Arc<NetMetrics>,
+    /// What the metadata service counts.
+    mmds_metrics: Arc<MmdsMetrics>,
 }
 
 /// What limits the traffic of all queue pairs together: bytes are those of Ethernet frames, and each
@@ -157,7 +163,19 @@ impl Net {
         let pairs = Arc::new(AtomicU16::new(1));
         let (limits, metadata) = (NetLimits::default(), Arc::default());
         let paused = mpsc::channel();
-        Ok(Net { taps, mac, mtu, sizes, pairs, limits, mmds: None, metadata, paused })
+        Ok(Net {
+            taps,
+            mac,
+            mtu,
+            sizes,
+            pairs,
+            limits,
+            mmds: None,
+            metadata,
+            paused,
+            metrics: Arc::default(),
+            mmds_metrics: Arc::default(),
+        })
     }
 
     /// Gives the guest a metadata service on this card. Its contents come by
@@ -259,7 +277,8 @@ impl Device for Net {
                 return service;
             }
             let mtu = self.mtu.unwrap_or(u16::MAX).min(tap.mtu());
-            Box::new(Service::new(options, contents, self.mac, mtu))
+            let metrics = Arc::clone(&self.mmds_metrics);
+            Box::new(Service::new(options, contents, self.mac, mtu, metrics))
         });
         Ok(Box::new(PairWorker {
             service,
@@ -268,9 +287,17 @@ impl Device for Net {
             mergeable: negotiated & feature::MRG_RXBUF != 0,
             largest: self.largest_frame(negotiated),
             limits: self.limits.clone(),
+            metrics: Arc::clone(&self.metrics),
             rx: None,
             tx: None,
         }))
+    }
+
+    fn metrics(&self) -> Vec<Set> {
+        let own = Arc::clone(&self.metrics) as Arc<dyn Metrics>;
+        let service = Arc::clone(&self.mmds_metrics) as Arc<dyn Metrics>;
+        let service = self.mmds.as_ref().map(|_| ("mmds", service));
+        std::iter::once(("net", own)).chain(service).collect()
     }
 
     fn reset(&mut self) {
@@ -346,6 +373,7 @@ struct PairWorker {
     mergeable: bool,
     largest: u64,
     limits: NetLimits,
+    metrics: Arc<NetMetrics>,
     rx: Option<Receiver>,
     tx: Option<Sender>,
     service: Option<Box<Service>>,
@@ -403,11 +431,18 @@ impl Worker for PairWorker {
         let tap = self.tap.clone();
         if is_receive(index) {
             let (mergeable, largest) = (self.mergeable, self.largest);
-            let mut rx = Receiver::new(queue, index, tap, mergeable, largest, reactor);
+            let metrics = Arc::clone(&self.metrics);
+            let mut rx = Receiver::new(queue, index, tap, mergeable, largest, metrics, reactor);
             rx.set_limit(self.limits.received.clone());
             self.rx = Some(rx);
         } else {
-            self.tx = Some(Sender::new(queue, index, tap, self.limits.sent.clone()));
+            self.tx = Some(Sender::new(
+                queue,
+                index,
+                tap,
+                self.limits.sent.clone(),
+                Arc::clone(&self.metrics),
+            ));
         }
     }
 

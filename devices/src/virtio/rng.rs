@@ -1,6 +1,7 @@
 //! Virtio entropy device (virtio 1.3 § 5.4): fills the driver's buffers from getrandom(2).
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Kind;
@@ -9,6 +10,8 @@ use super::device::{
 };
 use super::iobuf::IoBuf;
 use super::queue::{Chain, Queue, QueueError, QueueState};
+use crate::metrics;
+use crate::metrics::{Counter, Metrics, Set};
 use crate::rate::RateLimiter;
 
 const NAME: &str = "virtio-rng";
@@ -19,16 +22,31 @@ const QUEUES: [u16; 1] = [64];
 /// the io thread busy with gigabytes. The used length says how many came (§ 5.4.6).
 const MAX_REQUEST: u64 = 64 * 1024;
 
+metrics! {
+    /// What a source of entropy counts.
+    pub struct RngMetrics {
+        /// Requests that were answered.
+        entropy_event_count: Counter,
+        /// Random bytes that were given.
+        entropy_bytes: Counter,
+        /// Requests that got fewer bytes since the host's generator failed.
+        host_rng_fails: Counter,
+        /// Times that requests had to wait for the rate limit.
+        entropy_rate_limiter_throttled: Counter,
+    }
+}
+
 /// The device. It has no state of its own.
 #[derive(Debug, Default)]
 pub struct Rng {
     limit: Option<RateLimiter>,
+    metrics: Arc<RngMetrics>,
 }
 
 impl Rng {
     /// A device whose bytes and requests are limited.
     pub fn new(limit: Option<RateLimiter>) -> Rng {
-        Rng { limit }
+        Rng { limit, metrics: Arc::default() }
     }
 }
 
@@ -49,7 +67,12 @@ impl Device for Rng {
     }
 
     fn worker(&mut self, _group: usize, _negotiated: u64) -> io::Result<Box<dyn Worker>> {
-        Ok(Box::new(RngWorker { limit: self.limit.clone(), ..RngWorker::default() }))
+        let (limit, metrics) = (self.limit.clone(), Arc::clone(&self.metrics));
+        Ok(Box::new(RngWorker { limit, metrics, ..RngWorker::default() }))
+    }
+
+    fn metrics(&self) -> Vec<Set> {
+        vec![("entropy", Arc::clone(&self.metrics) as Arc<dyn Metrics>)]
     }
 
     fn save(&self) -> Payload {
@@ -69,6 +92,7 @@ struct RngWorker {
     queue: Option<Queue>,
     chain: Chain,
     limit: Option<RateLimiter>,
+    metrics: Arc<RngMetrics>,
 }
 
 /// Why serving stopped.
@@ -87,6 +111,7 @@ impl RngWorker {
         queue: &mut Queue,
         chain: &mut Chain,
         limit: Option<&RateLimiter>,
+        metrics: &RngMetrics,
     ) -> Result<Next, QueueError> {
         queue.disable_kicks();
         for _ in 0..BATCH {
@@ -94,6 +119,7 @@ impl RngWorker {
                 && queue.has_available()?
                 && let Err(wait) = limit.ready(Instant::now())
             {
+                metrics.entropy_rate_limiter_throttled.count();
                 return Ok(Next::Later(wait));
             }
             let Some(head) = queue.pop(chain)? else {
@@ -108,6 +134,11 @@ impl RngWorker {
             chain.writable.truncate(MAX_REQUEST);
             let filled = fill(&mut chain.writable);
             queue.complete(head, filled);
+            metrics.entropy_event_count.count();
+            metrics.entropy_bytes.add(filled.into());
+            if !chain.writable.is_empty() {
+                metrics.host_rng_fails.count();
+            }
             if let Some(limit) = limit {
                 limit.charge(u64::from(filled));
             }
@@ -127,7 +158,7 @@ impl Worker for RngWorker {
 
     fn on_kick(&mut self, index: u16, reactor: &mut dyn Reactor) {
         let Some(queue) = &mut self.queue else { return };
-        match Self::serve(queue, &mut self.chain, self.limit.as_ref()) {
+        match Self::serve(queue, &mut self.chain, self.limit.as_ref(), &self.metrics) {
             Ok(Next::Idle) => {}
             Ok(Next::Again) => reactor.again(index),
             Ok(Next::Later(wait)) => reactor.later(index, wait),

@@ -18,18 +18,21 @@
 mod connection;
 mod connections;
 mod host;
+mod metrics;
 mod packet;
 mod rx;
 mod tx;
 
 use std::io;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 use super::Kind;
 use super::device::{Device, Fault, Message, Payload, Reactor, RestoreError, Worker};
 use super::queue::{Chain, Queue, QueueState};
+use crate::metrics::{Metrics, Set};
 use connections::Connections;
 pub use host::{LONGEST_PATH, ListenError, Listener};
+pub use metrics::VsockMetrics;
 use rx::{RX, Receiver};
 use tx::{Sender, TX};
 
@@ -54,6 +57,7 @@ pub struct Vsock {
     connections: Option<Box<Connections>>,
     returned: mpsc::Receiver<Box<Connections>>,
     give_back: mpsc::Sender<Box<Connections>>,
+    metrics: Arc<VsockMetrics>,
 }
 
 impl Vsock {
@@ -61,8 +65,9 @@ impl Vsock {
     /// through `listener`.
     pub fn new(listener: Listener, cid: u64) -> Vsock {
         let (give_back, returned) = mpsc::channel();
-        let connections = Some(Box::new(Connections::new(listener, cid)));
-        Vsock { cid, connections, returned, give_back }
+        let metrics = Arc::<VsockMetrics>::default();
+        let connections = Connections::new(listener, cid, Arc::clone(&metrics));
+        Vsock { cid, connections: Some(Box::new(connections)), returned, give_back, metrics }
     }
 
     /// The connections, if no worker has them.
@@ -103,6 +108,7 @@ impl Device for Vsock {
         Ok(Box::new(VsockWorker {
             connections: Some(connections),
             give_back: self.give_back.clone(),
+            metrics: Arc::clone(&self.metrics),
             started: false,
             rx: None,
             tx: None,
@@ -110,6 +116,10 @@ impl Device for Vsock {
             chain: Chain::default(),
             broken: false,
         }))
+    }
+
+    fn metrics(&self) -> Vec<Set> {
+        vec![("vsock", Arc::clone(&self.metrics) as Arc<dyn Metrics>)]
     }
 
     fn reset(&mut self) {
@@ -141,6 +151,7 @@ struct VsockWorker {
     // There until it is dropped.
     connections: Option<Box<Connections>>,
     give_back: mpsc::Sender<Box<Connections>>,
+    metrics: Arc<VsockMetrics>,
     /// Sockets are watched.
     started: bool,
     rx: Option<Receiver>,
@@ -241,8 +252,11 @@ impl Worker for VsockWorker {
     fn start_queue(&mut self, index: u16, queue: Queue, reactor: &mut dyn Reactor) {
         let Some(connections) = &mut self.connections else { return };
         match index {
-            RX => self.rx = Some(Receiver::new(queue, connections.guest())),
-            TX => self.tx = Some(Sender::new(queue)),
+            RX => {
+                let metrics = Arc::clone(&self.metrics);
+                self.rx = Some(Receiver::new(queue, connections.guest(), metrics));
+            }
+            TX => self.tx = Some(Sender::new(queue, Arc::clone(&self.metrics))),
             _ => self.event = Some(queue),
         }
         if !std::mem::replace(&mut self.started, true)
@@ -270,6 +284,10 @@ impl Worker for VsockWorker {
     fn on_kick(&mut self, index: u16, reactor: &mut dyn Reactor) {
         if let Some(tx) = self.tx.as_mut().filter(|_| index == TX) {
             tx.pending = true;
+            self.metrics.tx_queue_event_count.count();
+        }
+        if index == RX {
+            self.metrics.rx_queue_event_count.count();
         }
         self.work(reactor);
     }

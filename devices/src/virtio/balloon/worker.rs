@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Discard, Observed, PAGE, QUEUES, Role, STATISTICS};
+use super::{BalloonMetrics, Discard, Observed, PAGE, QUEUES, Role, STATISTICS};
 use crate::virtio::device::{BATCH, Fault, Message, Reactor, Worker};
 use crate::virtio::iobuf::IoBuf;
 use crate::virtio::queue::{Chain, Queue, QueueError, QueueState};
@@ -32,6 +32,7 @@ pub(super) struct Settings {
     pub(super) interval: Duration,
     pub(super) observed: Arc<Observed>,
     pub(super) discard: Arc<dyn Discard>,
+    pub(super) metrics: Arc<BalloonMetrics>,
 }
 
 /// A request that is being worked off.
@@ -127,6 +128,12 @@ impl Served {
             }
             queue.complete(pending.head, 0);
             self.pending = None;
+            match self.role {
+                Role::Inflate => settings.metrics.inflate_count.count(),
+                Role::Deflate => settings.metrics.deflate_count.count(),
+                Role::Report => settings.metrics.report_count.count(),
+                Role::Statistics => {}
+            }
             if budget == 0 {
                 return Ok(true);
             }
@@ -134,6 +141,7 @@ impl Served {
         if self.role == Role::Statistics {
             if let Some(pending) = &mut self.pending {
                 settings.observed.set(&statistics(&mut pending.rest));
+                settings.metrics.stats_updates_count.count();
             }
             queue.enable_kicks()?;
             return Ok(false);

@@ -13,16 +13,18 @@ use crate::virtio::iobuf::{GuestByte, IoBuf};
 pub(super) struct Pending {
     pub(super) status: GuestByte,
     pub(super) step: Step,
+    /// When it was seen, by its worker's clock.
+    pub(super) start: u64,
 }
 
 /// What is left of a request.
 pub(super) enum Step {
     /// The rest of the buffers, where in the file they go on, and what was filled before.
     Read { rest: IoBuf, offset: u64, done: u32 },
-    /// Likewise.
-    Write { rest: IoBuf, offset: u64 },
+    /// Likewise; `len` bytes in all.
+    Write { rest: IoBuf, offset: u64, len: u64 },
     /// A flush, or the last step of zeroing.
-    Sync,
+    Sync { zeroed: bool },
     /// The first range is under way, by this method.
     Ranges { ranges: VecDeque<ByteRange>, method: Method },
 }
@@ -40,7 +42,12 @@ impl Pending {
     /// A request to zero or discard `ranges`, of which there is at least one.
     pub(super) fn ranges(status: GuestByte, ranges: VecDeque<ByteRange>) -> Pending {
         let method = first_method(ranges.front());
-        Pending { status, step: Step::Ranges { ranges, method } }
+        Pending { status, step: Step::Ranges { ranges, method }, start: 0 }
+    }
+
+    /// A request for what was written to be on the disk.
+    pub(super) fn flush(status: GuestByte) -> Pending {
+        Pending { status, step: Step::Sync { zeroed: false }, start: 0 }
     }
 
     /// The operation that comes next. With `durable`, what is written is on the disk when it ends.
@@ -49,12 +56,12 @@ impl Pending {
             Step::Read { rest, offset, .. } => {
                 FileOperation { fd, offset: *offset, action: Action::Read(IoVecs::of(rest)) }
             }
-            Step::Write { rest, offset } => {
+            Step::Write { rest, offset, .. } => {
                 let bufs = IoVecs::of(rest);
                 let action = Action::Write { bufs, durable };
                 FileOperation { fd, offset: *offset, action }
             }
-            Step::Sync => FileOperation { fd, offset: 0, action: Action::Sync },
+            Step::Sync { .. } => FileOperation { fd, offset: 0, action: Action::Sync },
             Step::Ranges { ranges, method } => match ranges.front() {
                 Some(range) => range_operation(fd, range, *method),
                 // Not reached: a request with no range left is finished.
@@ -87,7 +94,7 @@ impl Pending {
                 // 0: the file is shorter than it was when it was opened.
                 _ => Some((Status::IoError, *done)),
             },
-            Step::Write { rest, offset } => match result {
+            Step::Write { rest, offset, .. } => match result {
                 Ok(written) if written > 0 => {
                     rest.advance(u64::from(written));
                     *offset += u64::from(written);
@@ -95,7 +102,7 @@ impl Pending {
                 }
                 _ => Some((Status::IoError, 0)),
             },
-            Step::Sync => {
+            Step::Sync { .. } => {
                 let status = if result.is_ok() { Status::Ok } else { Status::IoError };
                 Some((status, 0))
             }
@@ -134,7 +141,7 @@ impl Pending {
                 ranges.pop_front();
                 *method = first_method(ranges.front());
                 if ranges.is_empty() && zeroed && durable {
-                    self.step = Step::Sync;
+                    self.step = Step::Sync { zeroed };
                     return None;
                 }
                 ranges.is_empty().then_some((Status::Ok, 0))

@@ -11,9 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::metrics::BlockMetrics;
 use super::pending::{Pending, Step};
 use super::request::{self, Disk, Kind, Status};
 use super::{DiskFile, ID_LEN};
+use crate::metrics::Batch;
 use crate::rate::RateLimiter;
 use crate::virtio::device::{BATCH, Fault, Message, Reactor, Traffic, Worker};
 use crate::virtio::iobuf::{GuestByte, IoBuf};
@@ -27,6 +29,7 @@ pub(super) struct Settings {
     pub(super) always_durable: bool,
     pub(super) ignore_flush: bool,
     pub(super) limit: Option<RateLimiter>,
+    pub(super) metrics: Arc<BlockMetrics>,
 }
 
 /// The data half of a disk queue.
@@ -50,6 +53,32 @@ pub(super) struct BlockWorker {
     /// Whether writes take long now, and whether flushes do.
     writes: Pace,
     flushes: Pace,
+    tally: Tally,
+}
+
+/// What ended and was not told yet.
+struct Tally {
+    /// The clock's zero.
+    epoch: Instant,
+    /// Nanoseconds of that clock when the queue was looked at last.
+    now: u64,
+    reads: Batch,
+    writes: Batch,
+}
+
+impl Tally {
+    fn look_at_clock(&mut self) {
+        self.now = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    }
+
+    /// The driver is told of all that ended.
+    fn told(&mut self, metrics: &BlockMetrics) {
+        if !self.reads.is_empty() || !self.writes.is_empty() {
+            self.look_at_clock();
+            self.reads.end(self.now, &metrics.read_agg);
+            self.writes.end(self.now, &metrics.write_agg);
+        }
+    }
 }
 
 /// How long calls of one kind take, which are quick as long as they need not wait for the disk.
@@ -114,6 +143,12 @@ impl BlockWorker {
             nowait_writes: nowait,
             writes: Pace::default(),
             flushes: Pace::default(),
+            tally: Tally {
+                epoch: Instant::now(),
+                now: 0,
+                reads: Batch::default(),
+                writes: Batch::default(),
+            },
         }
     }
 
@@ -133,6 +168,7 @@ impl BlockWorker {
                 && queue.has_available().map_err(ring)?
                 && let Err(wait) = limit.ready(Instant::now())
             {
+                self.settings.metrics.rate_limiter_throttled_events.count();
                 return Ok(Next::Later(wait));
             }
             let Some(head) = queue.pop(&mut self.chain).map_err(ring)? else {
@@ -149,6 +185,7 @@ impl BlockWorker {
                 Ok(parsed) => parsed,
                 Err(what) => {
                     queue.complete(head, 0);
+                    self.settings.metrics.invalid_reqs_count.count();
                     return Err(Fault::Request(self.index, what));
                 }
             };
@@ -174,6 +211,7 @@ impl BlockWorker {
                     finish(queue, head, &status, Status::Ok, ID_LEN as u32);
                 }
                 Ok(Kind::Flush) if self.settings.ignore_flush => {
+                    self.settings.metrics.flush_count.count();
                     finish(queue, head, &status, Status::Ok, 0);
                 }
                 Ok(Kind::Flush)
@@ -183,11 +221,14 @@ impl BlockWorker {
                 {
                     self.flush(queue, head, &status);
                 }
-                Ok(Kind::Flush) => self.submit(head, Pending { status, step: Step::Sync }, reactor),
+                Ok(Kind::Flush) => self.submit(head, Pending::flush(status), reactor),
                 Ok(Kind::Ranges(ranges)) => {
                     self.submit(head, Pending::ranges(status, ranges), reactor);
                 }
-                Err(refused) => finish(queue, head, &status, refused, 0),
+                Err(refused) => {
+                    self.settings.metrics.execute_fails.count();
+                    finish(queue, head, &status, refused, 0);
+                }
             }
         }
         Ok(Next::Again)
@@ -197,6 +238,8 @@ impl BlockWorker {
     fn run(&mut self, reactor: &mut dyn Reactor) {
         let Some(mut queue) = self.queue.take_if(|_| !self.stopping) else { return };
         self.more = false;
+        self.settings.metrics.queue_event_count.count();
+        self.tally.look_at_clock();
         match self.serve(&mut queue, reactor) {
             Ok(Next::Kick) => {}
             Ok(Next::Settle) => self.more = true,
@@ -207,6 +250,7 @@ impl BlockWorker {
         queue.publish();
         queue.notify();
         self.queue = Some(queue);
+        self.tally.told(&self.settings.metrics);
     }
 
     fn read(
@@ -223,6 +267,7 @@ impl BlockWorker {
         if self.nowait_reads {
             match transfer(libc::preadv2, fd, &self.chain.writable, offset, libc::RWF_NOWAIT) {
                 Ok(read) if read == len => {
+                    self.was_read(self.tally.now, len);
                     return finish(queue, head, &status, Status::Ok, len as u32);
                 }
                 Ok(read) => done = read,
@@ -245,7 +290,7 @@ impl BlockWorker {
         let mut rest = std::mem::replace(&mut self.chain.writable, spare);
         rest.advance(done);
         let step = Step::Read { rest, offset: offset + done, done: done as u32 };
-        self.submit(head, Pending { status, step }, reactor);
+        self.submit(head, Pending { status, step, start: self.tally.now }, reactor);
     }
 
     fn write(
@@ -266,6 +311,7 @@ impl BlockWorker {
             let from = &self.chain.readable;
             match self.writes.time(|| transfer(libc::pwritev2, fd, from, offset, flags)).0 {
                 Ok(written) if written == len => {
+                    self.was_written(self.tally.now, len);
                     return finish(queue, head, &status, Status::Ok, 0);
                 }
                 Ok(written) => done = written,
@@ -275,8 +321,8 @@ impl BlockWorker {
         let spare = self.spare.pop().unwrap_or_default();
         let mut rest = std::mem::replace(&mut self.chain.readable, spare);
         rest.advance(done);
-        let step = Step::Write { rest, offset: offset + done };
-        self.submit(head, Pending { status, step }, reactor);
+        let step = Step::Write { rest, offset: offset + done, len };
+        self.submit(head, Pending { status, step, start: self.tally.now }, reactor);
     }
 
     /// With nothing else under way. A driver that sent nothing meanwhile has not waited for anything
@@ -290,7 +336,24 @@ impl BlockWorker {
         if took < LONG && !queue.has_available().unwrap_or(true) {
             self.flushes = Pace::default();
         }
-        finish(queue, head, status, if done == 0 { Status::Ok } else { Status::IoError }, 0);
+        let result = if done == 0 { Status::Ok } else { Status::IoError };
+        match result {
+            Status::Ok => self.settings.metrics.flush_count.count(),
+            _ => self.settings.metrics.execute_fails.count(),
+        }
+        finish(queue, head, status, result, 0);
+    }
+
+    fn was_read(&mut self, start: u64, len: u64) {
+        self.settings.metrics.read_count.count();
+        self.settings.metrics.read_bytes.add(len);
+        self.tally.reads.add(start);
+    }
+
+    fn was_written(&mut self, start: u64, len: u64) {
+        self.settings.metrics.write_count.count();
+        self.settings.metrics.write_bytes.add(len);
+        self.tally.writes.add(start);
     }
 
     /// True if calls that usually are quick may be made here although they can wait: a buffered write
@@ -352,6 +415,15 @@ impl Worker for BlockWorker {
             pending.status.set(status as u8);
             queue.stage(head, written + 1);
         }
+        match (status, &pending.step) {
+            (Status::Ok, Step::Read { .. }) => self.was_read(pending.start, written.into()),
+            (Status::Ok, Step::Write { len, .. }) => self.was_written(pending.start, *len),
+            (Status::Ok, Step::Sync { zeroed: false }) => self.settings.metrics.flush_count.count(),
+            (Status::Ok, Step::Ranges { .. } | Step::Sync { .. }) => {
+                self.settings.metrics.range_count.count()
+            }
+            _ => self.settings.metrics.execute_fails.count(),
+        }
         if let Step::Read { rest, .. } | Step::Write { rest, .. } = pending.step {
             self.spare.push(rest);
         }
@@ -371,6 +443,7 @@ impl Worker for BlockWorker {
             return self.run(reactor);
         }
         queue.notify();
+        self.tally.told(&self.settings.metrics);
         if self.stopping
             && let Some(queue) = self.queue.take_if(|queue| queue.in_flight() == 0)
         {

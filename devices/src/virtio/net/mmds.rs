@@ -28,7 +28,7 @@ use serde_json::Value;
 use stack::Stack;
 pub use token::TokenKey;
 
-use super::HEADER;
+use super::{HEADER, MmdsMetrics};
 use crate::virtio::iobuf::IoBuf;
 
 /// Where the service is if nothing else is said.
@@ -107,13 +107,21 @@ pub(super) struct Service {
     stack: Stack,
     /// Something came since the clock was last looked at.
     touched: bool,
+    metrics: Arc<MmdsMetrics>,
 }
 
 impl Service {
     /// A service without connections. `mtu` is the card's, in bytes.
-    pub(super) fn new(options: Options, contents: Arc<Value>, mac: [u8; 6], mtu: u16) -> Service {
+    pub(super) fn new(
+        options: Options,
+        contents: Arc<Value>,
+        mac: [u8; 6],
+        mtu: u16,
+        metrics: Arc<MmdsMetrics>,
+    ) -> Service {
         let classifier = Classifier { address: options.address.octets() };
-        Service { classifier, stack: Stack::new(options, contents, mac, mtu), touched: false }
+        let stack = Stack::new(options, contents, mac, mtu, Arc::clone(&metrics));
+        Service { classifier, stack, touched: false, metrics }
     }
 
     /// Answers what comes from now on from other contents.
@@ -146,11 +154,12 @@ impl Service {
         let mut bytes = [0; LONGEST_FRAME];
         let len = frame.len().saturating_sub(HEADER);
         if len > bytes.len() as u64 {
-            return;
+            return self.metrics.rx_accepted_err.count();
         }
         let len = frame.peek(HEADER, &mut bytes);
         // The guest may have changed it since it was looked at.
         if self.classifier.wants(&bytes[..len]) {
+            self.metrics.rx_accepted.count();
             self.stack.receive(&bytes[..len], Instant::now());
             self.touched = true;
         }
@@ -164,6 +173,9 @@ impl Service {
     /// The guest has the frame that was next.
     pub(super) fn delivered(&mut self) {
         self.touched = true;
+        self.metrics.tx_count.count();
+        let frame = self.stack.frame().map_or(0, <[u8]>::len) as u64;
+        self.metrics.tx_bytes.add(frame.saturating_sub(HEADER));
         self.stack.delivered(Instant::now());
     }
 

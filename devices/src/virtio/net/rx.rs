@@ -8,10 +8,12 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libc::iovec;
 
+use super::metrics::NetMetrics;
 use super::mmds::Service;
 use super::tap::Tap;
 use super::{Drops, HEADER};
@@ -64,6 +66,7 @@ pub(super) struct Receiver {
     /// The limit was reached; the queue is looked at later.
     limited: bool,
     drops: Drops,
+    metrics: Arc<NetMetrics>,
 }
 
 // SAFETY: the list of buffers points into guest RAM, which stays mapped while `queue` is held, and
@@ -90,6 +93,7 @@ impl Receiver {
         tap: Tap,
         mergeable: bool,
         largest: u64,
+        metrics: Arc<NetMetrics>,
         reactor: &mut dyn Reactor,
     ) -> Receiver {
         if let Err(err) = reactor.watch(tap.fd(), u32::from(index), Interest::Readable) {
@@ -113,6 +117,7 @@ impl Receiver {
             limit: None,
             limited: false,
             drops: Drops::new("received"),
+            metrics,
         }
     }
 
@@ -136,12 +141,14 @@ impl Receiver {
     /// The TAP has frames.
     pub(super) fn on_readable(&mut self, service: Option<&mut Service>, reactor: &mut dyn Reactor) {
         self.readable = true;
+        self.metrics.rx_tap_event_count.count();
         self.receive(service, reactor);
     }
 
     /// The driver offered buffers, or a wait for the limit is over.
     pub(super) fn on_kick(&mut self, service: Option<&mut Service>, reactor: &mut dyn Reactor) {
         self.limited = false;
+        self.metrics.rx_queue_event_count.count();
         self.receive(service, reactor);
     }
 
@@ -164,6 +171,7 @@ impl Receiver {
         match self.run(service) {
             Ok(Pause::Empty) => {}
             Ok(Pause::Starved) => {
+                self.metrics.no_rx_avail_buffer.count();
                 // A driver with a ring that is too small for the largest frame would wait forever.
                 self.waiting = self.held_bytes > 0;
                 if self.waiting && !waited {
@@ -173,6 +181,7 @@ impl Receiver {
             Ok(Pause::Batch) => reactor.again(self.index),
             Ok(Pause::Later(wait)) => {
                 self.limited = true;
+                self.metrics.rx_rate_limiter_throttled.count();
                 reactor.later(self.index, wait);
             }
             Err(fault) => reactor.fault(fault),
@@ -210,7 +219,7 @@ impl Receiver {
                     Some(libc::EINTR) => {}
                     // The frame is gone: the buffers are shorter than its header (EINVAL), or the
                     // kernel had no memory for it.
-                    Some(libc::EINVAL | libc::EFAULT | libc::ENOMEM) => self.drops.count(&err),
+                    Some(libc::EINVAL | libc::EFAULT | libc::ENOMEM) => self.failed(&err),
                     Some(libc::EAGAIN) => {
                         self.readable = false;
                         if let Some(limit) = &self.limit {
@@ -219,13 +228,24 @@ impl Receiver {
                     }
                     // The interface is gone. Should it come back, readiness is reported anew.
                     _ => {
-                        self.drops.count(&err);
+                        self.failed(&err);
                         self.readable = false;
                     }
                 },
             }
         }
         Ok(Pause::Batch)
+    }
+
+    /// A frame could not be read.
+    fn failed(&mut self, err: &io::Error) {
+        self.metrics.tap_read_fails.count();
+        self.lost(err);
+    }
+
+    fn lost(&mut self, err: &io::Error) {
+        self.metrics.rx_fails.count();
+        self.drops.count(err);
     }
 
     /// Takes chains until the next frame fits for sure. Returns false if the ring has too few.
@@ -318,9 +338,11 @@ impl Receiver {
         }
         if len > self.held_bytes {
             // It was longer than the buffers: what there is of it is of no use.
-            self.drops.count(&io::Error::from_raw_os_error(libc::EMSGSIZE));
+            self.lost(&io::Error::from_raw_os_error(libc::EMSGSIZE));
             return Ok(());
         }
+        self.metrics.rx_packets_count.count();
+        self.metrics.rx_bytes_count.add(len - HEADER);
         let mut covered = 0;
         let count = self.held.iter().take_while(|held| {
             let before = covered;

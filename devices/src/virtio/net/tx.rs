@@ -1,8 +1,10 @@
 //! Sending: each request is one frame, written to the TAP straight from guest memory.
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::metrics::NetMetrics;
 use super::mmds::Service;
 use super::tap::Tap;
 use super::{Drops, HEADER, MAX_FRAME};
@@ -21,6 +23,7 @@ pub(super) struct Sender {
     blocked: bool,
     limit: Option<RateLimiter>,
     drops: Drops,
+    metrics: Arc<NetMetrics>,
 }
 
 /// Why sending paused.
@@ -36,9 +39,15 @@ enum Pause {
 }
 
 impl Sender {
-    pub(super) fn new(queue: Queue, index: u16, tap: Tap, limit: Option<RateLimiter>) -> Sender {
+    pub(super) fn new(
+        queue: Queue,
+        index: u16,
+        tap: Tap,
+        limit: Option<RateLimiter>,
+        metrics: Arc<NetMetrics>,
+    ) -> Sender {
         let (chain, drops) = (Chain::default(), Drops::new("sent"));
-        Sender { queue, index, tap, chain, blocked: false, limit, drops }
+        Sender { queue, index, tap, chain, blocked: false, limit, drops, metrics }
     }
 
     pub(super) fn set_limit(&mut self, limit: Option<RateLimiter>) {
@@ -68,11 +77,16 @@ impl Sender {
             return;
         }
         self.queue.disable_kicks();
+        self.metrics.tx_queue_event_count.count();
         match self.run(service) {
             Ok(Pause::Empty) => {}
             Ok(Pause::Batch) => reactor.again(self.index),
-            Ok(Pause::Later(wait)) => reactor.later(self.index, wait),
+            Ok(Pause::Later(wait)) => {
+                self.metrics.tx_rate_limiter_throttled.count();
+                reactor.later(self.index, wait);
+            }
             Ok(Pause::Blocked) => {
+                self.metrics.tx_remaining_reqs_count.count();
                 self.blocked = true;
                 let (fd, token) = (self.tap.waiting_fd(), u32::from(self.index));
                 if let Err(err) = reactor.watch(fd, token, Interest::Writable) {
@@ -109,8 +123,11 @@ impl Sender {
                     return Ok(Pause::Blocked);
                 }
                 // The TAP is down or gone, or did not like the header: a frame may get lost.
-                Err(err) => self.drops.count(&err),
-                Ok(()) => {}
+                Err(err) => self.lost(&err),
+                Ok(()) => {
+                    self.metrics.tx_packets_count.count();
+                    self.metrics.tx_bytes_count.add(self.chain.readable.len() - HEADER);
+                }
             }
             if let Some(limit) = &self.limit {
                 limit.charge(self.chain.readable.len().saturating_sub(HEADER));
@@ -118,6 +135,15 @@ impl Sender {
             self.queue.complete(head, 0);
         }
         Ok(Pause::Batch)
+    }
+
+    fn lost(&mut self, err: &io::Error) {
+        match err.raw_os_error() {
+            Some(libc::EMSGSIZE) => self.metrics.tx_malformed_frames.count(),
+            _ => self.metrics.tap_write_fails.count(),
+        }
+        self.metrics.tx_fails.count();
+        self.drops.count(err);
     }
 }
 

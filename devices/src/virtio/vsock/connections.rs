@@ -8,10 +8,12 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::connection::{Connection, Fate, Line, State};
 use super::host::Listener;
+use super::metrics::VsockMetrics;
 use super::packet::{FromGuest, HOST_CID, Op, Ports, ToGuest};
 use super::rx::Receiver;
 use crate::virtio::device::{BATCH, Fault, Reactor};
@@ -66,10 +68,11 @@ pub(super) struct Connections {
     ticking: bool,
     /// The guest is to be told that all connections are gone.
     pub(super) transport_reset: bool,
+    metrics: Arc<VsockMetrics>,
 }
 
 impl Connections {
-    pub(super) fn new(listener: Listener, guest: u64) -> Connections {
+    pub(super) fn new(listener: Listener, guest: u64, metrics: Arc<VsockMetrics>) -> Connections {
         Connections {
             listener,
             guest,
@@ -83,6 +86,7 @@ impl Connections {
             acceptable: false,
             ticking: false,
             transport_reset: false,
+            metrics,
         }
     }
 
@@ -92,6 +96,9 @@ impl Connections {
 
     /// Closes all connections. None may be watched.
     pub(super) fn clear(&mut self) {
+        let open = self.places.iter().flatten().count() as u64;
+        self.metrics.conns_killed.add(open);
+        self.metrics.conns_removed.add(open);
         self.places.clear();
         self.free.clear();
         self.by_ports.clear();
@@ -172,6 +179,7 @@ impl Connections {
             self.by_ports.remove(&connection.ports);
         }
         self.free.push(place);
+        self.metrics.conns_removed.count();
     }
 
     /// Closes the socket at `place`, which keeps its connection.
@@ -195,6 +203,8 @@ impl Connections {
             Fate::Stays | Fate::Takes => {}
             Fate::Gone => return self.remove(place, reactor),
             Fate::Reset => {
+                self.metrics.conns_killed.count();
+                let Some(connection) = self.at(place) else { return };
                 connection.state = State::Resetting;
                 connection.patience = 0;
                 self.close(place, reactor);
@@ -326,6 +336,7 @@ impl Connections {
     fn put(&mut self, place: u16, connection: Connection) {
         if let Some(slot) = self.places.get_mut(usize::from(place)) {
             *slot = Some(connection);
+            self.metrics.conns_added.count();
         }
     }
 
@@ -410,6 +421,7 @@ impl Connections {
         // An answer to an answer would go on for ever.
         if header.op != Some(Op::Reset) {
             self.refusals.push_back(header.refusal());
+            self.metrics.refused_count.count();
         }
     }
 
@@ -493,9 +505,16 @@ impl Connections {
             rx.hold(most)?;
             let header = connection.header(Op::Data);
             let result = rx.read(fd, most, &header);
+            let failed = |err: &io::Error| {
+                !matches!(err.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+            };
+            let failed = result.as_ref().is_err_and(failed);
             connection.after_read(result, &header);
             // The guest can begin with it while there is more.
             rx.notify();
+            if failed {
+                self.metrics.rx_read_fails.count();
+            }
         }
         Ok(Fate::Stays)
     }

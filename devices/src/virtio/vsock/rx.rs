@@ -7,9 +7,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use libc::iovec;
 
+use super::metrics::VsockMetrics;
 use super::packet::{HEADER_LEN, ToGuest};
 use crate::virtio::device::Fault;
 use crate::virtio::iobuf::IoBuf;
@@ -42,10 +44,11 @@ pub(super) struct Receiver {
     room: u64,
     /// Lists to be used again.
     spare: Vec<IoBuf>,
+    metrics: Arc<VsockMetrics>,
 }
 
 impl Receiver {
-    pub(super) fn new(mut queue: Queue, guest: u64) -> Receiver {
+    pub(super) fn new(mut queue: Queue, guest: u64, metrics: Arc<VsockMetrics>) -> Receiver {
         // The driver need not say when it offers buffers, until there are none.
         queue.disable_kicks();
         Receiver {
@@ -55,6 +58,7 @@ impl Receiver {
             held: VecDeque::new(),
             room: 0,
             spare: Vec::new(),
+            metrics,
         }
     }
 
@@ -159,6 +163,8 @@ impl Receiver {
         self.room -= held.room;
         held.buffer.write(&header.bytes(self.guest));
         self.queue.stage(held.head, HEADER_LEN as u32 + len);
+        self.metrics.rx_packets_count.count();
+        self.metrics.rx_bytes_count.add(len.into());
         self.spare.push(held.buffer);
     }
 }

@@ -4,8 +4,10 @@
 //! from the guest's buffers: a program of the host is then woken once for all of them.
 
 use std::mem;
+use std::sync::Arc;
 
 use super::connections::Connections;
+use super::metrics::VsockMetrics;
 use super::packet::{FromGuest, HEADER_LEN, Op, Ports};
 use crate::virtio::device::{BATCH, Fault, Reactor};
 use crate::virtio::iobuf::IoBuf;
@@ -32,10 +34,11 @@ pub(super) struct Sender {
     heads: Vec<u16>,
     /// Lists to be used again.
     spare: Vec<IoBuf>,
+    metrics: Arc<VsockMetrics>,
 }
 
 impl Sender {
-    pub(super) fn new(queue: Queue) -> Sender {
+    pub(super) fn new(queue: Queue, metrics: Arc<VsockMetrics>) -> Sender {
         Sender {
             queue,
             chain: Chain::default(),
@@ -46,6 +49,7 @@ impl Sender {
             parts: Vec::new(),
             heads: Vec::new(),
             spare: Vec::new(),
+            metrics,
         }
     }
 
@@ -100,6 +104,7 @@ impl Sender {
 
     /// Hands the packet in the chain just taken to its connection.
     fn packet(&mut self, head: u16, connections: &mut Connections, reactor: &mut dyn Reactor) {
+        self.metrics.tx_packets_count.count();
         let mut header = [0; HEADER_LEN];
         if self.chain.readable.read(&mut header) < HEADER_LEN {
             // A packet that is shorter than its header says nothing.
@@ -117,6 +122,7 @@ impl Sender {
                 data.truncate(u64::from(header.len));
                 let spare = self.spare.pop().unwrap_or_default();
                 self.bytes += data.len();
+                self.metrics.tx_bytes_count.add(data.len());
                 self.parts.push(mem::replace(data, spare));
                 self.heads.push(head);
                 (self.place, self.ports) = (place, header.ports);

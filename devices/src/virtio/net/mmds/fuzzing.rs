@@ -54,7 +54,7 @@ pub(super) fn stack(contents: Value) -> Stack {
     let key = TokenKey::random().unwrap();
     let (version, address) = (Version::V1, DEFAULT_ADDRESS);
     let options = Options { version, address, imds_compat: false, key };
-    Stack::new(options, Arc::new(contents), MAC, 1500)
+    Stack::new(options, Arc::new(contents), MAC, 1500, Arc::default())
 }
 
 /// A frame to the service with this packet in it.

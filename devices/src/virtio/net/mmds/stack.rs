@@ -16,7 +16,7 @@ use smoltcp::wire::{HardwareAddress, IpCidr};
 
 use super::http::{self, LONGEST};
 use super::{ARP, ARP_PACKET, CONNECTIONS, ETHERNET, IPV4, OUTBOUND, Options};
-use crate::virtio::net::HEADER;
+use crate::virtio::net::{HEADER, MmdsMetrics};
 
 const PORT: u16 = 80;
 /// Bytes on their way to the guest, of one connection.
@@ -142,10 +142,17 @@ pub(super) struct Stack {
     connections: Vec<Connection>,
     epoch: Instant,
     serial: u64,
+    metrics: Arc<MmdsMetrics>,
 }
 
 impl Stack {
-    pub(super) fn new(options: Options, contents: Arc<Value>, mac: [u8; 6], mtu: u16) -> Stack {
+    pub(super) fn new(
+        options: Options,
+        contents: Arc<Value>,
+        mac: [u8; 6],
+        mtu: u16,
+        metrics: Arc<MmdsMetrics>,
+    ) -> Stack {
         let mut ours = mac;
         // Another one than the guest's, as local as can be.
         ours[0] = (ours[0] & !1) | 2;
@@ -166,7 +173,17 @@ impl Stack {
         });
         let sockets = SocketSet::new(Vec::new());
         let connections = Vec::new();
-        Stack { options, contents, wire, interface, sockets, connections, epoch, serial: 0 }
+        Stack {
+            options,
+            contents,
+            wire,
+            interface,
+            sockets,
+            connections,
+            epoch,
+            serial: 0,
+            metrics,
+        }
     }
 
     pub(super) fn set_contents(&mut self, contents: Arc<Value>) {
@@ -250,6 +267,7 @@ impl Stack {
                 index += 1;
             } else {
                 let gone = self.connections.swap_remove(index);
+                self.metrics.connections_destroyed.count();
                 self.sockets.remove(gone.handle);
             }
         }
@@ -298,6 +316,7 @@ impl Stack {
             connection.answer = answer.bytes;
             connection.given = 0;
             connection.last = answer.close;
+            self.metrics.rx_count.count();
         }
         // What is not all there when the guest has said all it has to say never will be.
         if socket.state() == State::CloseWait && connection.answer.is_empty() {
@@ -322,6 +341,7 @@ impl Stack {
                 return;
             };
             self.connections.retain(|connection| connection.handle != stalest);
+            self.metrics.connections_destroyed.count();
             self.sockets.remove(stalest);
         }
         let buffer = |len| SocketBuffer::new(vec![0; len]);
@@ -331,6 +351,7 @@ impl Stack {
         socket.set_nagle_enabled(false);
         // A new socket with a port can listen.
         if socket.listen(PORT).is_ok() {
+            self.metrics.connections_created.count();
             self.connections.push(Connection {
                 handle: self.sockets.add(socket),
                 answer: Vec::new(),

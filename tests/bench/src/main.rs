@@ -98,7 +98,7 @@ fn main() -> ExitCode {
         Action::Peer { address, bytes } => peer::serve(address, bytes),
         Action::Peers => std::env::current_dir()
             .map_err(Into::into)
-            .and_then(|root| peers::firecracker(&root.join(".cache/peers")))
+            .and_then(|root| peers::firecracker(&root))
             .map(|path| println!("{}", path.display())),
     };
     match outcome {
@@ -169,7 +169,7 @@ fn locate(options: &RunOptions, systems: &[System]) -> Result<Programs> {
     let scratch = options.scratch.clone().unwrap_or_else(|| root.join("target/bench"));
     std::fs::create_dir_all(&scratch)?;
     let firecracker = match systems.contains(&System::Firecracker) {
-        true => peers::firecracker(&root.join(".cache/peers"))?,
+        true => peers::firecracker(&root)?,
         false => PathBuf::new(),
     };
     let mut programs = Programs {

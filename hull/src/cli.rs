@@ -14,7 +14,10 @@ use crate::logging::Level;
 
 pub use manual::{CompletionsArgs, completions, man};
 pub use run::{Format, RunArgs, UsageError};
-pub use verbs::{PsArgs, StopArgs};
+pub use verbs::{
+    BalloonArgs, EventsArgs, MachineArgs, MetricsArgs, PsArgs, SetDiskArgs, SetNetArgs, ShowArgs,
+    StopArgs,
+};
 
 /// Result of a subcommand.
 pub type Result<T = Code> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -28,7 +31,11 @@ pub struct Cli {
 }
 
 /// What `hull` does.
+//
+// The options of each are described when it is meant. So are doc comments of their types, which
+// would come in the place of those here.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 pub enum Command {
     /// Start a machine and stay with it until it ends
     Run(Box<RunArgs>),
@@ -39,8 +46,24 @@ pub enum Command {
     Firecracker(FirecrackerCommand),
     /// List the machines that run
     Ps(PsArgs),
+    /// Halt a machine
+    Pause(MachineArgs),
+    /// Let a machine go on that was halted
+    Resume(MachineArgs),
     /// Press a machine's power button; end it if that does not help
     Stop(StopArgs),
+    /// Show how a machine is configured
+    Config(ShowArgs),
+    /// Follow what happens to a machine
+    Events(EventsArgs),
+    /// Show what a machine counts: exits, requests, bytes, errors
+    Metrics(MetricsArgs),
+    /// Give a disk of a running machine another file or limit, or its size anew
+    SetDisk(SetDiskArgs),
+    /// Limit a network card of a running machine
+    SetNet(SetNetArgs),
+    /// Show or change how much memory a running machine's guest lends to the host
+    Balloon(BalloonArgs),
     /// Check this host: KVM, permissions, TAP, io_uring, limits
     Doctor(DoctorArgs),
     /// Print shell completions
@@ -49,7 +72,7 @@ pub enum Command {
     Man,
 }
 
-/// Options of `hull api`.
+// Options of `hull api`.
 #[derive(Debug, Args)]
 pub struct ApiArgs {
     /// Where the API is served
@@ -75,7 +98,7 @@ pub struct ApiArgs {
     pub mmds_size_limit: Option<usize>,
 }
 
-/// `hull firecracker`: everything behind it is Firecracker's.
+// `hull firecracker`: everything behind it is Firecracker's.
 #[derive(Debug, Args)]
 pub struct FirecrackerCommand {
     /// Options of Firecracker; --help lists them
@@ -104,7 +127,7 @@ impl From<Seccomp> for seccomp::Mode {
     }
 }
 
-/// Options of `hull doctor`.
+// Options of `hull doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
     /// Print JSON

@@ -6,6 +6,7 @@
 
 mod api;
 mod cli;
+mod client;
 mod doctor;
 mod exit;
 mod firecracker;
@@ -21,6 +22,7 @@ mod runtime;
 mod session;
 mod stop;
 mod streams;
+mod table;
 mod terminal;
 
 use std::ffi::{OsString, c_char, c_int};
@@ -63,7 +65,15 @@ fn run_command(start: Instant) -> Code {
             Ok(firecracker::firecracker(std::iter::once(name).chain(args.arguments), start))
         }
         Command::Ps(args) => ps::ps(&args),
+        Command::Pause(args) => client::set_paused(&args, true),
+        Command::Resume(args) => client::set_paused(&args, false),
         Command::Stop(args) => stop::stop(&args),
+        Command::Config(args) => client::config(&args),
+        Command::Events(args) => client::events(&args),
+        Command::Metrics(args) => client::metrics(&args),
+        Command::SetDisk(args) => client::set_disk(&args),
+        Command::SetNet(args) => client::set_net(&args),
+        Command::Balloon(args) => client::balloon(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Completions(args) => cli::completions(&args),
         Command::Man => cli::man(),

@@ -2,47 +2,53 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use serde::Serialize;
 use vmm::config::ByteSize;
 
 use crate::cli::{PsArgs, Result};
+use crate::client;
 use crate::exit::Code;
 use crate::runtime::{self, Record};
 use crate::streams;
+use crate::table::Table;
+
+/// A machine that runs.
+#[derive(Serialize)]
+struct Machine {
+    #[serde(flatten)]
+    record: Record,
+    /// `running`, `paused`, `not-started`; nothing if it does not say.
+    state: Option<String>,
+}
 
 /// Lists the machines that run.
 pub fn ps(args: &PsArgs) -> Result {
     let records = runtime::list(&runtime::directory())?;
-    let text = if args.json { serde_json::to_string(&records)? + "\n" } else { table(&records) };
+    let sockets = records.iter().map(|record| record.api.clone()).collect();
+    let states = client::block_on(client::states(sockets))?;
+    let machines = records.into_iter().zip(states);
+    let machines: Vec<Machine> =
+        machines.map(|(record, state)| Machine { record, state }).collect();
+    let text = if args.json { serde_json::to_string(&machines)? + "\n" } else { table(machines) };
     streams::print(&text)?;
     Ok(Code::SUCCESS)
 }
 
-fn table(records: &[Record]) -> String {
+fn table(machines: Vec<Machine>) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let mut rows = vec![["NAME", "PID", "CPUS", "MEMORY", "UP", "KERNEL"].map(String::from)];
-    rows.extend(records.iter().map(|record| {
-        let mut kernel = String::new();
-        streams::push_printable(&mut kernel, &record.kernel, false);
-        [
-            record.name.clone(),
+    let mut table = Table::new(["NAME", "PID", "STATE", "CPUS", "MEMORY", "UP", "KERNEL"]);
+    for Machine { record, state } in machines {
+        table.push([
+            record.name,
             record.pid.to_string(),
+            state.unwrap_or_else(|| "?".to_owned()),
             record.cpus.to_string(),
             ByteSize(record.memory).to_string(),
             age(now.saturating_sub(Duration::from_secs(record.started))),
-            kernel,
-        ]
-    }));
-    let widths: Vec<usize> = (0..6)
-        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
-        .collect();
-    let mut text = String::new();
-    for row in &rows {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
-        text.push_str(cells.join("  ").trim_end());
-        text.push('\n');
+            record.kernel,
+        ]);
     }
-    text
+    table.to_string()
 }
 
 fn age(age: Duration) -> String {

@@ -15,6 +15,7 @@ use vmm::machine::{BuildError, RunError};
 use vmm::memory::MemoryError;
 
 use crate::cli::UsageError;
+use crate::client::ClientError;
 use crate::exit::Code;
 use crate::runtime::RuntimeError;
 use crate::streams::{self, printable};
@@ -79,6 +80,9 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
         );
     }
     if let Some(hint) = find::<RuntimeError>(err).and_then(RuntimeError::hint) {
+        return Some(hint);
+    }
+    if let Some(hint) = find::<ClientError>(err).and_then(ClientError::hint) {
         return Some(hint);
     }
     if let Some(disk) = find::<OpenError>(err)

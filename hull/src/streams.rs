@@ -27,12 +27,29 @@ static DROPPED: Mutex<u64> = Mutex::new(0);
 /// # Errors
 /// It takes no more. That its reader has seen enough is no error.
 pub fn print(text: &str) -> io::Result<()> {
+    print_to_reader(text).map(drop)
+}
+
+/// Writes `text` to standard output. Returns false if its reader has seen enough.
+///
+/// # Errors
+/// It takes no more.
+pub fn print_to_reader(text: &str) -> io::Result<bool> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(err) if err.kind() == ErrorKind::BrokenPipe => Ok(()),
+        Err(err) if err.kind() == ErrorKind::BrokenPipe => Ok(false),
         Err(err) => Err(io::Error::new(err.kind(), OutputError(err))),
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(true),
     }
+}
+
+/// False if the reader of standard output has gone away.
+pub fn has_reader() -> bool {
+    // Errors are told unasked.
+    let mut poll = libc::pollfd { fd: libc::STDOUT_FILENO, events: 0, revents: 0 };
+    // SAFETY: one valid pollfd.
+    let ready = unsafe { libc::poll(&mut poll, 1, 0) };
+    ready <= 0 || poll.revents & (libc::POLLERR | libc::POLLHUP) == 0
 }
 
 #[derive(Debug, thiserror::Error)]

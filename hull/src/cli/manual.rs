@@ -8,7 +8,7 @@ use super::{Cli, Result};
 use crate::exit::Code;
 use crate::streams;
 
-/// Options of `hull completions`.
+// Options of `hull completions`.
 #[derive(Debug, Args)]
 pub struct CompletionsArgs {
     /// Shell to complete in
@@ -111,6 +111,9 @@ mod tests {
         );
         // Pages of subcommands, which there are none of.
         assert!(!page.contains(r"hull\-"), "{page}");
+        // What each does is said above its options.
+        assert!(!page.contains("Options of"), "{page}");
+        assert!(page.contains("Show how a machine is configured"), "{page}");
         assert!(page.contains(r"\fBhull run\fR") && page.contains(r"\-\-on\-reboot"), "{page}");
     }
 }

@@ -27,7 +27,7 @@ the time in which it refills, and a burst for once: 10M/100ms+50M.
 
 In a terminal, Ctrl-A x ends the machine and Ctrl-A ? helps.";
 
-/// Options of `hull run`.
+// Options of `hull run`.
 #[derive(Debug, Args)]
 #[command(after_help = RUN_EXAMPLES)]
 pub struct RunArgs {

@@ -3,7 +3,7 @@
 use utoipa::OpenApi;
 
 use crate::fault::FaultBody;
-use crate::routes::{balloon, boot, drives, info, machine, mmds, nets, small};
+use crate::routes::{balloon, boot, cpu, drives, info, machine, mmds, nets, small};
 
 /// What is served, as OpenAPI 3.1. `docs/openapi.json` is a copy of it, which a test keeps equal.
 #[derive(OpenApi)]
@@ -23,6 +23,8 @@ use crate::routes::{balloon, boot, drives, info, machine, mmds, nets, small};
         info::openapi,
         boot::get,
         boot::put,
+        cpu::get,
+        cpu::put,
         machine::get,
         machine::put,
         machine::patch,

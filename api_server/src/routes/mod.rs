@@ -2,6 +2,7 @@
 
 pub mod balloon;
 pub mod boot;
+pub mod cpu;
 pub mod drives;
 pub mod info;
 pub mod machine;
@@ -27,6 +28,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/vm/config", get(info::full))
         .route("/actions", put(small::act))
         .route("/boot-source", get(boot::get).put(boot::put))
+        .route("/cpu-config", get(cpu::get).put(cpu::put))
         .route("/machine-config", get(machine::get).put(machine::put).patch(machine::patch))
         .route("/drives", get(drives::list).put(drives::no_id).patch(drives::no_id))
         .route("/drives/{drive_id}", get(drives::get).put(drives::put).patch(drives::patch))

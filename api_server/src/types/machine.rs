@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use vmm::config::{ByteSize, VmConfig};
+use vmm::config::{ByteSize, StaticTemplate, VmConfig};
 
 use crate::fault::Fault;
 
@@ -17,7 +17,7 @@ pub enum HugePages {
     Hugetlbfs2M,
 }
 
-/// A static CPU template; deprecated.
+/// A CPU that the guest is shown in place of the host's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[allow(missing_docs)]
 pub enum CpuTemplate {
@@ -26,10 +26,43 @@ pub enum CpuTemplate {
     T2S,
     T2CL,
     T2A,
+    /// On aarch64 only.
     V1N1,
     /// The host's CPU.
     #[default]
     None,
+}
+
+impl From<StaticTemplate> for CpuTemplate {
+    fn from(template: StaticTemplate) -> CpuTemplate {
+        match template {
+            StaticTemplate::C3 => CpuTemplate::C3,
+            StaticTemplate::T2 => CpuTemplate::T2,
+            StaticTemplate::T2S => CpuTemplate::T2S,
+            StaticTemplate::T2CL => CpuTemplate::T2CL,
+            StaticTemplate::T2A => CpuTemplate::T2A,
+        }
+    }
+}
+
+impl CpuTemplate {
+    /// The template, if it is one; that the host's CPU fits is seen at the start.
+    fn known(self) -> Result<Option<StaticTemplate>, Fault> {
+        Ok(Some(match self {
+            CpuTemplate::C3 => StaticTemplate::C3,
+            CpuTemplate::T2 => StaticTemplate::T2,
+            CpuTemplate::T2S => StaticTemplate::T2S,
+            CpuTemplate::T2CL => StaticTemplate::T2CL,
+            CpuTemplate::T2A => StaticTemplate::T2A,
+            CpuTemplate::None => return Ok(None),
+            CpuTemplate::V1N1 => {
+                return Err(Fault::bad(
+                    "cpu_template: V1N1 is for aarch64; here C3, T2, T2S, T2CL, T2A and None are \
+                     allowed.",
+                ));
+            }
+        }))
+    }
 }
 
 /// CPUs and memory of a machine.
@@ -41,10 +74,11 @@ pub struct MachineConfiguration {
     pub vcpu_count: u32,
     /// Memory in MiB.
     pub mem_size_mib: u64,
-    /// Asks for an even number of vCPUs. They are cores of one thread all the same.
+    /// Two vCPUs are the threads of a core; their number is even then, or 1.
     #[serde(default, alias = "ht_enabled")]
     pub smt: bool,
-    /// A static CPU template; deprecated.
+    /// The CPU that the guest is shown, in the place of what was put as `/cpu-config`. If it is left out,
+    /// that and any other template stay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
     /// Firecracker needs this for diff snapshots; Hull does not, and only remembers it.
@@ -64,10 +98,11 @@ pub struct MachineConfigurationUpdate {
     pub vcpu_count: Option<u32>,
     /// Memory in MiB.
     pub mem_size_mib: Option<u64>,
-    /// Asks for an even number of vCPUs. They are cores of one thread all the same.
+    /// Two vCPUs are the threads of a core; their number is even then, or 1.
     #[serde(alias = "ht_enabled")]
     pub smt: Option<bool>,
-    /// A static CPU template; deprecated.
+    /// The CPU that the guest is shown, in the place of what was put as `/cpu-config`. If it is left out,
+    /// that and any other template stay.
     pub cpu_template: Option<CpuTemplate>,
     /// Firecracker needs this for diff snapshots; Hull does not, and only remembers it.
     pub track_dirty_pages: Option<bool>,
@@ -107,7 +142,7 @@ impl From<&VmConfig> for MachineConfiguration {
             vcpu_count: config.cpus,
             mem_size_mib: config.memory.size.0 / MIB,
             smt: config.cpu.smt,
-            cpu_template: None,
+            cpu_template: config.cpu.template.map(CpuTemplate::from),
             track_dirty_pages: config.memory.track_dirty_pages,
             huge_pages: if config.memory.huge_pages {
                 HugePages::Hugetlbfs2M
@@ -122,19 +157,17 @@ impl MachineConfiguration {
     /// Puts this into `config`.
     ///
     /// # Errors
-    /// A value that no machine can have, or a CPU template.
+    /// A value that no machine can have.
     pub fn put_into(self, config: &mut VmConfig) -> Result<(), Fault> {
-        if self.cpu_template.is_some_and(|template| template != CpuTemplate::None) {
-            return Err(Fault::bad(
-                "cpu_template: static templates are deprecated and not supported; only None is \
-                 allowed.",
-            ));
-        }
+        let template = self.cpu_template.map(CpuTemplate::known).transpose()?;
         let size = self.mem_size_mib.checked_mul(MIB).ok_or_else(|| {
             Fault::bad(format!("mem_size_mib: {} is too large.", self.mem_size_mib))
         })?;
         config.cpus = self.vcpu_count;
         config.cpu.smt = self.smt;
+        if let Some(template) = template {
+            config.cpu.set_template(template);
+        }
         config.memory.size = ByteSize(size);
         config.memory.huge_pages = self.huge_pages == HugePages::Hugetlbfs2M;
         config.memory.track_dirty_pages = self.track_dirty_pages;

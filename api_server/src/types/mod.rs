@@ -6,6 +6,7 @@
 
 pub mod balloon;
 pub mod boot;
+pub mod cpu;
 pub mod drive;
 pub mod info;
 pub mod machine;

@@ -50,6 +50,16 @@ impl CpuConfig {
         }
     }
 
+    /// Has this template, in the place of any other.
+    pub fn set_template(&mut self, template: Option<StaticTemplate>) {
+        *self = CpuConfig { smt: self.smt, template, ..CpuConfig::default() };
+    }
+
+    /// Has this template of the user's own, in the place of any other.
+    pub fn set_modifiers(&mut self, template: Template) {
+        *self = CpuConfig { smt: self.smt, modifiers: Some(template), ..CpuConfig::default() };
+    }
+
     /// The user's own template, read from its file if it is in one. It takes as long as the file does.
     ///
     /// # Errors
@@ -126,6 +136,11 @@ mod tests {
             check(&cpu, 1).unwrap_err(),
             "cpu.modifiers: cannot be given together with cpu.template"
         );
+        cpu.smt = true;
+        cpu.set_modifiers(Template::default());
+        assert_eq!((check(&cpu, 2), cpu.template, cpu.smt), (Ok(()), None, true));
+        cpu.set_template(Some(StaticTemplate::C3));
+        assert_eq!((check(&cpu, 2), &cpu.modifiers, cpu.smt), (Ok(()), &None, true));
         let smt = CpuConfig { smt: true, ..CpuConfig::default() };
         for (cpus, fits) in [(1, true), (2, true), (3, false), (63, false), (64, true)] {
             assert_eq!(check(&smt, cpus).is_ok(), fits, "{cpus}");

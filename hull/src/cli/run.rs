@@ -536,7 +536,7 @@ mod tests {
             fs::write(file.path(), text).unwrap();
             read_config(file.path()).unwrap_err().to_string()
         };
-        let err = fails("cpus = 2\ncpu = 3\n");
+        let err = fails("cpus = 2\ncpuss = 3\n");
         assert!(err.contains("line 2") && err.contains("did you mean `cpus`?"), "{err}");
         let err = fails("cpus = \"two\"\n");
         assert!(err.contains("line 1, column 8"), "{err}");

@@ -117,11 +117,11 @@ pub fn timer(boot: &Boot) {
     println!("result timer interrupts={} ticks={each}", machine::interrupts());
 }
 
-/// Starts all other processors and waits until `cpus=`, this one included, are there.
-pub fn processors(boot: &Boot) {
+/// Starts all other processors and waits until there are as many as expected, this one included.
+/// Returns this one's APIC id.
+fn start_others(expected: usize) -> u32 {
     const INIT_OTHERS: u32 = 0x000c_4500;
     const START_OTHERS: u32 = 0x000c_4600;
-    let expected = boot.number("cpus", 1) as usize;
     let this = read::<u32>(LOCAL_APIC + ID) >> 24;
     machine::write_trampoline(TRAMPOLINE);
     set_up_local_apic();
@@ -137,6 +137,12 @@ pub fn processors(boot: &Boot) {
     // A little longer, for those that nobody expects.
     let start = ticks();
     while ticks() - start < 1 << 26 {}
+    this
+}
+
+/// Starts all other processors and waits until `cpus=`, this one included, are there.
+pub fn processors(boot: &Boot) {
+    let this = start_others(boot.number("cpus", 1) as usize);
     print!("result smp cpus={} first={this} others=", machine::processors().len() + 1);
     let mut first = true;
     for id in (0..=255).filter(|id| machine::processors().contains(id)) {
@@ -144,4 +150,45 @@ pub fn processors(boot: &Boot) {
         first = false;
     }
     println!("");
+}
+
+/// Prints what each of `cpus=` processors, up to 64, sees of itself: the leaves of CPUID that speak of features
+/// and topology, the one of `leaf=` and `sub=`, and the model-specific register `msr=`.
+pub fn identities(boot: &Boot) {
+    let leaves = [
+        [0x1, 0],
+        [0x4, 0],
+        [0x4, 3],
+        [0x7, 0],
+        [0xb, 0],
+        [0xb, 1],
+        [0x1f, 1],
+        [0x8000_0001, 0],
+        [0x8000_0008, 0],
+        [0x8000_001d, 0],
+        [0x8000_001d, 3],
+        [0x8000_001e, 0],
+        [boot.number("leaf", 0) as u32, boot.number("sub", 0) as u32],
+    ];
+    let register = boot.number("msr", 0) as u32;
+    machine::ask_processors(&leaves, register);
+    let this = start_others(boot.number("cpus", 1) as usize);
+    let line = |id: u32, [leaf, subleaf]: [u32; 2], [eax, ebx, ecx, edx]: [u32; 4]| {
+        println!("cpu {id} cpuid {leaf:08x} {subleaf} {eax:08x} {ebx:08x} {ecx:08x} {edx:08x}");
+    };
+    for leaf in leaves {
+        line(this, leaf, machine::cpuid(leaf[0], leaf[1]));
+    }
+    if register != 0 {
+        println!("cpu {this} msr {register:#x} {:#x}", machine::rdmsr(register));
+    }
+    for (nth, &id) in machine::processors().iter().take(64).enumerate() {
+        for (question, leaf) in leaves.into_iter().enumerate() {
+            line(u32::from(id), leaf, machine::leaf_of_processor(nth, question));
+        }
+        if register != 0 {
+            println!("cpu {id} msr {register:#x} {:#x}", machine::register_of_processor(nth));
+        }
+    }
+    println!("result cpus n={}", machine::processors().len() + 1);
 }

@@ -26,6 +26,11 @@ unsafe extern "C" {
     static trampoline_end: u8;
     static processors_up: AtomicU32;
     static processor_ids: [u8; 256];
+    static question_count: u32;
+    static question_msr: u32;
+    static questions: [[u32; 2]; QUESTIONS];
+    static processor_answers: [[[u32; 4]; QUESTIONS]; 64];
+    static processor_msrs: [u64; 64];
 }
 
 /// Reads one byte from an I/O port.
@@ -134,6 +139,31 @@ pub fn processors() -> &'static [u8] {
     // SAFETY: an aligned counter that only those processors change, after their ids are written.
     let count = unsafe { processors_up.load(Ordering::SeqCst) };
     bytes(&raw const processor_ids as u64, (count as usize).min(256))
+}
+
+/// Most leaves that [`ask_processors`] asks for.
+pub const QUESTIONS: usize = 16;
+
+/// Has processors that are started from now on look at leaves and subleaves of CPUID, as many as
+/// [`QUESTIONS`], and at a model-specific register unless its number is 0.
+pub fn ask_processors(leaves: &[[u32; 2]], register: u32) {
+    let places = &raw const questions as u64;
+    for (index, question) in leaves.iter().take(QUESTIONS).enumerate() {
+        write(places + index as u64 * 8, *question);
+    }
+    write(&raw const question_count as u64, leaves.len().min(QUESTIONS) as u32);
+    write(&raw const question_msr as u64, register);
+}
+
+/// What the `nth` processor that came up, of the first 64, saw of the `question`th leaf.
+pub fn leaf_of_processor(nth: usize, question: usize) -> [u32; 4] {
+    let offset = (nth % 64) * QUESTIONS * 16 + (question % QUESTIONS) * 16;
+    read(&raw const processor_answers as u64 + offset as u64)
+}
+
+/// What the `nth` processor that came up, of the first 64, saw in the register.
+pub fn register_of_processor(nth: usize) -> u64 {
+    read(&raw const processor_msrs as u64 + (nth % 64) as u64 * 8)
 }
 
 /// The first address after the payload's own image.

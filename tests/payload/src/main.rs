@@ -41,6 +41,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("irq", interrupts::interrupts),
     ("timer", interrupts::timer),
     ("smp", interrupts::processors),
+    ("cpus", interrupts::identities),
     ("balloon", virtio::balloon::scenario),
     ("rng", virtio::rng::scenario),
     ("blk", virtio::blk::scenario),

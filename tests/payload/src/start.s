@@ -161,7 +161,7 @@ gate_cpuid:                         # esi = leaf, the upper half of rsi = sublea
     pop rbx
     iretq
 
-# --- Application processors: real mode to long mode, one record each ---------------------------
+# --- Application processors: real mode to long mode, one record each, and answers to questions ---
 # Copied to 0x60000 (SIPI vector 0x60); addresses inside are relative to that segment.
 .globl trampoline, trampoline_end
 .balign 16
@@ -194,11 +194,37 @@ processor_long:
     mov eax, 1
     cpuid
     shr ebx, 24                     # initial APIC id
-    mov eax, 1
-    lock xadd dword ptr [processor_slots], eax
-    cmp eax, 255
+    mov edi, 1
+    lock xadd dword ptr [processor_slots], edi
+    cmp edi, 255
     ja processor_rest
-    mov byte ptr [processor_ids + rax], bl
+    mov eax, ebx
+    mov byte ptr [processor_ids + rdi], al
+    cmp edi, 63
+    ja processor_up
+    mov r8d, edi                    # 256 bytes of answers a processor
+    shl r8d, 8
+    add r8d, offset processor_answers
+    xor r9d, r9d
+1:  cmp r9d, dword ptr [question_count]
+    jae 2f
+    mov eax, dword ptr [questions + r9 * 8]
+    mov ecx, dword ptr [questions + r9 * 8 + 4]
+    cpuid
+    mov dword ptr [r8], eax
+    mov dword ptr [r8 + 4], ebx
+    mov dword ptr [r8 + 8], ecx
+    mov dword ptr [r8 + 12], edx
+    add r8d, 16
+    inc r9d
+    jmp 1b
+2:  mov ecx, dword ptr [question_msr]
+    test ecx, ecx
+    jz processor_up
+    rdmsr
+    mov dword ptr [processor_msrs + rdi * 8], eax
+    mov dword ptr [processor_msrs + rdi * 8 + 4], edx
+processor_up:
     lock inc dword ptr [processors_up]
 processor_rest:
     cli
@@ -303,6 +329,7 @@ task_state:
 .section .bss
 .balign 4096
 .globl idt, fault_info, interrupt_count, processor_ids, processors_up, cpuid_result
+.globl questions, question_count, question_msr, processor_answers, processor_msrs
 idt:
     .skip 4096
     .skip 2048
@@ -321,3 +348,13 @@ processors_up:
     .skip 4
 processor_ids:
     .skip 256
+question_count:                     # leaves of CPUID, up to 16
+    .skip 4
+question_msr:                       # 0 for none
+    .skip 4
+questions:                          # leaf and subleaf
+    .skip 16 * 8
+processor_answers:                  # of 64 processors: 16 times eax, ebx, ecx, edx
+    .skip 64 * 256
+processor_msrs:
+    .skip 64 * 8

@@ -40,7 +40,7 @@ pub enum Misfit {
         found: String,
     },
     /// It is another model.
-    #[error("{template} is for {models}; this host's CPU is none of them (signature {found:#x})")]
+    #[error("{template} is for {models}; this host's CPU is another (signature {found:#x})")]
     Model {
         /// The template.
         template: StaticTemplate,

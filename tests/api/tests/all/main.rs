@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod abuse;
 #[cfg(test)]
+mod cpu;
+#[cfg(test)]
 mod docs;
 #[cfg(test)]
 mod drop_in;

@@ -10,6 +10,8 @@ mod blk;
 #[cfg(test)]
 mod console;
 #[cfg(test)]
+mod cpu;
+#[cfg(test)]
 mod endings;
 #[cfg(test)]
 mod filters;

@@ -20,6 +20,7 @@ mod report;
 mod run;
 mod runtime;
 mod session;
+mod spinner;
 mod stop;
 mod streams;
 mod table;

@@ -26,8 +26,8 @@ pub struct PsArgs {
 // Options of `hull stop`.
 #[derive(Debug, Args)]
 pub struct StopArgs {
-    /// Name of the machine, as `hull ps` shows it
-    pub name: String,
+    #[command(flatten)]
+    pub machine: MachineArgs,
     /// Seconds that the guest gets to power off before the machine is ended
     #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
     pub timeout: u64,

@@ -9,7 +9,7 @@ pub enum ClientError {
     /// There is no file.
     #[error("there is no socket {}", .0.display())]
     NoSocket(PathBuf),
-    /// The machine is of a Hull whose machines had none.
+    /// The machine was started without one.
     #[error("{0} has no API")]
     NoApi(String),
     /// There is a file, and it is none.
@@ -114,6 +114,7 @@ impl ClientError {
     /// What a person can do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
+            ClientError::NoApi(_) => "start it without --no-api; `hull stop` ends it all the same",
             ClientError::NoSocket(_) => {
                 "a machine's API goes with its process; `hull ps` lists the machines that run"
             }

@@ -200,7 +200,19 @@ fn silent(who: &str, patience: Duration) -> ClientError {
     ClientError::Silent { who: who.to_owned(), seconds: patience.as_secs_f32() }
 }
 
+/// The process that listens behind the socket of `machine`; nothing if it is out of sight.
+///
+/// # Errors
+/// Nobody listens there, or this user may not ask.
+pub async fn peer(machine: &Machine, patience: Duration) -> Result<Option<i32>, ClientError> {
+    let credentials = open(machine, patience).await?.peer_cred();
+    Ok(credentials.ok().and_then(|credentials| credentials.pid()).filter(|&pid| pid > 0))
+}
+
 async fn open(machine: &Machine, patience: Duration) -> Result<UnixStream, ClientError> {
+    if machine.socket.as_os_str().is_empty() {
+        return Err(ClientError::NoApi(machine.name.clone()));
+    }
     match timeout(patience, reach(&machine.socket)).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(unreachable(&machine.socket, error)),

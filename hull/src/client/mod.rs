@@ -7,7 +7,7 @@ mod balloon;
 mod devices;
 mod error;
 mod events;
-mod http;
+pub mod http;
 mod machine;
 mod show;
 mod state;
@@ -25,7 +25,7 @@ pub use devices::{set_disk, set_net};
 pub use error::ClientError;
 pub use events::events;
 pub use http::{Api, PATIENCE};
-pub use machine::Machine;
+pub use machine::{Machine, is_socket};
 pub use show::{config, metrics};
 pub use state::states;
 

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Another `hull` that sees the machines of `guest`.
@@ -36,7 +36,7 @@ fn a_machine_that_reboots_all_the_time_is_stopped_in_order() {
 fn a_monitor_that_cannot_be_asked_is_sent_a_signal() {
     let guest = Guest::new("halt").option("--name", "deaf").start();
     guest.wait_for("halting");
-    fs::remove_file(socket(&guest, "deaf")).unwrap();
+    fs::remove_file(guest.runtime().join("hull/deaf.api")).unwrap();
     let stop = beside(&guest, "stop").flag("deaf").option("--timeout", "1").run();
     assert_eq!(stop.code(), 0, "{}", stop.stderr);
     assert!(stop.stderr.contains("cannot be asked"), "{}", stop.stderr);
@@ -52,10 +52,12 @@ fn a_monitor_that_hangs_is_killed_in_the_end() {
     let guest = Guest::new("halt").option("--name", "stuck").start();
     guest.wait_for("halting");
     guest.signal(libc::SIGSTOP);
-    // Nobody reads any more: once its queue is full, a sender that waits would wait for ever.
-    let sender = UnixDatagram::unbound().unwrap();
-    sender.set_nonblocking(true).unwrap();
-    while sender.send_to(b"nonsense", socket(&guest, "stuck")).is_ok() {}
+    // It does not say how it is, and nobody waits for it.
+    let begin = Instant::now();
+    let list = beside(&guest, "ps").run();
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    let row: Vec<&str> = list.stdout.lines().last().unwrap().split_whitespace().collect();
+    assert_eq!((row[0], row[2]), ("stuck", "?"), "{}", list.stdout);
     let stop = beside(&guest, "stop").flag("stuck").option("--timeout", "1").run();
     assert_eq!(stop.code(), 0, "{}", stop.stderr);
     let said = |words: &str| match stop.stderr.find(words) {
@@ -66,6 +68,22 @@ fn a_monitor_that_hangs_is_killed_in_the_end() {
     let runtime = guest.runtime().join("hull");
     assert_eq!(fs::read_dir(runtime).unwrap().count(), 0);
     assert_eq!(guest.finish().code(), 137);
+}
+
+#[test]
+fn a_machine_without_an_api_is_sent_a_signal() {
+    let guest = Guest::new("halt").option("--name", "mute").flag("--no-api").start();
+    guest.wait_for("halting");
+    assert!(beside(&guest, "ps").run().stdout.contains("mute"));
+    let pause = beside(&guest, "pause").flag("mute").run();
+    assert_eq!(pause.code(), 1, "{}", pause.stderr);
+    assert!(pause.stderr.contains("mute has no API\nhint: "), "{}", pause.stderr);
+    let stop = beside(&guest, "stop").flag("mute").run();
+    let said = "hull: ending mute by SIGTERM: it has no API\n";
+    assert_eq!((stop.code(), stop.stderr.as_str()), (0, said));
+    let outcome = guest.finish();
+    assert_eq!(outcome.code(), 143, "{}", outcome.stderr);
+    assert!(outcome.left.is_empty(), "{:?}", outcome.left);
 }
 
 #[test]

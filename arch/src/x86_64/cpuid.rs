@@ -34,6 +34,7 @@ mod leaf {
     pub(super) const TOPOLOGY_V2: u32 = 0x1F;
     pub(super) const HYPERVISOR: u32 = 0x4000_0000;
     pub(super) const TIMING: u32 = 0x4000_0010;
+    pub(super) const LAST_EXTENDED: u32 = 0x8000_0000;
     pub(super) const AMD_FEATURES: u32 = 0x8000_0001;
     pub(super) const SIZES: u32 = 0x8000_0008;
     pub(super) const SVM: u32 = 0x8000_000A;
@@ -58,6 +59,7 @@ const EDX_HTT: u32 = 1 << 28;
 const ECX_CMP_LEGACY: u32 = 1 << 1;
 const ECX_SVM: u32 = 1 << 2;
 const ECX_IBS: u32 = 1 << 10;
+const ECX_TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 const ECX_PERF_CORE: u32 = 1 << 23;
 const ECX_PERF_NORTHBRIDGE: u32 = 1 << 24;
 const ECX_PERF_LAST_LEVEL: u32 = 1 << 28;
@@ -86,6 +88,9 @@ impl Cpuid {
         let mut entries = supported.to_vec();
         let amd = is_amd(&entries);
         let topology = Topology::new(config);
+        if amd && topology.threads > 1 {
+            announce_threads(&mut entries);
+        }
         for entry in &mut entries {
             mask_features(entry, config.tsc_deadline);
             set_sharing(entry, topology, amd);
@@ -271,6 +276,19 @@ fn set_sharing(entry: &mut kvm_cpuid_entry2, topology: Topology, amd: bool) {
             entry.ecx = 0;
         }
         _ => {}
+    }
+}
+
+/// AMD's guests look for threads of a core where topology extensions are announced, and nowhere else.
+fn announce_threads(entries: &mut Vec<kvm_cpuid_entry2>) {
+    if let Some(features) = find(entries, leaf::AMD_FEATURES) {
+        features.ecx |= ECX_TOPOLOGY_EXTENSIONS;
+    }
+    if let Some(last) = find(entries, leaf::LAST_EXTENDED) {
+        last.eax = last.eax.max(leaf::AMD_TOPOLOGY);
+    }
+    if find(entries, leaf::AMD_TOPOLOGY).is_none() {
+        entries.push(kvm_cpuid_entry2 { function: leaf::AMD_TOPOLOGY, ..Default::default() });
     }
 }
 

@@ -194,3 +194,20 @@ fn amd_without_extended_topology_gets_a_leaf_for_it() {
     assert_eq!(leaf(&entries, 0xB, 1).edx, 2);
     assert!(!entries.iter().any(|e| e.function == 0x1F));
 }
+
+#[test]
+fn amd_without_topology_extensions_gets_them_where_cores_have_threads() {
+    let mut host = amd();
+    host[2].eax = 0x8000_0008;
+    host[3].ecx = 0;
+    host.retain(|e| e.function != 0x8000_001E);
+    let smt = CpuidConfig { smt: true, ..config(4) };
+    let entries = Cpuid::new(&host, &smt).for_vcpu(3);
+    assert_eq!(leaf(&entries, 0x8000_0000, 0).eax, 0x8000_001E);
+    assert_eq!(leaf(&entries, 0x8000_0001, 0).ecx >> 22 & 1, 1);
+    let ids = leaf(&entries, 0x8000_001E, 0);
+    assert_eq!((ids.eax, ids.ebx), (3, 0x101), "the second thread of the second core");
+    let entries = Cpuid::new(&host, &config(4)).for_vcpu(3);
+    assert!(!entries.iter().any(|e| e.function == 0x8000_001E));
+    assert_eq!(leaf(&entries, 0x8000_0001, 0).ecx >> 22 & 1, 0);
+}

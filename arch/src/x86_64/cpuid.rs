@@ -28,6 +28,7 @@ mod leaf {
     pub(super) const CACHES: u32 = 0x4;
     pub(super) const MONITOR: u32 = 0x5;
     pub(super) const POWER: u32 = 0x6;
+    pub(super) const STRUCTURED: u32 = 0x7;
     pub(super) const PERFMON: u32 = 0xA;
     pub(super) const TOPOLOGY: u32 = 0xB;
     pub(super) const HYBRID: u32 = 0x1A;
@@ -63,6 +64,8 @@ const ECX_TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 const ECX_PERF_CORE: u32 = 1 << 23;
 const ECX_PERF_NORTHBRIDGE: u32 = 1 << 24;
 const ECX_PERF_LAST_LEVEL: u32 = 1 << 28;
+// Leaf 7, EDX.
+const EDX_ARCH_CAPABILITIES: u32 = 1 << 29;
 // Leaf 6.
 const EAX_ARAT: u32 = 1 << 2;
 
@@ -92,7 +95,7 @@ impl Cpuid {
             announce_threads(&mut entries);
         }
         for entry in &mut entries {
-            mask_features(entry, config.tsc_deadline);
+            mask_features(entry, config.tsc_deadline, amd);
             set_sharing(entry, topology, amd);
         }
         if let Some(tsc_khz) = config.tsc_khz {
@@ -177,7 +180,7 @@ fn is_amd(entries: &[kvm_cpuid_entry2]) -> bool {
 
 /// Takes away what a guest cannot use: nested virtualisation, performance counters, MWAIT, and
 /// what only the host knows. Adds what KVM emulates without saying so.
-fn mask_features(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
+fn mask_features(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool, amd: bool) {
     match entry.function {
         leaf::FEATURES => {
             entry.ecx &= !(ECX_DTES64 | ECX_MONITOR | ECX_VMX | ECX_PDCM | ECX_TSC_DEADLINE);
@@ -196,6 +199,9 @@ fn mask_features(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
             entry.ecx = 0;
             entry.edx = 0;
         }
+        // A register of Intel's. Some versions of KVM give it to any guest, and others do not, so a
+        // guest would see on which it is.
+        leaf::STRUCTURED if amd && entry.index == 0 => entry.edx &= !EDX_ARCH_CAPABILITIES,
         leaf::AMD_FEATURES => {
             entry.ecx &=
                 !(ECX_SVM | ECX_IBS | ECX_PERF_CORE | ECX_PERF_NORTHBRIDGE | ECX_PERF_LAST_LEVEL);

@@ -152,6 +152,14 @@ fn nested_virtualisation_and_counters_are_masked() {
 }
 
 #[test]
+fn a_register_of_intels_is_not_shown_on_amd() {
+    for (mut host, left) in [(intel(), u32::MAX), (amd(), u32::MAX & !(1 << 29))] {
+        host.push(entry(7, 0, [u32::MAX; 4]));
+        assert_eq!(leaf(&Cpuid::new(&host, &config(1)).for_vcpu(0), 7, 0).edx, left);
+    }
+}
+
+#[test]
 fn the_tsc_deadline_timer_comes_from_its_capability() {
     let mut host = intel();
     host[1].ecx = 0;

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, error};
 
-/// Largest file of a CPU template, in bytes. Those of whole CPUs, with all their registers, have 150 KiB.
+/// Largest file of a CPU template, in bytes.
 const LARGEST_FILE: u64 = 1 << 20;
 
 /// What the guest's CPUs have of the host's. Without a template that is all that a guest can use.

@@ -1,14 +1,17 @@
 //! Firecracker's static templates: which CPUs they show a guest, and where they may be used.
 //!
-//! Masks and models are those of Firecracker 1.12.1, as its CPU template documentation and its template
-//! files give them; where later releases changed a mask, that release itself was asked.
+//! Masks and models are those of Firecracker 1.12.1, which documents what each template is for
+//! (docs/cpu_templates/cpu-templates.md). They were read from the program of that release, since later
+//! ones have other masks; with T2A, guests of either show the same features.
+
+use std::fmt;
+
+use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use serde::{Deserialize, Serialize};
 
 use super::Register::{Eax, Ebx, Ecx, Edx};
 use super::{Bitmap, CpuidModifier, MsrModifier, Register, RegisterModifier, Template};
 use crate::x86_64::cpuid::vendor_and_signature;
-use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
-use serde::{Deserialize, Serialize};
-use std::fmt;
 
 /// A CPU that a guest is shown in place of the host's, by the name of a family of EC2 instances.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

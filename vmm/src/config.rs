@@ -460,11 +460,11 @@ impl VmConfig {
         }
     }
 
-    /// The files that the guest is made from: kernel, initial RAM disk, disks.
+    /// The files that the guest is made from: kernel, initial RAM disk, CPU template, disks.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         let disks = self.disk.iter().map(|disk| &disk.path);
-        let files = std::iter::once(&self.kernel.path).chain(&self.kernel.initrd).chain(disks);
-        files.map(PathBuf::as_path)
+        let files = std::iter::once(&self.kernel.path).chain(&self.kernel.initrd);
+        files.chain(&self.cpu.config).chain(disks).map(PathBuf::as_path)
     }
 
     /// Name of the `n`th disk in messages: its id, or `disk` and its number.

@@ -188,6 +188,15 @@ fn a_file_that_is_no_template_is_misuse() {
 }
 
 #[test]
+fn the_console_does_not_go_into_the_template() {
+    let (folder, option) = template("{}");
+    let path = folder.path().join("template.json");
+    let guest = Guest::new("hello").console(format!("file={}", path.display()));
+    guest.option("--cpu", option).run().refused(&["template.json"]);
+    assert_eq!(fs::read_to_string(path).unwrap(), "{}");
+}
+
+#[test]
 fn a_static_template_is_used_where_it_fits() {
     let outcome = guest(1, "leaf=0").run();
     let host = seen(&outcome, 1);

@@ -13,6 +13,7 @@
 mod body;
 mod fault;
 mod instance;
+mod lasting;
 mod openapi;
 mod patience;
 mod routes;

@@ -21,9 +21,12 @@ use vmm::files::{SocketPath, remove_if_same};
 use vmm::seccomp::{self, ThreadKind};
 
 use crate::instance::{Instance, Shared};
+use crate::lasting::Lasting;
 use crate::patience::{Busy, Patient};
 use crate::routes;
 
+/// What a program is called that is in Firecracker's place.
+const FIRECRACKER: &str = "Firecracker";
 /// Connections at a time. What comes on top waits in the socket's backlog.
 const CONNECTIONS: usize = 2048;
 /// How long what the system refused is waited for.
@@ -198,7 +201,7 @@ fn event_loop() -> tokio::runtime::Runtime {
 
 async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
     let server = HeaderValue::from_static(match shared.program().name {
-        "Firecracker" => "Firecracker API",
+        FIRECRACKER => "Firecracker API",
         _ => "Hull API",
     });
     let router = routes::router(shared);
@@ -224,6 +227,7 @@ async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
 
 async fn connection(stream: tokio::net::UnixStream, router: Router, server: HeaderValue) {
     let busy = Busy::default();
+    let stream = Lasting::new(stream, server.as_bytes().starts_with(FIRECRACKER.as_bytes()));
     let stream = Patient::new(stream, busy.clone());
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let (router, server, busy) = (router.clone(), server.clone(), busy.clone());

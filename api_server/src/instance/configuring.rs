@@ -1,9 +1,13 @@
 //! What can be put together before the start.
 
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use serde::de::{Error, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
 use vmm::config::{DiskConfig, NetConfig};
 use vmm::machine::check_disk;
 
@@ -24,7 +28,7 @@ impl Instance {
     /// # Errors
     /// What is wrong with it; the machine is to be given up then.
     pub fn configure_from(&self, json: &[u8]) -> Result<(), Fault> {
-        let file: ConfigFile = body::parse(json)?;
+        let file = read(json)?;
         if let Some(logger) = file.logger {
             self.put_logger(logger)?;
         }
@@ -153,5 +157,64 @@ fn check_file(what: &str, path: &Path) -> Result<(), Fault> {
             "The {what} file cannot be opened: {}: {error}",
             path.display()
         ))),
+    }
+}
+
+/// The sections of a file. One that is `null` is not there, whatever its name: clients write down
+/// what they leave out, under names that Firecracker passes over.
+fn read(json: &[u8]) -> Result<ConfigFile, Fault> {
+    body::parse(json).or_else(|refused| {
+        let Ok(Sections(mut sections)) = serde_json::from_slice(json) else { return Err(refused) };
+        sections.retain(|_, section| !section.is_null());
+        serde_json::from_value(sections.into()).map_err(|_| refused)
+    })
+}
+
+/// An object without a key that is there twice.
+struct Sections(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Sections {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Sections, D::Error> {
+        deserializer.deserialize_map(Sections(Map::new()))
+    }
+}
+
+impl<'de> Visitor<'de> for Sections {
+    type Value = Sections;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Sections, A::Error> {
+        while let Some((name, section)) = map.next_entry()? {
+            if self.0.insert(name, section).is_some() {
+                return Err(Error::custom("a section is there twice"));
+            }
+        }
+        Ok(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_section_without_contents_may_have_any_name() {
+        let file = read(br#"{ "drives": [], "vsock_device": null, "balloon": null }"#).unwrap();
+        assert!(file.drives.is_empty() && file.balloon.is_none());
+        for (json, word) in [
+            (r#"{ "vsock_device": {} }"#, "unknown field `vsock_device`"),
+            (r#"{ "vsock_device": {}, "x": null }"#, "unknown field `vsock_device`"),
+            (r#"{ "drives": [], "drives": [] }"#, "duplicate field `drives`"),
+            (r#"{ "x": null, "drives": [], "drives": [] }"#, "unknown field `x`"),
+            (r#"{ "drives": 1, "x": null }"#, "invalid type"),
+            ("null", "invalid type"),
+            ("{", "EOF"),
+        ] {
+            let fault = read(json.as_bytes()).unwrap_err();
+            assert!(format!("{fault:?}").contains(word), "{json}: {fault:?}");
+        }
     }
 }

@@ -14,15 +14,19 @@ mod configuring;
 mod metadata;
 mod running;
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use serde_json::Value;
 use tokio::sync::oneshot;
 use vmm::config::VmConfig;
-use vmm::machine::{Command, Handle, Reply, State, root_arguments};
+use vmm::machine::{Command, Handle, Observed, Reply, State, root_arguments};
+use vmm::metrics::{Sink, SinkOptions};
 
 pub use self::running::no_balloon;
 use crate::fault::{DONE, Done, Fault, chain};
+use crate::requests::Requests;
+use crate::types::metrics::Metrics;
 use crate::types::small::Logger;
 
 /// Bounds of what a client may ask for.
@@ -101,6 +105,9 @@ impl Link {
         let mut inner = lock(&self.0);
         // Before anybody can change it.
         let _ = inner.tell_metadata(&handle);
+        if inner.quit {
+            handle.send(Command::Quit, Box::new(drop));
+        }
         inner.phase = Phase::Started(handle);
     }
 
@@ -126,6 +133,9 @@ struct Inner {
     config: VmConfig,
     phase: Phase,
     logger: Option<Logger>,
+    metrics: Option<Metrics>,
+    /// Somebody wants the end.
+    quit: bool,
     /// What the guest's metadata service has to say; `None` until somebody puts something.
     metadata: Option<Arc<Value>>,
 }
@@ -136,6 +146,8 @@ pub struct Instance {
     log: Option<Box<dyn LogSettings>>,
     program: Program,
     limits: Limits,
+    observed: Observed,
+    requests: Requests,
     wishes: mpsc::Sender<Wish>,
     inner: Arc<Mutex<Inner>>,
 }
@@ -150,14 +162,20 @@ impl Instance {
         program: Program,
         limits: Limits,
         config: VmConfig,
+        observed: Observed,
         wishes: mpsc::Sender<Wish>,
     ) -> Instance {
-        Instance::in_phase(Phase::Configuring, program, limits, config, wishes)
+        Instance::in_phase(Phase::Configuring, program, limits, config, observed, wishes)
     }
 
     /// A machine that is being built of `config`. Who builds it says through the [`Link`] when it
     /// runs.
-    pub fn configured(program: Program, limits: Limits, mut config: VmConfig) -> (Instance, Link) {
+    pub fn configured(
+        program: Program,
+        limits: Limits,
+        mut config: VmConfig,
+        observed: Observed,
+    ) -> (Instance, Link) {
         // Clients ask for devices by their names.
         for n in 0..config.disk.len() {
             config.disk[n].id = Some(config.disk_name(n));
@@ -167,7 +185,8 @@ impl Instance {
         }
         // Nobody wishes for what is there.
         let (wishes, _) = mpsc::channel();
-        let instance = Instance::in_phase(Phase::Starting, program, limits, config, wishes);
+        let phase = Phase::Starting;
+        let instance = Instance::in_phase(phase, program, limits, config, observed, wishes);
         let link = instance.link();
         (instance, link)
     }
@@ -177,11 +196,14 @@ impl Instance {
         program: Program,
         limits: Limits,
         config: VmConfig,
+        observed: Observed,
         wishes: mpsc::Sender<Wish>,
     ) -> Instance {
-        let inner = Inner { config, phase, logger: None, metadata: None };
+        let requests = Requests::new(&observed.metrics);
+        let inner =
+            Inner { config, phase, logger: None, metrics: None, quit: false, metadata: None };
         let inner = Arc::new(Mutex::new(inner));
-        Instance { id: None, log: None, program, limits, wishes, inner }
+        Instance { id: None, log: None, program, limits, observed, requests, wishes, inner }
     }
 
     fn link(&self) -> Link {
@@ -212,6 +234,46 @@ impl Instance {
         Ok(DONE)
     }
 
+    /// Has metrics written somewhere. Before the start only, and once, as Firecracker has it.
+    ///
+    /// # Errors
+    /// The machine was started; metrics are written already; the file cannot be had.
+    pub fn put_metrics(&self, wanted: Metrics) -> Done {
+        self.before_start()?;
+        let registry = &self.observed.metrics;
+        let failed = |why: String| Fault::bad(format!("metrics_path: {why}"));
+        if registry.has_sink() {
+            return Err(failed("metrics are written somewhere already.".into()));
+        }
+        let sink = Sink::open(SinkOptions {
+            path: wanted.metrics_path.clone(),
+            id: wanted.emit_id.then(|| self.id()),
+            properties: wanted.properties.clone(),
+        });
+        let path = wanted.metrics_path.display();
+        registry.write_to(sink.map_err(|error| failed(format!("{path}: {error}")))?);
+        self.lock().metrics = Some(wanted);
+        Ok(DONE)
+    }
+
+    /// Where metrics are written.
+    pub fn metrics(&self) -> Option<Metrics> {
+        self.lock().metrics.clone()
+    }
+
+    /// Writes metrics out, if they are written anywhere.
+    ///
+    /// # Errors
+    /// The machine was not started; the file does not take them.
+    pub fn flush_metrics(&self) -> Done {
+        self.handle()?;
+        let flushed = self.observed.metrics.flush();
+        flushed.map(|()| DONE).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => Fault::bad("FlushMetrics: nobody reads the metrics."),
+            _ => Fault::bad(format!("FlushMetrics: {error}")),
+        })
+    }
+
     /// What was last asked of the log.
     pub fn logger(&self) -> Option<Logger> {
         self.lock().logger.clone()
@@ -220,6 +282,16 @@ impl Instance {
     /// What the machine is called.
     pub fn id(&self) -> String {
         self.id.clone().or_else(|| self.config().name).unwrap_or_default()
+    }
+
+    /// What can be seen of the machine.
+    pub fn observed(&self) -> &Observed {
+        &self.observed
+    }
+
+    /// The requests so far.
+    pub fn requests(&self) -> &Requests {
+        &self.requests
     }
 
     /// What clients are told of the program.
@@ -302,19 +374,18 @@ impl Instance {
         }
     }
 
-    /// Ends the machine as if its power was cut, and the process with it.
-    ///
-    /// # Errors
-    /// It is just being built, or gone already.
-    pub async fn quit(&self) -> Done {
-        let handle = match &self.lock().phase {
-            Phase::Configuring => {
-                return self.wishes.send(Wish::Quit).map(|()| DONE).map_err(|_| Fault::gone());
-            }
-            Phase::Starting => return Err(Fault::before_start()),
-            Phase::Started(handle) => handle.clone(),
-        };
-        send(&handle, Command::Quit).await.map(|_| DONE)
+    /// Ends the machine as if its power was cut, and the process with it. One that is just being
+    /// built ends when it is, and one that reboots starts no more.
+    pub fn quit(&self) -> Done {
+        let mut inner = self.lock();
+        match &inner.phase {
+            // The receiver is there as long as nothing was started.
+            Phase::Configuring => drop(self.wishes.send(Wish::Quit)),
+            Phase::Starting => {}
+            Phase::Started(handle) => handle.send(Command::Quit, Box::new(drop)),
+        }
+        inner.quit = true;
+        Ok(DONE)
     }
 
     /// Has the machine built.

@@ -16,11 +16,13 @@ mod instance;
 mod lasting;
 mod openapi;
 mod patience;
+mod prometheus;
+mod requests;
 mod routes;
 mod server;
 pub mod types;
 
-pub use fault::Fault;
+pub use fault::{Fault, chain};
 pub use instance::{Instance, Limits, Link, LogSettings, Program, Start, Wish};
 pub use openapi::description;
 pub use server::{Listener, ServerError, Socket, SocketFile, serve};

@@ -3,7 +3,7 @@
 use utoipa::OpenApi;
 
 use crate::fault::FaultBody;
-use crate::routes::{balloon, boot, cpu, drives, info, machine, mmds, nets, small};
+use crate::routes::{balloon, boot, cpu, drives, info, machine, mmds, nets, observe, small};
 
 /// What is served, as OpenAPI 3.1. `docs/openapi.json` is a copy of it, which a test keeps equal.
 #[derive(OpenApi)]
@@ -46,6 +46,10 @@ use crate::routes::{balloon, boot, cpu, drives, info, machine, mmds, nets, small
         mmds::patch,
         mmds::config,
         mmds::put_config,
+        observe::metrics,
+        observe::put_metrics,
+        observe::prometheus,
+        observe::events,
         small::act,
         small::set_state,
         small::entropy,

@@ -204,13 +204,14 @@ async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
         FIRECRACKER => "Firecracker API",
         _ => "Hull API",
     });
-    let router = routes::router(shared);
+    let router = routes::router(Arc::clone(&shared));
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let connection = connection(stream, router.clone(), server.clone());
+                let connection =
+                    connection(stream, router.clone(), server.clone(), Arc::clone(&shared));
                 tokio::spawn(async move {
                     connection.await;
                     drop(place);
@@ -225,16 +226,26 @@ async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
     }
 }
 
-async fn connection(stream: tokio::net::UnixStream, router: Router, server: HeaderValue) {
+async fn connection(
+    stream: tokio::net::UnixStream,
+    router: Router,
+    server: HeaderValue,
+    shared: Shared,
+) {
     let busy = Busy::default();
     let stream = Lasting::new(stream, server.as_bytes().starts_with(FIRECRACKER.as_bytes()));
     let stream = Patient::new(stream, busy.clone());
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let (router, server, busy) = (router.clone(), server.clone(), busy.clone());
+        let shared = Arc::clone(&shared);
         busy.set(true);
         async move {
             let request = routes::tolerate(request.map(axum::body::Body::new));
+            let (method, path) = (request.method().clone(), request.uri().path().to_owned());
             let mut response = call(router, request).await;
+            let status = response.status();
+            let refused = status.is_client_error() || status.is_server_error();
+            shared.requests().count(&method, &path, refused);
             response.headers_mut().insert(header::SERVER, server);
             busy.set(false);
             Ok::<_, std::convert::Infallible>(response)

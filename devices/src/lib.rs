@@ -1,7 +1,7 @@
 //! Device models: registers and rings in, bytes and interrupts out.
 //!
 //! Nothing in here opens `/dev/kvm`, starts a thread, takes a lock or keeps process-wide state. A
-//! legacy device ([`serial`], [`i8042`], [`acpi`]) is a plain value driven by its register
+//! legacy device ([`serial`], [`i8042`], [`acpi`], [`pvpanic`]) is a plain value driven by its register
 //! accesses. A virtio device ([`virtio`]) has two halves: the device, which lives with the
 //! machine's control thread, and one worker per queue group, which an io thread owns.
 //!
@@ -12,6 +12,7 @@ pub mod bus;
 pub mod i8042;
 pub mod memory;
 pub mod metrics;
+pub mod pvpanic;
 pub mod rate;
 pub mod serial;
 pub mod virtio;

@@ -41,7 +41,8 @@ pub fn api(args: &ApiArgs) -> Result {
     let limits =
         Limits { body: args.max_body, metadata: args.mmds_size_limit.unwrap_or(args.max_body) };
     let log = Log { id: config.name.clone().unwrap_or_default() };
-    let instance = Instance::new(HULL, limits, config, sender).with_log(Box::new(log));
+    let instance = Instance::new(HULL, limits, config, session.observed().clone(), sender)
+        .with_log(Box::new(log));
     session.serve(instance, filter)?;
     fulfil(&session, &wishes)
 }

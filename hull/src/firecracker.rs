@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Instant;
 
+use api_server::types::metrics::Metrics;
 use api_server::types::small::Logger;
 use api_server::{Instance, Limits, LogSettings, Program, Wish};
 use clap::Parser;
@@ -175,9 +176,6 @@ fn run(options: &Options, begun: Instant) -> Result {
     if options.enable_pci {
         tracing::warn!("--enable-pci: devices are on MMIO, there is no PCI bus yet");
     }
-    if options.metrics_path.is_some() {
-        tracing::warn!("--metrics-path: nothing is written there, there are no metrics yet");
-    }
     if options.seccomp_filter.is_some() {
         tracing::warn!("--seccomp-filter: Hull's own filters are used");
     }
@@ -198,8 +196,15 @@ fn run(options: &Options, begun: Instant) -> Result {
     let program = Program { name: "Firecracker", version: FIRECRACKER, api_version: FIRECRACKER };
     let body = options.http_api_max_payload_size;
     let limits = Limits { body, metadata: options.mmds_size_limit.unwrap_or(body) };
-    let instance =
-        Instance::new(program, limits, config, sender).with_id(&options.id).with_log(Box::new(log));
+    let instance = Instance::new(program, limits, config, session.observed().clone(), sender)
+        .with_id(&options.id)
+        .with_log(Box::new(log));
+    if let Some(path) = &options.metrics_path {
+        let metrics = Metrics { metrics_path: path.clone(), ..Metrics::default() };
+        instance
+            .put_metrics(metrics)
+            .map_err(|fault| BadOption(format!("--metrics-path: {fault}")))?;
+    }
     if let Some(path) = &options.metadata {
         read(path, |text| {
             let contents = serde_json::from_slice(text)?;

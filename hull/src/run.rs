@@ -31,7 +31,7 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
     };
     let mut session = Session::prepare(&mut config, wanted)?;
     let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
-    let (instance, link) = Instance::configured(HULL, limits, config);
+    let (instance, link) = Instance::configured(HULL, limits, config, session.observed().clone());
     instance.initialise_metadata()?;
     session.offer(instance, link.config().seccomp);
     loop {

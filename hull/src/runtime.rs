@@ -6,24 +6,17 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixDatagram;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use api_server::{ServerError, Socket};
 use serde::{Deserialize, Serialize};
-use vmm::machine::{Command, Handle, Service};
 
 /// How long a name may be held by somebody who only clears away what a dead machine left. That takes
 /// microseconds, unless the scheduler steps in.
 const SWEEP: Duration = Duration::from_secs(3);
-
-/// Longest path of a socket, in bytes: `sun_path` without its NUL.
-const LONGEST_SOCKET_PATH: usize = 107;
 
 /// Largest record that is read, in bytes; ours are far smaller.
 const LONGEST_RECORD: u64 = 64 * 1024;
@@ -43,7 +36,7 @@ pub struct Record {
     pub memory: u64,
     /// The kernel file; JSON has no place for bytes that are not UTF-8.
     pub kernel: String,
-    /// The socket of its API.
+    /// The socket of its API; empty if there is none.
     #[serde(default)]
     pub api: PathBuf,
 }
@@ -70,6 +63,9 @@ pub enum RuntimeError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The socket of its API cannot be had.
+    #[error(transparent)]
+    Socket(#[from] ServerError),
 }
 
 impl RuntimeError {
@@ -79,7 +75,7 @@ impl RuntimeError {
             RuntimeError::NameTaken(name) => {
                 Some(format!("`hull ps` lists the machines, `hull stop {name}` ends this one"))
             }
-            RuntimeError::NoSuchMachine { .. } => None,
+            RuntimeError::NoSuchMachine { .. } | RuntimeError::Socket(_) => None,
             RuntimeError::Directory { .. } => Some(
                 "set XDG_RUNTIME_DIR to a directory that this user may write, as a login session \
                  has one; a machine without --name runs without it"
@@ -100,11 +96,7 @@ pub fn directory() -> PathBuf {
 
 /// A machine's place in the runtime directory, given back when dropped.
 #[derive(Debug)]
-pub struct Entry {
-    // The lock in it is held, and its files removed at the end.
-    files: Files,
-    control: Arc<Control>,
-}
+pub struct Entry(Files);
 
 /// The files of an entry; whoever has them has the lock on `NAME.json`, which makes the entry count.
 #[derive(Debug)]
@@ -115,22 +107,25 @@ struct Files {
 }
 
 impl Entry {
-    /// Takes `record.name` in `directory`, and makes its control socket, mode 0600. What is sent
-    /// there waits for a machine that serves it.
+    /// Takes `record.name` in `directory`. Listens on the socket of its API, if that is to be there:
+    /// who comes before it is served waits.
     ///
     /// # Errors
-    /// [`RuntimeError::NameTaken`] or [`RuntimeError::Directory`]; nothing is left then.
-    pub fn create(directory: &Path, record: &Record) -> Result<Entry, RuntimeError> {
+    /// [`RuntimeError`]; nothing is left then.
+    pub fn create(
+        directory: &Path,
+        record: &Record,
+    ) -> Result<(Entry, Option<Socket>), RuntimeError> {
         let failed = |source| RuntimeError::Directory { path: directory.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
         let files = Files::take(directory, &record.name)
             .map_err(failed)?
             .ok_or_else(|| RuntimeError::NameTaken(record.name.clone()))?;
-        // First, so that who finds the record finds the socket.
-        let socket = bind(directory, &record.name).map_err(failed)?;
+        // First, so that who finds the record finds the socket. What a dead machine left is replaced.
+        let path = socket_path(directory, &record.name);
+        let socket = (record.api == path).then(|| Socket::bind(&path)).transpose()?;
         files.write(record).map_err(failed)?;
-        let control = Control { socket, ignored: AtomicU32::new(0) };
-        Ok(Entry { files, control: Arc::new(control) })
+        Ok((Entry(files), socket))
     }
 
     /// Says something else of the machine, whose name stays.
@@ -138,13 +133,7 @@ impl Entry {
     /// # Errors
     /// The file cannot be written.
     pub fn update(&self, record: &Record) -> io::Result<()> {
-        self.files.write(record)
-    }
-
-    /// The control socket, for a machine to serve. Those that follow each other under this entry
-    /// share it, so that nothing sent in between is lost.
-    pub fn control_socket(&self) -> ControlSocket {
-        ControlSocket(Arc::clone(&self.control))
+        self.0.write(record)
     }
 }
 
@@ -203,47 +192,13 @@ pub fn paths(directory: &Path, name: &str) -> [PathBuf; 2] {
     [socket_path(directory, name), record_path(directory, name)]
 }
 
-/// Where the API of the machine called `name` is served, unless somebody wants it elsewhere.
-pub fn api_path(directory: &Path, name: &str) -> PathBuf {
-    directory.join(format!("{name}.api"))
-}
-
 fn record_path(directory: &Path, name: &str) -> PathBuf {
     directory.join(format!("{name}.json"))
 }
 
-fn socket_path(directory: &Path, name: &str) -> PathBuf {
+/// Where the API of the machine called `name` is served, unless somebody wants it elsewhere.
+pub fn socket_path(directory: &Path, name: &str) -> PathBuf {
     directory.join(format!("{name}.sock"))
-}
-
-/// Calls `with` with a path of the control socket that fits into a socket's address.
-fn with_socket_path<T>(
-    directory: &Path,
-    name: &str,
-    with: impl FnOnce(&Path) -> io::Result<T>,
-) -> io::Result<T> {
-    let path = socket_path(directory, name);
-    if path.as_os_str().as_bytes().len() <= LONGEST_SOCKET_PATH {
-        return with(&path);
-    }
-    let flags = libc::O_PATH | libc::O_DIRECTORY;
-    let directory = File::options().read(true).custom_flags(flags).open(directory)?;
-    with(&socket_path(Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())), name))
-}
-
-/// Makes the control socket. To be called with the name's lock.
-fn bind(directory: &Path, name: &str) -> io::Result<UnixDatagram> {
-    let socket = with_socket_path(directory, name, |path| match UnixDatagram::bind(path) {
-        Err(err) if err.kind() == io::ErrorKind::AddrInUse => {
-            // Ours by the lock: a socket that is there belonged to a machine that is gone.
-            fs::remove_file(path)?;
-            UnixDatagram::bind(path)
-        }
-        bound => bound,
-    })?;
-    fs::set_permissions(socket_path(directory, name), fs::Permissions::from_mode(0o600))?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
 }
 
 /// Locks `file`. Returns false if somebody else holds the lock.
@@ -338,84 +293,15 @@ pub fn find(directory: &Path, name: &str) -> Result<Record, RuntimeError> {
     Err(RuntimeError::NoSuchMachine { name: name.to_owned(), others })
 }
 
-/// A request over the control socket: one datagram of JSON.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Request {
-    /// Press the power button.
-    PowerButton,
-    /// End the machine.
-    Quit,
-}
-
-/// Sends `request` to the machine called `name`, without waiting for room where many requests are
-/// waiting already. The machine does not answer: what follows is seen by its process.
-///
-/// # Errors
-/// The machine has no socket, or does not take the request; of kind `WouldBlock` if it reads none.
-pub fn send(directory: &Path, name: &str, request: Request) -> io::Result<()> {
-    let socket = UnixDatagram::unbound()?;
-    socket.set_nonblocking(true)?;
-    let text = serde_json::to_vec(&request)?;
-    with_socket_path(directory, name, |path| socket.send_to(&text, path).map(|_| ()))
-}
-
-/// The machine's side of its control socket.
-#[derive(Debug)]
-pub struct ControlSocket(Arc<Control>);
-
-#[derive(Debug)]
-struct Control {
-    socket: UnixDatagram,
-    // Requests that came to nothing.
-    ignored: AtomicU32,
-}
-
-impl Control {
-    /// Logs a request that came to nothing. Whoever sends them by the thousand is told of the 1st, 2nd,
-    /// 4th, 8th …
-    fn ignore(&self, why: &dyn std::fmt::Display) {
-        let count = self.ignored.fetch_add(1, Ordering::Relaxed).saturating_add(1);
-        if count.is_power_of_two() {
-            tracing::warn!(%why, count, "request on the control socket ignored");
-        }
-    }
-}
-
-impl Service for ControlSocket {
-    fn fd(&self) -> RawFd {
-        self.0.socket.as_raw_fd()
-    }
-
-    fn on_ready(&mut self, machine: &Handle) -> bool {
-        let mut bytes = [0; 256];
-        let Ok(len) = self.0.socket.recv(&mut bytes) else { return true };
-        let command = match serde_json::from_slice(&bytes[..len]) {
-            Ok(Request::PowerButton) => Command::PowerButton,
-            Ok(Request::Quit) => Command::Quit,
-            Err(err) => {
-                self.0.ignore(&err);
-                return true;
-            }
-        };
-        let control = Arc::clone(&self.0);
-        machine.send(
-            command,
-            Box::new(move |reply| {
-                if let Err(refusal) = reply {
-                    control.ignore(&refusal);
-                }
-            }),
-        );
-        true
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
+    use vmm::files::SocketPath;
+
     use super::*;
 
-    fn record(name: &str) -> Record {
+    fn record(directory: &Path, name: &str) -> Record {
         Record {
             name: name.into(),
             // A process, and not this one: a record that names its reader is one of an earlier boot.
@@ -424,29 +310,30 @@ mod tests {
             cpus: 1,
             memory: 2,
             kernel: "k".into(),
-            api: "s".into(),
+            api: socket_path(directory, name),
         }
     }
 
     #[test]
     fn a_name_is_taken_once_and_given_back() {
         let dir = tempfile::tempdir().unwrap();
-        let entry = Entry::create(dir.path(), &record("a")).unwrap();
-        let again = Entry::create(dir.path(), &record("a")).unwrap_err();
+        let entry = Entry::create(dir.path(), &record(dir.path(), "a")).unwrap();
+        let again = Entry::create(dir.path(), &record(dir.path(), "a")).unwrap_err();
         assert_eq!(again.to_string(), "a machine named \"a\" runs already");
-        assert_eq!(list(dir.path()).unwrap(), [record("a")]);
+        assert_eq!(list(dir.path()).unwrap(), [record(dir.path(), "a")]);
         let missing = find(dir.path(), "b").unwrap_err().to_string();
         assert_eq!(missing, "no machine named \"b\" runs; there are: a");
         drop(entry);
         assert!(list(dir.path()).unwrap().is_empty());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-        Entry::create(dir.path(), &record("a")).unwrap();
+        Entry::create(dir.path(), &record(dir.path(), "a")).unwrap();
     }
 
     /// What a machine that was killed leaves.
     fn remains(directory: &Path, name: &str) {
-        drop(bind(directory, name).unwrap());
-        let text = serde_json::to_vec(&Record { pid: i32::MAX, ..record(name) }).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(socket_path(directory, name)).unwrap());
+        let text =
+            serde_json::to_vec(&Record { pid: i32::MAX, ..record(directory, name) }).unwrap();
         fs::write(record_path(directory, name), text).unwrap();
     }
 
@@ -462,21 +349,21 @@ mod tests {
     fn what_a_dead_machine_left_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         remains(dir.path(), "a");
-        let _entry = Entry::create(dir.path(), &record("a")).unwrap();
-        assert_eq!(list(dir.path()).unwrap(), [record("a")]);
+        let _entry = Entry::create(dir.path(), &record(dir.path(), "a")).unwrap();
+        assert_eq!(list(dir.path()).unwrap(), [record(dir.path(), "a")]);
     }
 
     #[test]
     fn a_sweeper_that_comes_late_leaves_the_next_machine_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = record_path(dir.path(), "a");
-        let entry = Entry::create(dir.path(), &record("a")).unwrap();
+        let entry = Entry::create(dir.path(), &record(dir.path(), "a")).unwrap();
         let opened = File::open(&path).unwrap();
         drop(entry);
-        let _entry = Entry::create(dir.path(), &record("a")).unwrap();
+        let _entry = Entry::create(dir.path(), &record(dir.path(), "a")).unwrap();
         assert!(lock(&opened).unwrap());
         sweep(&path, &opened);
-        assert_eq!(list(dir.path()).unwrap(), [record("a")]);
+        assert_eq!(list(dir.path()).unwrap(), [record(dir.path(), "a")]);
         assert!(socket_path(dir.path(), "a").exists());
     }
 
@@ -488,7 +375,8 @@ mod tests {
         let opened = File::open(&path).unwrap();
         assert!(lock(&opened).unwrap());
         std::thread::scope(|scope| {
-            let starting = scope.spawn(|| Entry::create(dir.path(), &record("a")).map(drop));
+            let starting =
+                scope.spawn(|| Entry::create(dir.path(), &record(dir.path(), "a")).map(drop));
             std::thread::sleep(Duration::from_millis(100));
             sweep(&path, &opened);
             drop(opened);
@@ -510,10 +398,10 @@ mod tests {
             }
             let rounds = || -> Result<(), RuntimeError> {
                 for _ in 0..1000 {
-                    let entry = Entry::create(dir.path(), &record("a"))?;
+                    let entry = Entry::create(dir.path(), &record(dir.path(), "a"))?;
                     std::thread::yield_now();
-                    assert!(is_at(&entry.files.record, &record_path(dir.path(), "a")));
-                    send(dir.path(), "a", Request::Quit).unwrap();
+                    assert!(is_at(&entry.0.0.record, &record_path(dir.path(), "a")));
+                    std::os::unix::net::UnixStream::connect(socket_path(dir.path(), "a")).unwrap();
                 }
                 Ok(())
             };
@@ -528,29 +416,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         // Not a socket that could be replaced.
         fs::create_dir(socket_path(dir.path(), "a")).unwrap();
-        let err = Entry::create(dir.path(), &record("a")).unwrap_err();
-        assert!(matches!(err, RuntimeError::Directory { .. }), "{err}");
+        let err = Entry::create(dir.path(), &record(dir.path(), "a")).unwrap_err();
+        assert!(matches!(err, RuntimeError::Socket(ServerError::NotASocket(_))), "{err}");
         assert!(!record_path(dir.path(), "a").exists());
     }
 
     #[test]
-    fn requests_wait_and_do_not_block() {
+    fn clients_wait_for_a_machine_that_is_not_up_yet() {
         // Far longer than a socket's address.
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("d".repeat(200));
-        let entry = Entry::create(&dir, &record("a")).unwrap();
-        let mut sent = 0;
-        let err = loop {
-            match send(&dir, "a", Request::PowerButton) {
-                Ok(()) => sent += 1,
-                Err(err) => break err,
-            }
-        };
-        assert!(sent > 0);
-        assert_eq!(err.kind(), io::ErrorKind::WouldBlock);
-        let mut bytes = [0; 256];
-        let len = entry.control_socket().0.socket.recv(&mut bytes).unwrap();
-        assert_eq!(bytes[..len], *b"\"power-button\"");
+        let entry = Entry::create(&dir, &record(&dir, "a")).unwrap();
+        let path = SocketPath::of(&socket_path(&dir, "a")).unwrap();
+        std::os::unix::net::UnixStream::connect(path.as_path()).unwrap();
         drop(entry);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
     }

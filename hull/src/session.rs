@@ -6,17 +6,20 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use api_server::{Instance, Listener, ServerError, Socket, SocketFile};
 use vmm::config::{ConfigError, ConsoleMode, OnReboot, VmConfig};
 use vmm::console::{Console, Sink, plain, window_size};
 use vmm::hypervisor::HypervisorError;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
-use vmm::machine::{Ending, Handle, Host, Machine, RunOptions, Service};
+use vmm::journal::{Happening, Reason};
+use vmm::machine::{Ending, Handle, Host, Machine, Observed, RunError, RunOptions, Service};
+use vmm::metrics::Registry;
 use vmm::seccomp::{self, ThreadKind};
 use vmm::signals::{Hooks, Signals};
 use vmm::timings::Timings;
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::cli::Result;
 use crate::host::KvmKind;
@@ -39,6 +42,7 @@ pub struct Session {
     listener: Option<Listener>,
     _socket: Option<SocketFile>,
     door: Door,
+    observed: Observed,
     signals: Signals,
     /// Files that no console may be written to.
     used: Vec<PathBuf>,
@@ -87,6 +91,36 @@ impl Service for Doorman {
             tracing::error!(%error, "the API is not served");
         }
         false
+    }
+}
+
+/// Writes metrics out each minute.
+struct Minute {
+    timer: TimerFd,
+    metrics: Arc<Registry>,
+}
+
+impl Minute {
+    fn new(metrics: Arc<Registry>) -> io::Result<Minute> {
+        let mut timer = TimerFd::new()?;
+        let minute = Duration::from_secs(60);
+        timer.reset(minute, Some(minute))?;
+        Ok(Minute { timer, metrics })
+    }
+}
+
+impl Service for Minute {
+    fn fd(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+
+    fn on_ready(&mut self, _machine: &Handle) -> bool {
+        // How many minutes it was makes no difference.
+        let _ = self.timer.wait();
+        if let Err(error) = self.metrics.flush() {
+            tracing::warn!(%error, "metrics are not written");
+        }
+        true
     }
 }
 
@@ -140,21 +174,20 @@ impl Session {
         let name = config.name.as_deref().unwrap_or_default();
         let api_path = match wanted.api {
             ApiSocket::At(path) => std::path::absolute(path)?,
-            ApiSocket::ByName => runtime::api_path(&directory, name),
+            ApiSocket::ByName => runtime::socket_path(&directory, name),
             ApiSocket::Nowhere => PathBuf::new(),
         };
         let record = record(config, api_path);
-        let entry = match Entry::create(&directory, &record) {
-            Ok(entry) => Some(entry),
+        let (entry, by_name) = match Entry::create(&directory, &record) {
+            Ok((entry, socket)) => (Some(entry), socket),
             // Who did not ask for a name can do without an entry.
             Err(err) if !named => {
                 tracing::info!(%err, "`hull ps` will not show this machine");
-                None
+                (None, None)
             }
             Err(err) => return Err(err.into()),
         };
-        let by_name = matches!(wanted.api, ApiSocket::ByName) && entry.is_some();
-        let socket = if by_name { Some(Socket::bind(&record.api)?) } else { asked };
+        let socket = asked.or(by_name);
         let pidfile = wanted.pidfile.map(PidFile::create).transpose()?;
         let mut leftovers = Leftovers::default();
         if entry.is_some() {
@@ -172,6 +205,8 @@ impl Session {
         let _leftovers = leftovers.publish();
         let used = wanted.config.into_iter().chain(wanted.pidfile).map(Path::to_owned).collect();
         let ran = AtomicBool::new(false);
+        let observed = Observed::default();
+        observed.journal.note(Happening::Created);
         let (listener, _socket) = socket.map(Socket::into_parts).unzip();
         Ok(Session {
             _leftovers,
@@ -181,10 +216,16 @@ impl Session {
             listener,
             _socket,
             door: Door::default(),
+            observed,
             signals,
             used,
             ran,
         })
+    }
+
+    /// What can be seen of the machine.
+    pub fn observed(&self) -> &Observed {
+        &self.observed
     }
 
     /// Serves `instance` on the socket of the API, if there is one.
@@ -234,6 +275,7 @@ impl Session {
             hypervisor: &hypervisor,
             pvm: KvmKind::detect() == KvmKind::Pvm,
             timings: Arc::clone(timings),
+            observed: self.observed.clone(),
             window: window_size(libc::STDIN_FILENO),
         };
         let machine = Machine::new(config, &host)?;
@@ -247,12 +289,12 @@ impl Session {
     /// Its console cannot be had, or it cannot go on.
     pub fn run(&self, machine: Machine, config: &VmConfig) -> Result<Ending> {
         let mut services: Vec<Box<dyn Service>> = Vec::new();
-        if let Some(entry) = &self.entry {
-            services.push(Box::new(entry.control_socket()));
-        }
         let offered = self.door.offer().as_ref().map(|offer| offer.listener.as_raw_fd());
         if let Some(fd) = offered {
             services.push(Box::new(Doorman { door: self.door.clone(), fd }));
+        }
+        if self.observed.metrics.has_sink() {
+            services.push(Box::new(Minute::new(Arc::clone(&self.observed.metrics))?));
         }
         let thread = if offered.is_some() { ThreadKind::MainApi } else { ThreadKind::Main };
         // Last, so that an error before it finds the terminal as it was.
@@ -260,7 +302,29 @@ impl Session {
         let signals = Some(self.signals.try_clone()?);
         let last = config.on_reboot == OnReboot::Exit;
         let options = RunOptions { console, signals, services, thread, last };
-        Ok(machine.run(options)?)
+        let ended = machine.run(options);
+        self.tell_end(config, &ended);
+        Ok(ended?)
+    }
+
+    /// Tells those who listen how the machine ended, and writes the last metrics.
+    fn tell_end(&self, config: &VmConfig, ended: &std::result::Result<Ending, RunError>) {
+        let (reason, message) = match ended {
+            Ok(Ending::PowerOff) => (Reason::PowerOff, None),
+            Ok(Ending::Reset) => (Reason::Reset, None),
+            Ok(Ending::TripleFault) => (Reason::Crash, None),
+            Ok(Ending::Quit) => (Reason::Quit, None),
+            Ok(Ending::Signal(number)) => (Reason::Signal, Some(format!("signal {number}"))),
+            Err(error) => (Reason::Error, Some(api_server::chain(error))),
+        };
+        if let Err(error) = self.observed.metrics.flush() {
+            tracing::warn!(%error, "the last metrics are not written");
+        }
+        let again = reason == Reason::Reset && config.on_reboot == OnReboot::Restart;
+        self.observed.journal.note(Happening::Stopped { reason, message, again });
+        if !again {
+            self.observed.journal.finish();
+        }
     }
 }
 

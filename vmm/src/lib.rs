@@ -6,6 +6,7 @@
 //! - [`kernel`]: from a kernel file to a bootable guest.
 //! - [`machine`]: assembly, the control loop, vCPU threads, lifecycle.
 //! - [`io`]: io threads that own the virtio workers.
+//! - [`metrics`], [`journal`]: what can be seen of it from outside.
 //! - [`signals`], [`timings`], [`console`]: what a machine shares with its user.
 //! - [`seccomp`]: the filter of each kind of thread.
 //!
@@ -16,9 +17,11 @@ pub mod console;
 pub mod files;
 pub mod hypervisor;
 pub mod io;
+pub mod journal;
 pub mod kernel;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod seccomp;
 pub mod signals;
 pub mod timings;

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
-use vmm::config::{DiskConfig, NetConfig};
+use vmm::config::{CpuConfig, DiskConfig, NetConfig};
 use vmm::machine::check_disk;
 
 use super::Instance;
@@ -32,12 +32,23 @@ impl Instance {
         if let Some(logger) = file.logger {
             self.put_logger(logger)?;
         }
+        if let Some(metrics) = file.metrics {
+            self.put_metrics(metrics)?;
+        }
         let Some(source) = file.boot_source else {
             return Err(Fault::bad("boot-source: a machine needs a kernel."));
         };
         self.put_boot_source(source)?;
         if let Some(machine) = file.machine_config {
             self.configure(|config| machine.put_into(config))?;
+        }
+        if let Some(path) = file.cpu_config {
+            let file = CpuConfig { config: Some(path), ..CpuConfig::default() };
+            let template = file.own_template().map_err(|error| Fault::bad(chain(&error)))?;
+            self.configure(|config| {
+                config.cpu.set_modifiers(template.unwrap_or_default());
+                Ok(())
+            })?;
         }
         for drive in file.drives {
             check_id(&drive.drive_id)?;

@@ -76,7 +76,9 @@ impl Instance {
         match self.config().mmds.filter(|mmds| mmds.path.is_some()) {
             Some(mmds) => {
                 let contents = initial_metadata(&mmds);
-                self.preset_metadata(contents.map_err(|why| Fault::bad(format!("cannot set up mmds: {why}")))?)
+                self.preset_metadata(
+                    contents.map_err(|why| Fault::bad(format!("cannot set up mmds: {why}")))?,
+                )
             }
             None => Ok(DONE),
         }

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use crate::body::Nothing;
 use crate::fault::{Fault, Found};
 use crate::instance::Shared;
+use crate::types::cpu::CpuConfig;
 use crate::types::info::{FirecrackerVersion, FullVmConfiguration, InstanceInfo};
 use crate::types::small::EntropyDevice;
 
@@ -37,6 +38,8 @@ pub async fn full(State(shared): State<Shared>, _: Nothing) -> Found<FullVmConfi
         boot_source: (&config.kernel).into(),
         drives: config.disk.iter().map(Into::into).collect(),
         logger: shared.logger(),
+        metrics: shared.metrics(),
+        cpu_config: CpuConfig::inline(&config),
         machine_config: (&config).into(),
         network_interfaces: config.net.iter().map(Into::into).collect(),
         balloon: config.balloon.as_ref().map(Into::into),

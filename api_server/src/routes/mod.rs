@@ -8,6 +8,7 @@ pub mod info;
 pub mod machine;
 pub mod mmds;
 pub mod nets;
+pub mod observe;
 pub mod small;
 
 use axum::Router;
@@ -39,6 +40,9 @@ pub fn router(shared: Shared) -> Router {
         .route("/balloon/hinting/start", patch(small::later))
         .route("/balloon/hinting/stop", patch(small::later))
         .route("/balloon/hinting/status", get(small::later))
+        .route("/metrics", get(observe::metrics).put(observe::put_metrics))
+        .route("/metrics/prometheus", get(observe::prometheus))
+        .route("/events", get(observe::events))
         .route("/mmds", get(mmds::get).put(mmds::put).patch(mmds::patch))
         .route("/mmds/config", get(mmds::config).put(mmds::put_config))
         .route("/logger", get(small::logger).put(small::put_logger))

@@ -20,14 +20,11 @@ pub async fn act(State(shared): State<Shared>, Json(info): Json<InstanceActionIn
         ActionType::PowerButton => {
             send(&shared.handle()?, Command::PowerButton).await.map(|_| DONE)
         }
-        ActionType::Quit => shared.quit().await,
+        ActionType::Quit => shared.quit(),
         ActionType::SendCtrlAltDel => {
             send(&shared.handle()?, Command::CtrlAltDel).await.map(|_| DONE)
         }
-        ActionType::FlushMetrics => {
-            shared.handle()?;
-            Err(Fault::bad("FlushMetrics: there are no metrics yet."))
-        }
+        ActionType::FlushMetrics => elsewhere(move || shared.flush_metrics()).await?,
     }
 }
 

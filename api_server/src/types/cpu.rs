@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmm::config::{self, CpuModifiers, KvmCapability, VmConfig};
 
-use crate::body;
 use crate::fault::{Fault, chain};
 
 /// A CPU template of the client's own: what is changed of the CPU that the host's KVM offers.
@@ -91,14 +90,6 @@ fn of_aarch64<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error
 }
 
 impl CpuConfig {
-    /// Reads a file in the form of the body of `PUT /cpu-config`.
-    ///
-    /// # Errors
-    /// It is not JSON, or not of a CPU template.
-    pub fn from_json(bytes: &[u8]) -> Result<CpuConfig, Fault> {
-        body::parse(bytes)
-    }
-
     /// The template that `config` has, an empty one if it has none or one with a name. It may have to
     /// read it from a file.
     ///
@@ -109,6 +100,14 @@ impl CpuConfig {
         let CpuModifiers { kvm_capabilities, cpuid_modifiers, msr_modifiers } =
             template.unwrap_or_default();
         Ok(CpuConfig { kvm_capabilities, cpuid_modifiers, msr_modifiers, ..CpuConfig::default() })
+    }
+
+    /// The template that `config` itself has.
+    pub fn inline(config: &VmConfig) -> Option<CpuConfig> {
+        let CpuModifiers { kvm_capabilities, cpuid_modifiers, msr_modifiers } =
+            config.cpu.modifiers.clone()?;
+        let ignored = CpuConfig::default();
+        Some(CpuConfig { kvm_capabilities, cpuid_modifiers, msr_modifiers, ..ignored })
     }
 
     /// Puts this into `config`, in the place of whatever template it has.
@@ -122,6 +121,7 @@ impl CpuConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::body;
 
     #[test]
     fn a_template_comes_back_as_it_was_put() {
@@ -130,7 +130,7 @@ mod tests {
             "msr_modifiers": [{ "addr": "0x10a", "bitmap": "0b0" }],
             "reg_modifiers": [], "vcpu_features": [] }"#;
         let mut config = VmConfig::default();
-        CpuConfig::from_json(text).unwrap().put_into(&mut config);
+        body::parse::<CpuConfig>(text).unwrap().put_into(&mut config);
         let found = serde_json::to_value(CpuConfig::of(&config).unwrap()).unwrap();
         assert_eq!(found["kvm_capabilities"][0], "!56");
         assert_eq!(found["cpuid_modifiers"][0]["leaf"], "0x1");
@@ -138,7 +138,7 @@ mod tests {
         assert_eq!(found["cpuid_modifiers"][0]["modifiers"][0]["bitmap"], bitmap);
         assert_eq!(found["msr_modifiers"][0]["addr"], "0x10a");
         assert!(found.get("reg_modifiers").is_none(), "{found}");
-        let again = CpuConfig::from_json(found.to_string().as_bytes()).unwrap();
+        let again = body::parse::<CpuConfig>(found.to_string().as_bytes()).unwrap();
         let before = config.clone();
         again.put_into(&mut config);
         assert_eq!(config, before);
@@ -146,7 +146,8 @@ mod tests {
 
     #[test]
     fn the_field_is_named() {
-        let refused = |text: &str| CpuConfig::from_json(text.as_bytes()).unwrap_err().to_string();
+        let refused =
+            |text: &str| body::parse::<CpuConfig>(text.as_bytes()).unwrap_err().to_string();
         for (text, words) in [
             (
                 r#"{"cpuid_modifiers":[{"leaf":"0x1","subleaf":"0x0","flags":0,

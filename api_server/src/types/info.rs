@@ -1,12 +1,16 @@
 //! `/`, `/version` and `/vm/config`.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::balloon::Balloon;
 use super::boot::BootSource;
+use super::cpu::CpuConfig;
 use super::drive::Drive;
 use super::machine::MachineConfiguration;
+use super::metrics::Metrics;
 use super::mmds::MmdsConfig;
 use super::net::NetworkInterface;
 use super::small::{EntropyDevice, Logger};
@@ -44,6 +48,10 @@ pub struct FullVmConfiguration {
     pub logger: Option<Logger>,
     /// CPUs and memory.
     pub machine_config: MachineConfiguration,
+    /// Where metrics are written.
+    pub metrics: Option<Metrics>,
+    /// What the CPUs are like.
+    pub cpu_config: Option<CpuConfig>,
     /// Network cards.
     pub network_interfaces: Vec<NetworkInterface>,
     /// Memory that the guest lends to the host.
@@ -67,11 +75,16 @@ pub struct ConfigFile {
     pub drives: Vec<Drive>,
     /// CPUs and memory.
     pub machine_config: Option<MachineConfiguration>,
+    /// A file that says what the CPUs are like.
+    #[schema(value_type = Option<String>)]
+    pub cpu_config: Option<PathBuf>,
     /// Network cards.
     #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
     /// What is logged.
     pub logger: Option<Logger>,
+    /// Where metrics are written.
+    pub metrics: Option<Metrics>,
     /// Memory that the guest lends to the host.
     pub balloon: Option<Balloon>,
     /// Streams between guest and host.

@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod drive;
 pub mod info;
 pub mod machine;
+pub mod metrics;
 pub mod mmds;
 pub mod net;
 pub mod rate;

@@ -37,6 +37,8 @@ pub const COM1_PORT_COUNT: u16 = 8;
 pub const I8042_DATA_PORT: u16 = 0x60;
 /// Command and status port of the i8042, and the ACPI reset register.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
+/// Port of the paravirtual panic device.
+pub const PVPANIC_PORT: u16 = 0x505;
 /// Written to [`I8042_COMMAND_PORT`], pulses the CPU's reset line.
 pub const I8042_RESET: u8 = 0xFE;
 

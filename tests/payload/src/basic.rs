@@ -12,6 +12,8 @@ const GENERATION_ID: u64 = 0xcfff_e000;
 const VM_CLOCK: u64 = 0xcfff_f000;
 /// Linux's choice for a port that nobody answers.
 const UNUSED_PORT: u16 = 0x80;
+/// Port of the paravirtual panic device.
+const PANIC_PORT: u16 = 0x505;
 
 /// Says hello.
 ///
@@ -82,6 +84,15 @@ pub fn fault(_: &Boot) {
 pub fn boot_timer(_: &Boot) {
     write(BOOT_TIMER, BOOT_TIMER_VALUE);
     println!("booted");
+}
+
+/// Says `times=` times that it panicked, if there is a device to be told.
+pub fn panic_device(boot: &Boot) {
+    let events = in8(PANIC_PORT);
+    println!("pvpanic events={events:#x}");
+    for _ in 0..boot.number("times", 1) {
+        out8(PANIC_PORT, events & 1);
+    }
 }
 
 /// Prints the CPUID leaves, a line each: leaf, subleaf, eax, ebx, ecx, edx in hexadecimal.

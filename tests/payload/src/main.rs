@@ -2,8 +2,8 @@
 //!
 //! The command line chooses what it does: `payload=NAME key=value …`. Words it does not know are
 //! ignored, except `virtio_mmio.device=SIZE@ADDRESS:IRQ`, by which devices are found. It talks on
-//! COM1 and ends by a reset through port 0x64, or by ACPI poweroff with `end=poweroff`. README.md
-//! lists the scenarios and what each prints.
+//! COM1 and ends by a reset through port 0x64, by ACPI poweroff with `end=poweroff`, or not at all with
+//! `end=halt`. README.md lists the scenarios and what each prints.
 
 #![no_std]
 #![no_main]
@@ -30,6 +30,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("triple", basic::triple),
     ("fault", basic::fault),
     ("boottimer", basic::boot_timer),
+    ("pvpanic", basic::panic_device),
     ("cpuid", basic::cpuid),
     ("serialflood", basic::serial_flood),
     ("cmdline", basic::command_line),
@@ -65,8 +66,10 @@ extern "C" fn payload_main(info: u64, protocol: u64) -> ! {
         }
         None => println!("payload: no scenario {name}"),
     }
-    if boot.argument("end") == Some("poweroff") {
-        machine::power_off();
+    match boot.argument("end") {
+        Some("poweroff") => machine::power_off(),
+        Some("halt") => basic::halt(&boot),
+        _ => {}
     }
     machine::reset()
 }

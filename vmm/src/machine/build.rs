@@ -26,18 +26,20 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use self::cpus::{Cpus, TemplateError};
 use super::Machine;
 use super::bus::{AcpiPort, Buses, KeyboardPort, SerialPort};
-use super::control::Parts;
+use super::control::{Counted, Parts};
 use super::event::{Event, Sender};
 use super::slot::Slot;
 use super::table::{self, BackEnd, Entry};
-use super::transport::Transport;
+use super::transport::{Parts as TransportParts, Transport};
 use super::vcpu::{Shared, VcpuThread, install_kick_handler};
 use crate::config::{ConfigError, ConsoleDevice, ConsoleMode, VmConfig};
 use crate::console::Output;
 use crate::hypervisor::{Hypervisor, HypervisorError, Vcpu, Vm};
 use crate::io::{IoThread, Options};
+use crate::journal::Journal;
 use crate::kernel::{self, Context, LoadError};
 use crate::memory::{GuestRam, MemoryError};
+use crate::metrics::{Registry, Set, VcpuMetrics};
 use crate::seccomp;
 use crate::signals;
 use crate::timings::{Milestone, Timings};
@@ -100,6 +102,8 @@ pub struct Host<'a> {
     pub pvm: bool,
     /// Where milestones are noted.
     pub timings: Arc<Timings>,
+    /// What others see of the machine.
+    pub observed: Observed,
     /// Size of the console's window, if it has one: columns, rows.
     pub window: Option<(u16, u16)>,
 }
@@ -110,6 +114,15 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> BuildError {
 
 fn event() -> Result<EventFd, BuildError> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("an event descriptor"))
+}
+
+/// What can be seen of a machine from outside.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// What is counted.
+    pub metrics: Arc<Registry>,
+    /// What happens.
+    pub journal: Arc<Journal>,
 }
 
 impl Machine {
@@ -124,6 +137,8 @@ impl Machine {
         let cpus = Cpus::new(hypervisor, config.cpus, &config.cpu)?;
         let wake = Arc::new(event()?);
         let (events, receiver) = Sender::new(Arc::clone(&wake));
+        let Observed { metrics, journal } = &host_side.observed;
+        metrics.forget_machine();
         let output = Arc::new(Output::new().map_err(host("an event descriptor"))?);
         output.set_limit(table::limiter(config.console.rate));
         check_addresses(config, cpus.cpuid().address_limit())?;
@@ -138,10 +153,11 @@ impl Machine {
         let mut wiring = Wiring {
             vm: vm.as_ref(),
             events: events.clone(),
-            buses: Buses::new(Arc::clone(&host_side.timings)),
+            buses: Buses::new(Arc::clone(&host_side.timings), host_side.observed.clone()),
             slots: Vec::new(),
             io: Vec::new(),
             seccomp: config.seccomp,
+            observed: &host_side.observed,
         };
         let serial = wiring.serial(config, &output)?;
         let (keyboard, acpi_port) = wiring.legacy(config)?;
@@ -181,10 +197,17 @@ impl Machine {
         let (ready, vcpus_ready) = mpsc::channel();
         let mut threads = Vec::new();
         for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let thread = VcpuThread::start(index, vcpu, Arc::clone(&shared), ready.clone())
-                .map_err(host("a vCPU thread"))?;
+            let counted = Arc::<VcpuMetrics>::default();
+            let set: Set = ("vcpu", Arc::clone(&counted) as _);
+            metrics.add_of_machine(Some(&index.to_string()), set);
+            let thread =
+                VcpuThread::start(index, vcpu, Arc::clone(&shared), counted, ready.clone())
+                    .map_err(host("a vCPU thread"))?;
             threads.push(thread);
         }
+        let counted = Counted::default();
+        metrics.add_of_machine(None, ("vmm", Arc::clone(&counted.control) as _));
+        metrics.add_of_machine(None, ("latencies_us", Arc::clone(&counted.latencies) as _));
         Ok(Machine {
             vcpus: threads,
             io,
@@ -199,6 +222,8 @@ impl Machine {
                 keyboard,
                 acpi: acpi_port,
                 console,
+                counted,
+                journal: Arc::clone(journal),
             },
             kernel,
             _vm: vm,
@@ -217,6 +242,7 @@ struct Wiring<'a> {
     /// The io threads that the devices need.
     io: Vec<Options>,
     seccomp: seccomp::Mode,
+    observed: &'a Observed,
 }
 
 impl Wiring<'_> {
@@ -237,6 +263,7 @@ impl Wiring<'_> {
         }
         let irq = self.line(interrupts::COM1_GSI)?;
         let serial = Arc::new(SerialPort::new(irq, Arc::clone(output), event()?));
+        self.observed.metrics.add_of_machine(None, ("uart", Arc::clone(serial.metrics()) as _));
         self.buses.add_serial(Arc::clone(&serial))?;
         Ok(Some(serial))
     }
@@ -247,6 +274,7 @@ impl Wiring<'_> {
     ) -> Result<(Arc<KeyboardPort>, Arc<AcpiPort>), BuildError> {
         let irq = config.i8042.then(|| self.line(interrupts::I8042_KEYBOARD_GSI)).transpose()?;
         let keyboard = Arc::new(KeyboardPort::new(irq));
+        self.observed.metrics.add_of_machine(None, ("i8042", Arc::clone(keyboard.metrics()) as _));
         let acpi = Arc::new(AcpiPort::new(self.line(interrupts::GED_GSI)?));
         self.buses.add_legacy(Arc::clone(&keyboard), Arc::clone(&acpi))?;
         Ok((keyboard, acpi))
@@ -287,10 +315,20 @@ impl Wiring<'_> {
             self.vm.register_ioeventfd(&kick, gpa, queue as u32)?;
             kicks.push(kick);
         }
+        for set in device.metrics() {
+            self.observed.metrics.add_of_machine(Some(&name), set);
+        }
         let kind = device.kind();
         let registers = Registers::new(kind as u32, device.features(), queues, device.config());
-        let transport =
-            Arc::new(Transport::new(index, name, registers, interrupt, kicks, self.events.clone()));
+        let transport = Arc::new(Transport::new(TransportParts {
+            device: index,
+            name,
+            registers,
+            interrupt,
+            kicks,
+            events: self.events.clone(),
+            journal: Arc::clone(&self.observed.journal),
+        }));
         self.buses.add_virtio(place.address, Arc::clone(&transport))?;
         let io = self.io_thread(back_end);
         self.slots.push(Slot::new(device, transport, io));

@@ -8,11 +8,15 @@ use arch::{interrupts, layout};
 use devices::acpi::{AcpiRegisters, Event as AcpiEvent};
 use devices::bus::{Bus, BusError};
 use devices::i8042::{Effect as KeyboardEffect, I8042};
+use devices::pvpanic;
 use devices::serial::{Effect, Serial};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::build::Observed;
 use super::transport::Transport;
 use crate::console::Output;
+use crate::journal::{Happening, Journal};
+use crate::metrics::{KeyboardMetrics, PanicMetrics, SerialMetrics};
 use crate::timings::{Milestone, Timings};
 
 /// What a port write asks of the vCPU that made it.
@@ -28,13 +32,19 @@ pub(super) struct SerialPort {
     registers: Mutex<Serial>,
     irq: EventFd,
     output: Arc<Output>,
+    metrics: Arc<SerialMetrics>,
     /// Signalled when the guest took all input.
     input_drained: EventFd,
 }
 
 impl SerialPort {
     pub(super) fn new(irq: EventFd, output: Arc<Output>, input_drained: EventFd) -> SerialPort {
-        SerialPort { registers: Mutex::new(Serial::new()), irq, output, input_drained }
+        let metrics = Arc::default();
+        SerialPort { registers: Mutex::new(Serial::new()), irq, output, metrics, input_drained }
+    }
+
+    pub(super) fn metrics(&self) -> &Arc<SerialMetrics> {
+        &self.metrics
     }
 
     fn registers(&self) -> MutexGuard<'_, Serial> {
@@ -90,11 +100,17 @@ impl AcpiPort {
 pub(super) struct KeyboardPort {
     registers: Mutex<I8042>,
     irq: Option<EventFd>,
+    metrics: Arc<KeyboardMetrics>,
 }
 
 impl KeyboardPort {
     pub(super) fn new(irq: Option<EventFd>) -> KeyboardPort {
-        KeyboardPort { registers: Mutex::new(I8042::new(irq.is_some())), irq }
+        let registers = Mutex::new(I8042::new(irq.is_some()));
+        KeyboardPort { registers, irq, metrics: Arc::default() }
+    }
+
+    pub(super) fn metrics(&self) -> &Arc<KeyboardMetrics> {
+        &self.metrics
     }
 
     fn registers(&self) -> MutexGuard<'_, I8042> {
@@ -119,6 +135,7 @@ enum PortDevice {
     Serial(Arc<SerialPort>),
     Keyboard(Arc<KeyboardPort>),
     Acpi(Arc<AcpiPort>),
+    Panic,
 }
 
 enum MmioDevice {
@@ -144,15 +161,24 @@ pub(super) struct Buses {
     ports: Bus<PortDevice>,
     mmio: Bus<MmioDevice>,
     timings: Arc<Timings>,
+    journal: Arc<Journal>,
+    panics: Arc<PanicMetrics>,
+    panicked: AtomicBool,
     wrote_console: AtomicBool,
 }
 
 impl Buses {
-    pub(super) fn new(timings: Arc<Timings>) -> Buses {
+    pub(super) fn new(timings: Arc<Timings>, observed: Observed) -> Buses {
+        let Observed { metrics, journal } = observed;
+        let panics = Arc::<PanicMetrics>::default();
+        metrics.add_of_machine(None, ("pvpanic", Arc::clone(&panics) as _));
         Buses {
             ports: Bus::default(),
             mmio: Bus::default(),
             timings,
+            journal,
+            panics,
+            panicked: AtomicBool::new(false),
             wrote_console: AtomicBool::new(false),
         }
     }
@@ -171,6 +197,8 @@ impl Buses {
         self.ports.insert(i8042, I8042::LEN, "i8042", PortDevice::Keyboard(keyboard))?;
         let sleep = u64::from(interrupts::SLEEP_CONTROL_PORT);
         self.ports.insert(sleep, AcpiRegisters::LEN, "ACPI", PortDevice::Acpi(acpi))?;
+        let panic = u64::from(interrupts::PVPANIC_PORT);
+        self.ports.insert(panic, pvpanic::LEN, "pvpanic", PortDevice::Panic)?;
         let (timer, len) = (layout::BOOT_TIMER, layout::BOOT_TIMER_SIZE);
         self.mmio.insert(timer, len, "boot timer", MmioDevice::BootTimer)
     }
@@ -193,14 +221,21 @@ impl Buses {
         for element in data.chunks_mut(usize::from(size.max(1))) {
             match device {
                 PortDevice::Serial(serial) => {
-                    let effect = serial.registers().read(offset, element);
+                    let mut registers = serial.registers();
+                    serial.metrics.read_count.count();
+                    let effect = registers.read(offset, element);
+                    drop(registers);
                     serial.finish(&effect);
                 }
                 PortDevice::Keyboard(keyboard) => {
-                    let effect = keyboard.registers().read(offset, element);
+                    let mut registers = keyboard.registers();
+                    keyboard.metrics.read_count.count();
+                    let effect = registers.read(offset, element);
+                    drop(registers);
                     keyboard.finish(&effect);
                 }
                 PortDevice::Acpi(acpi) => acpi.registers().read(offset, element),
+                PortDevice::Panic => element.fill(pvpanic::EVENTS),
             }
         }
     }
@@ -220,7 +255,10 @@ impl Buses {
         for element in data.chunks(usize::from(size.max(1))) {
             match device {
                 PortDevice::Serial(serial) => {
-                    let effect = serial.registers().write(offset, element);
+                    let mut registers = serial.registers();
+                    serial.metrics.write_count.count();
+                    let effect = registers.write(offset, element);
+                    drop(registers);
                     if let Some(byte) = effect.output {
                         if !self.wrote_console.swap(true, Ordering::Relaxed) {
                             self.timings.mark(Milestone::FirstConsoleByte);
@@ -231,7 +269,13 @@ impl Buses {
                     serial.finish(&effect);
                 }
                 PortDevice::Keyboard(keyboard) => {
-                    let effect = keyboard.registers().write(offset, element);
+                    let mut registers = keyboard.registers();
+                    keyboard.metrics.write_count.count();
+                    let effect = registers.write(offset, element);
+                    if effect.reset {
+                        keyboard.metrics.reset_count.count();
+                    }
+                    drop(registers);
                     keyboard.finish(&effect);
                     if effect.reset {
                         return Outcome::Reset;
@@ -242,6 +286,14 @@ impl Buses {
                         return Outcome::PowerOff;
                     }
                 }
+                PortDevice::Panic if pvpanic::says_panicked(element) => {
+                    self.panics.panic_count.count();
+                    // Once: a guest could say it all day.
+                    if !self.panicked.swap(true, Ordering::Relaxed) {
+                        self.journal.note(Happening::Panicked);
+                    }
+                }
+                PortDevice::Panic => {}
             }
         }
         Outcome::Continue
@@ -262,6 +314,7 @@ impl Buses {
             Some((MmioDevice::Virtio(transport), offset)) => transport.write(offset, data),
             Some((MmioDevice::BootTimer, 0)) if data.first() == Some(&layout::BOOT_TIMER_VALUE) => {
                 if self.timings.mark(Milestone::Userspace) {
+                    self.journal.note(Happening::Ready);
                     tell_boot_time(&self.timings);
                 }
             }

@@ -29,6 +29,8 @@ use super::slot::Stopping;
 use super::{Machine, RunError, RunOptions};
 use crate::console::Output;
 use crate::io::{Report, WorkerId, system_error};
+use crate::journal::{Happening, Journal};
+use crate::metrics::{ControlMetrics, LatencyMetrics};
 use crate::seccomp;
 use crate::signals::Meaning;
 use crate::timings::Milestone;
@@ -54,6 +56,15 @@ pub(super) struct Parts {
     pub(super) acpi: Arc<AcpiPort>,
     /// Index of the virtio console, if there is one.
     pub(super) console: Option<usize>,
+    pub(super) counted: Counted,
+    pub(super) journal: Arc<Journal>,
+}
+
+/// What the control thread counts.
+#[derive(Default)]
+pub(super) struct Counted {
+    pub(super) control: Arc<ControlMetrics>,
+    pub(super) latencies: Arc<LatencyMetrics>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,8 +132,8 @@ impl Change {
 
 /// What a pause is for.
 enum Then {
-    /// Somebody asked for it.
-    Reply(ReplyTo),
+    /// Somebody asked for it at that time.
+    Reply(ReplyTo, Instant),
     /// The kernel file is given up; the machine goes on afterwards.
     ReleaseKernelFile,
 }
@@ -266,6 +277,10 @@ impl MutEventSubscriber for Control {
     }
 }
 
+fn micros_since(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Event descriptors are never read: each signal is an edge.
 const EDGE: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
@@ -273,14 +288,20 @@ impl Control {
     fn start(&mut self) {
         if lifecycle::check(&self.state, Step::Start).is_ok() {
             self.state = State::Running;
+            self.note(Happening::Started);
             for vcpu in &self.machine.vcpus {
                 vcpu.run();
             }
         }
     }
 
+    fn note(&self, what: Happening) {
+        self.machine.control.journal.note(what);
+    }
+
     fn take_events(&mut self) {
         while let Ok(event) = self.machine.control.events.try_recv() {
+            self.machine.control.counted.control.device_events.count();
             match event {
                 Event::Command(command, reply) => self.execute(command, reply),
                 Event::Activate { device } => self.activate(device),
@@ -329,9 +350,12 @@ impl Control {
             return reply(Err(Refusal::Busy { step, under_way: change.name() }));
         }
         match command {
-            Command::Pause => self.pause(Then::Reply(reply)),
+            Command::Pause => self.pause(Then::Reply(reply, Instant::now())),
             Command::Resume => {
+                let start = Instant::now();
                 self.resume();
+                self.machine.control.counted.latencies.resume_vm.set(micros_since(start));
+                self.note(Happening::Resumed);
                 reply(Ok(self.state.clone()));
             }
             Command::CtrlAltDel => {
@@ -529,8 +553,10 @@ impl Control {
             return;
         }
         match self.change.take() {
-            Some(Change::StopQueues { then: Then::Reply(reply) }) => {
+            Some(Change::StopQueues { then: Then::Reply(reply, since) }) => {
                 self.state = State::Paused;
+                self.machine.control.counted.latencies.pause_vm.set(micros_since(since));
+                self.note(Happening::Paused);
                 reply(Ok(State::Paused));
                 self.release_kernel_file_if_wanted();
             }
@@ -565,6 +591,8 @@ impl Control {
             }
             let name = slot.transport.name();
             tracing::error!(device = name, "a request does not end; its back-end hangs");
+            let journal = &self.machine.control.journal;
+            journal.device_failed(name, "a request does not end; its back-end hangs".to_owned());
             match slot.stopping.take() {
                 Some(Stopping::Reset { done, .. }) => {
                     slot.transport.needs_reset();

@@ -24,7 +24,7 @@ mod vcpu;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-pub use build::{BuildError, Host, root_arguments};
+pub use build::{BuildError, Host, Observed, root_arguments};
 pub use devices::virtio::device::{BackEnd, Message, Status as DeviceStatus, Traffic};
 pub use event::{Command, Handle, Reply, ReplyTo};
 pub use lifecycle::{Ending, Refusal, State};

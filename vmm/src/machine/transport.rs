@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::event::{Event, Sender};
 use super::throttle::Throttle;
+use crate::journal::Journal;
 
 /// Writes that make no sense.
 static IGNORED: Throttle = Throttle::new();
@@ -25,18 +26,27 @@ pub(super) struct Transport {
     interrupt: Interrupt,
     kicks: Vec<Arc<EventFd>>,
     events: Sender,
+    journal: Arc<Journal>,
+}
+
+/// What a transport is made of.
+pub(super) struct Parts {
+    /// Index of the device.
+    pub(super) device: usize,
+    pub(super) name: String,
+    pub(super) registers: Registers,
+    pub(super) interrupt: Interrupt,
+    /// One per queue.
+    pub(super) kicks: Vec<Arc<EventFd>>,
+    pub(super) events: Sender,
+    pub(super) journal: Arc<Journal>,
 }
 
 impl Transport {
-    pub(super) fn new(
-        device: usize,
-        name: String,
-        registers: Registers,
-        interrupt: Interrupt,
-        kicks: Vec<Arc<EventFd>>,
-        events: Sender,
-    ) -> Transport {
-        Transport { device, name, registers: Mutex::new(registers), interrupt, kicks, events }
+    pub(super) fn new(parts: Parts) -> Transport {
+        let Parts { device, name, registers, interrupt, kicks, events, journal } = parts;
+        let registers = Mutex::new(registers);
+        Transport { device, name, registers, interrupt, kicks, events, journal }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -67,6 +77,7 @@ impl Transport {
     /// As [`needs_reset`](Transport::needs_reset), and says why.
     pub(super) fn broken(&self, reason: &dyn fmt::Display) {
         self.needs_reset();
+        self.journal.device_failed(&self.name, reason.to_string());
         if let Some(held_back) = BROKEN.pass() {
             tracing::warn!(device = self.name, %reason, held_back, "device needs a reset");
         }

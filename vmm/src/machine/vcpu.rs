@@ -18,6 +18,7 @@ use super::bus::{Buses, Outcome};
 use super::event::{Event, Sender, VcpuEvent};
 use crate::hypervisor::{Exit, Vcpu};
 use crate::io::STACK_SIZE;
+use crate::metrics::VcpuMetrics;
 use crate::seccomp::{self, ThreadKind};
 use crate::timings::{Milestone, Timings};
 
@@ -118,6 +119,7 @@ impl VcpuThread {
         index: usize,
         mut vcpu: Box<dyn Vcpu>,
         shared: Arc<Shared>,
+        metrics: Arc<VcpuMetrics>,
         ready: mpsc::Sender<io::Result<()>>,
     ) -> io::Result<VcpuThread> {
         let orders = Arc::new(Orders(AtomicU32::new(Order::Park as u32)));
@@ -132,7 +134,8 @@ impl VcpuThread {
                 let _ = ready.send(filtered);
                 drop(ready);
                 if serve {
-                    Runner { index, orders: &own, shared: &shared }.run(vcpu.as_mut());
+                    let runner = Runner { index, orders: &own, shared: &shared, metrics: &metrics };
+                    runner.run(vcpu.as_mut());
                 }
                 IMMEDIATE_EXIT.set(std::ptr::null_mut());
             })?;
@@ -193,6 +196,7 @@ struct Runner<'a> {
     index: usize,
     orders: &'a Orders,
     shared: &'a Shared,
+    metrics: &'a VcpuMetrics,
 }
 
 impl Runner<'_> {
@@ -253,6 +257,7 @@ impl Runner<'_> {
         let buses = &self.shared.buses;
         let event = match vcpu.run() {
             Ok(Exit::PortOut { port, size, data }) => {
+                self.metrics.exit_io_out.count();
                 match buses.port_out(port, size, data, || self.orders.get() == Order::Run) {
                     Outcome::Continue => return Step::Exit,
                     Outcome::PowerOff => VcpuEvent::PowerOff,
@@ -260,14 +265,17 @@ impl Runner<'_> {
                 }
             }
             Ok(Exit::PortIn { port, size, data }) => {
+                self.metrics.exit_io_in.count();
                 buses.port_in(port, size, data);
                 return Step::Exit;
             }
             Ok(Exit::MmioRead { gpa, data }) => {
+                self.metrics.exit_mmio_read.count();
                 buses.mmio_read(gpa, data);
                 return Step::Exit;
             }
             Ok(Exit::MmioWrite { gpa, data }) => {
+                self.metrics.exit_mmio_write.count();
                 buses.mmio_write(gpa, data);
                 return Step::Exit;
             }
@@ -275,6 +283,7 @@ impl Runner<'_> {
             Ok(Exit::Shutdown) => VcpuEvent::TripleFault,
             Ok(Exit::Reset) => VcpuEvent::Reset,
             Ok(Exit::Failed(failure)) => {
+                self.metrics.failures.count();
                 let rip = vcpu.regs().ok().map(|regs| regs.rip);
                 VcpuEvent::Failed { failure, rip }
             }

@@ -20,7 +20,7 @@ use vmm::config::{ByteSize, DiskConfig, VmConfig};
 use vmm::console::{Console, Sink};
 use vmm::hypervisor::Hypervisor;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
-use vmm::machine::{Ending, Handle, Host, Machine, RunOptions};
+use vmm::machine::{Ending, Handle, Host, Machine, Observed, RunOptions};
 use vmm::seccomp::{self, ThreadKind};
 use vmm::signals::Signals;
 use vmm::timings::Timings;
@@ -143,7 +143,8 @@ pub fn run(
     started: impl FnOnce(Handle),
 ) -> Result<Ending, String> {
     let timings = Arc::new(Timings::new(Instant::now()));
-    let host = Host { hypervisor, pvm: false, timings, window: None };
+    let observed = Observed::default();
+    let host = Host { hypervisor, pvm: false, timings, observed, window: None };
     let machine = Machine::new(config, &host).map_err(|err| chain(&err))?;
     started(machine.handle());
     let thread = ThreadKind::Main;

@@ -12,7 +12,7 @@ use crate::x86_64::ids::VMGENID_OFFSET;
 use crate::x86_64::interrupts::{
     COM1_GSI, COM1_PORT, COM1_PORT_COUNT, GED_EVENT_POWER_BUTTON, GED_EVENT_VMCLOCK,
     GED_EVENT_VMGENID, GED_GSI, I8042_COMMAND_PORT, I8042_DATA_PORT, I8042_KEYBOARD_GSI,
-    SLEEP_TYPE_S5,
+    PVPANIC_PORT, SLEEP_TYPE_S5,
 };
 use crate::x86_64::layout::{PAGE_SIZE, VIRTIO_MMIO_SIZE, VMCLOCK_PAGE, VMGENID_PAGE, VirtioSlot};
 
@@ -37,6 +37,7 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
         devices.extend(virtio(index, slot));
     }
     devices.extend(power_button());
+    devices.extend(pvpanic());
     let mut events = vec![(GED_EVENT_POWER_BUTTON, "\\_SB_.PWRB")];
     if config.vmgenid {
         devices.extend(vmgenid());
@@ -126,6 +127,16 @@ fn virtio(index: usize, slot: &VirtioSlot) -> Vec<u8> {
 /// A control method power button (ACPI 6.5 § 4.8.2.2.1.2).
 fn power_button() -> Vec<u8> {
     device("PWRB", vec![&name("_HID", &EISAName::new("PNP0C0C")), &name("_UID", &ZERO)])
+}
+
+/// The paravirtual panic device, under the id that QEMU and Linux have for it
+/// (`pvpanic-mmio.c`).
+fn pvpanic() -> Vec<u8> {
+    let port = IO::new(PVPANIC_PORT, PVPANIC_PORT, 1, 1);
+    device(
+        "PEVT",
+        vec![&name("_HID", &"QEMU0001"), &name("_CRS", &ResourceTemplate::new(vec![&port]))],
+    )
 }
 
 /// The VM generation id (Microsoft, "Virtual Machine Generation ID"). Drivers know it by either

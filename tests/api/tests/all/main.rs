@@ -10,6 +10,10 @@ mod docs;
 #[cfg(test)]
 mod drop_in;
 #[cfg(test)]
+mod events;
+#[cfg(test)]
 mod life;
+#[cfg(test)]
+mod metrics;
 #[cfg(test)]
 mod mmds;

@@ -215,8 +215,12 @@ fn run(options: &Options, begun: Instant) -> Result {
         // The configuration of the machine, and the wish for its start.
         read(path, |text| instance.configure_from(text).map_err(|fault| fault.to_string().into()))?;
     }
-    session.serve(instance, filter)?;
-    let Some(path) = &options.config_file else { return fulfil(&session, &wishes) };
+    let Some(path) = &options.config_file else {
+        session.serve(instance, filter)?;
+        return fulfil(&session, &wishes);
+    };
+    // Whoever comes is answered when the machine runs, and never told that it does not.
+    session.offer(instance, filter);
     // The wish that the file made. There is no other way to a machine than this file.
     session.interruptible()?;
     let start = match wishes.recv()? {

@@ -31,11 +31,16 @@ fn drive(init_method: impl FnOnce(&Site) -> InitMethod, scenario: &str, ending: 
     .unwrap();
 }
 
-fn configuration(site: &Site, resources: &mut Resources, scenario: &str) -> VmConfigurationData {
+fn configuration(
+    site: &Site,
+    resources: &mut Resources,
+    scenario: &str,
+    by_file: bool,
+) -> VmConfigurationData {
     let mut resource = |path, kind| resources.create_resource(path, kind).unwrap();
     let moved = ResourceType::Moved(MovedResourceType::Copied);
     let created = ResourceType::Created(CreatedResourceType::File);
-    VmConfigurationData {
+    let mut data = VmConfigurationData {
         boot_source: BootSource {
             kernel_image: resource(site.kernel(), moved),
             boot_args: Some(format!("console=ttyS0 reboot=k pci=off payload={scenario}")),
@@ -67,33 +72,40 @@ fn configuration(site: &Site, resources: &mut Resources, scenario: &str) -> VmCo
             rx_rate_limiter: None,
             tx_rate_limiter: None,
         }],
-        balloon_device: Some(BalloonDevice {
-            amount_mib: 4,
-            deflate_on_oom: false,
-            stats_polling_interval_s: Some(1),
-        }),
-        vsock_device: Some(VsockDevice {
-            guest_cid: 5,
-            uds: resource(site.path("vsock"), ResourceType::Produced),
-        }),
-        logger_system: Some(LoggerSystem {
-            logs: Some(resource(site.path("log"), created)),
-            ..LoggerSystem::default()
-        }),
-        metrics_system: Some(MetricsSystem { metrics: resource(site.path("metrics"), created) }),
+        balloon_device: None,
+        vsock_device: None,
+        logger_system: None,
+        metrics_system: None,
         mmds_configuration: Some(MmdsConfiguration {
             version: MmdsVersion::V2,
             network_interfaces: vec!["eth0".into()],
             ipv4_address: None,
         }),
-        entropy_device: Some(EntropyDevice::default()),
+        entropy_device: None,
+    };
+    // Into a file it writes these under names of its own, which Firecracker passes over.
+    if !by_file {
+        data.balloon_device = Some(BalloonDevice {
+            amount_mib: 4,
+            deflate_on_oom: false,
+            stats_polling_interval_s: Some(1),
+        });
+        let uds = resource(site.path("vsock"), ResourceType::Produced);
+        data.vsock_device = Some(VsockDevice { guest_cid: 5, uds });
+        let logs = Some(resource(site.path("log"), created));
+        data.logger_system = Some(LoggerSystem { logs, ..LoggerSystem::default() });
+        let metrics = resource(site.path("metrics"), created);
+        data.metrics_system = Some(MetricsSystem { metrics });
+        data.entropy_device = Some(EntropyDevice::default());
     }
+    data
 }
 
 async fn run(site: &Site, init_method: InitMethod, scenario: &str, ending: VmShutdownMethod) {
     let mut resources =
         Resources::new(DirectProcessSpawner, TokioRuntime, VmmOwnershipModel::Shared);
-    let data = configuration(site, &mut resources, scenario);
+    let by_file = matches!(init_method, InitMethod::ViaJsonConfiguration(_));
+    let data = configuration(site, &mut resources, scenario, by_file);
     let socket = VmmApiSocket::Enabled(site.path("api.sock"));
     let mut vm = Machine::prepare(
         UnrestrictedVmmExecutor::new(VmmArguments::new(socket)),
@@ -110,11 +122,12 @@ async fn run(site: &Site, init_method: InitMethod, scenario: &str, ending: VmShu
     assert!(!info.is_paused);
     assert_eq!(vm.get_firecracker_version().await.unwrap(), "1.12.1");
     assert_eq!(vm.get_machine_configuration().await.unwrap().mem_size_mib, 128);
-    assert_eq!(vm.get_balloon_device().await.unwrap().amount_mib, 4);
-    vm.update_balloon_statistics(UpdateBalloonStatistics { stats_polling_interval_s: 2 })
-        .await
-        .unwrap();
-    assert_eq!(vm.get_balloon_statistics().await.unwrap().target_mib, 4);
+    if !by_file {
+        assert_eq!(vm.get_balloon_device().await.unwrap().amount_mib, 4);
+        let every_two = UpdateBalloonStatistics { stats_polling_interval_s: 2 };
+        vm.update_balloon_statistics(every_two).await.unwrap();
+        assert_eq!(vm.get_balloon_statistics().await.unwrap().target_mib, 4);
+    }
     let bucket = TokenBucket { size: 1 << 20, one_time_burst: None, refill_time: 100 };
     let limiter = RateLimiter { bandwidth: bucket.clone(), ops: bucket };
     vm.update_drive(UpdateDrive {

@@ -48,13 +48,13 @@ async fn follow(machine: &Machine, args: &EventsArgs) -> Result {
             if !streams::print_to_reader(&line(&event, args.json))? {
                 return Ok(Code::SUCCESS);
             }
-            match (&args.until, event.name.as_str()) {
-                (Some(until), name) if until == name => return Ok(Code::SUCCESS),
-                (Some(until), "stopped") => {
+            match &args.until {
+                Some(until) if *until == event.name => return Ok(Code::SUCCESS),
+                Some(until) if is_end(&event) => {
                     let (event, how) = (until.clone(), how(&event.data));
                     return Err(ClientError::Stopped { who: who(), event, how }.into());
                 }
-                (None, "stopped") => return Ok(Code::SUCCESS),
+                None if is_end(&event) => return Ok(Code::SUCCESS),
                 _ => {}
             }
         }
@@ -63,6 +63,11 @@ async fn follow(machine: &Machine, args: &EventsArgs) -> Result {
             return Ok(Code::SUCCESS);
         }
     }
+}
+
+/// True if nothing comes behind `event`: the machine stopped, and does not start again.
+fn is_end(event: &Event) -> bool {
+    event.name == "stopped" && event.data.get("again") != Some(&Value::Bool(true))
 }
 
 /// The reason of a `stopped`, in parentheses.

@@ -17,3 +17,5 @@ mod life;
 mod metrics;
 #[cfg(test)]
 mod mmds;
+#[cfg(test)]
+mod verbs;

@@ -1,6 +1,6 @@
 //! Hull in the place of `firecracker`.
 
-use api_tests::Server;
+use api_tests::{Connection, Server};
 use machine_tests::{Guest, HULL, PAYLOAD};
 use serde_json::json;
 use std::fs;
@@ -91,4 +91,29 @@ fn exit_codes_are_firecrackers() {
     }
     let outcome = run(&["--no-api", "--config-file", "/nowhere"]);
     assert_eq!(outcome.code(), 152, "{}", outcome.stderr);
+}
+
+#[test]
+fn old_connections_last_as_long_as_firecrackers() {
+    let body = r#"{ "vcpu_count": 2, "mem_size_mib": 96 }"#;
+    let length = body.len();
+    let put = format!("PUT /machine-config HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}");
+    let get = "GET /machine-config HTTP/1.0\r\n\r\n";
+    let server = Server::firecracker();
+    let mut connection = Connection::to(&server.socket);
+    for _ in 0..3 {
+        connection.send(put.as_bytes()).answer().unwrap().done();
+        assert_eq!(connection.send(get.as_bytes()).answer().unwrap().json()["vcpu_count"], 2);
+    }
+    // In pieces, and one behind the other.
+    for byte in [get, &put, get].concat().bytes() {
+        connection.send(&[byte]);
+    }
+    let statuses = [(); 3].map(|()| connection.answer().unwrap().status);
+    assert_eq!(statuses, [200, 204, 200]);
+    // Hull's own form does as HTTP says.
+    let server = Server::hull();
+    let mut connection = Connection::to(&server.socket);
+    assert_eq!(connection.send(get.as_bytes()).answer().unwrap().status, 200);
+    assert_eq!(connection.send(get.as_bytes()).answer(), None);
 }

@@ -192,9 +192,33 @@ fn help_and_manual_are_where_one_looks() {
     let manual = Guest::hull("man").run();
     let titles = manual.ok().lines().filter(|line| line.starts_with(".TH ")).count();
     assert_eq!(titles, 1);
-    for subcommand in ["run", "ps", "stop", "doctor", "completions", "man"] {
+    let subcommands = [
+        "run",
+        "api",
+        "firecracker",
+        "ps",
+        "pause",
+        "resume",
+        "stop",
+        "config",
+        "events",
+        "metrics",
+        "set-disk",
+        "set-net",
+        "balloon",
+        "doctor",
+        "completions",
+        "man",
+    ];
+    for subcommand in subcommands {
         let section = format!("\n.SH \"hull {subcommand}\"\n");
         assert!(manual.stdout.contains(&section), "no section of {subcommand}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        let script = Guest::hull("completions").flag(shell).run();
+        for word in ["set-disk", "rx-rate", "until", "device-error"] {
+            assert!(script.ok().contains(word), "no {word} in the completions of {shell}");
+        }
     }
 }
 

@@ -49,6 +49,17 @@ impl FromRequest<Shared> for Nothing {
     }
 }
 
+/// `request` with all of its body. What was answered before its body had come would be answered on a
+/// connection that is closed then, whatever its client does on it next.
+///
+/// # Errors
+/// The body is larger than `limit` bytes, or does not come.
+pub async fn whole(request: Request, limit: usize) -> Result<Request, Fault> {
+    let (head, body) = request.into_parts();
+    let bytes = read(body, limit).await?;
+    Ok(Request::from_parts(head, Body::from(bytes)))
+}
+
 /// How much of a body that is too large is read all the same, and for how long: a client that still
 /// writes would find its connection closed and never read why.
 const DRAINED: usize = 1 << 20;

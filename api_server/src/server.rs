@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::http::{HeaderValue, header};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -20,6 +20,7 @@ use tokio::sync::Semaphore;
 use vmm::files::{SocketPath, remove_if_same};
 use vmm::seccomp::{self, ThreadKind};
 
+use crate::body;
 use crate::instance::{Instance, Shared};
 use crate::lasting::Lasting;
 use crate::patience::{Busy, Patient};
@@ -242,7 +243,10 @@ async fn connection(
         async move {
             let request = routes::tolerate(request.map(axum::body::Body::new));
             let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-            let mut response = call(router, request).await;
+            let mut response = match body::whole(request, shared.limits().body).await {
+                Ok(request) => call(router, request).await,
+                Err(fault) => fault.into_response(),
+            };
             let status = response.status();
             let refused = status.is_client_error() || status.is_server_error();
             shared.requests().count(&method, &path, refused);
@@ -263,7 +267,6 @@ async fn connection(
 }
 
 async fn call(router: Router, request: axum::extract::Request) -> Response {
-    use axum::response::IntoResponse;
     use hyper::service::Service;
     use hyper_util::service::TowerToHyperService;
     match TowerToHyperService::new(router).call(request).await {

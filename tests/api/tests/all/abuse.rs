@@ -140,3 +140,24 @@ fn a_pipe_that_nobody_writes_holds_up_nobody() {
     server.put("/drives/d", drive).refused(400, &["pipe"]);
     assert_eq!(server.get("/").json()["state"], "Not started");
 }
+
+#[test]
+fn a_body_that_comes_late_leaves_the_connection_as_it_was() {
+    let server = Server::hull();
+    let mut connection = Connection::to(&server.socket);
+    for (request, status) in [
+        ("PUT /nowhere", 404),
+        ("OPTIONS /machine-config", 405),
+        ("PUT /drives", 400),
+        ("PUT /snapshot/create", 400),
+        ("PATCH /vm", 400),
+        ("GET /version", 400),
+    ] {
+        let head = format!("{request} HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n");
+        connection.send(head.as_bytes());
+        std::thread::sleep(Duration::from_millis(20));
+        connection.send(b"{}");
+        assert_eq!(connection.answer().unwrap().status, status, "{request}");
+        assert_eq!(connection.ask("GET", "/", "").answer().unwrap().status, 200, "{request}");
+    }
+}

@@ -4,10 +4,12 @@
 //!
 //! `bench run` measures, `bench compare` sets two JSON files of earlier runs side by side.
 
+mod api;
 mod block;
 mod boot;
 mod compare;
 mod host;
+mod limits;
 mod memory;
 mod net;
 mod peer;
@@ -57,8 +59,8 @@ enum Action {
 /// What to measure, and how often.
 #[derive(Args)]
 pub struct RunOptions {
-    /// Benches to run: boot, kernel50, memory, blk, vsock, net (or its parts net-send, net-receive,
-    /// net-echo). All if none is named.
+    /// Benches to run: boot, kernel50, memory, blk, vsock, limits, net (or its parts net-send,
+    /// net-receive, net-echo), api (or api-start, api-memory, api-latency). All if none is named.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Systems to run: hull, firecracker, qemu, floor.
@@ -81,8 +83,22 @@ pub struct RunOptions {
     scratch: Option<PathBuf>,
 }
 
-const BENCHES: [&str; 9] =
-    ["boot", "kernel50", "memory", "blk", "net", "net-send", "net-receive", "net-echo", "vsock"];
+const BENCHES: [&str; 14] = [
+    "boot",
+    "kernel50",
+    "memory",
+    "blk",
+    "net",
+    "net-send",
+    "net-receive",
+    "net-echo",
+    "vsock",
+    "limits",
+    "api",
+    "api-start",
+    "api-memory",
+    "api-latency",
+];
 
 impl RunOptions {
     fn wants(&self, bench: &str) -> bool {
@@ -141,6 +157,10 @@ fn run(options: &RunOptions) -> Result<()> {
     if options.wants("vsock") {
         vsock::run(&programs, &systems, options.runs.div_ceil(5), &mut report)?;
     }
+    if options.wants("limits") {
+        limits::run(&programs, &systems, options.runs.div_ceil(20), &mut report)?;
+    }
+    api::run(&programs, &systems, options, &mut report)?;
 
     report.host.stolen = start.stolen();
     report.print();

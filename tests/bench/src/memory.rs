@@ -34,13 +34,7 @@ pub fn private_dirty(
             let mut running = Running::start(programs, *system, &guest)?;
             running.wait_for("hello")?;
             std::thread::sleep(Duration::from_millis(500));
-            let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", running.id()))?;
-            let kilobytes = rollup
-                .lines()
-                .find_map(|line| line.strip_prefix("Private_Dirty:"))
-                .and_then(|rest| rest.split_whitespace().next())
-                .ok_or("smaps_rollup without Private_Dirty")?;
-            seen[place].push(kilobytes.parse()?);
+            seen[place].push(private_dirty_of(running.id())?);
         }
     }
     for (system, values) in systems.iter().zip(seen) {
@@ -52,4 +46,15 @@ pub fn private_dirty(
         .map(|(hull, other)| hull / other);
     report.target(BENCH, "hull ÷ firecracker", ratio, Bound::AtMost(1.0));
     Ok(())
+}
+
+/// Private dirty memory of a process, in kB.
+pub fn private_dirty_of(process: u32) -> Result<f64> {
+    let rollup = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup"))?;
+    let kilobytes = rollup
+        .lines()
+        .find_map(|line| line.strip_prefix("Private_Dirty:"))
+        .and_then(|rest| rest.split_whitespace().next())
+        .ok_or("smaps_rollup without Private_Dirty")?;
+    Ok(kilobytes.parse()?)
 }

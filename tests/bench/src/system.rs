@@ -114,7 +114,7 @@ impl Guest {
             System::Hull => self.hull(&mut command, kernel),
             System::Firecracker => {
                 let path = folder.join("firecracker.json");
-                serde_json::to_writer(File::create(&path)?, &self.firecracker(kernel))?;
+                serde_json::to_writer(File::create(&path)?, &self.description(&programs.payload))?;
                 command.args(["--no-api", "--level", "Error", "--config-file"]).arg(path);
             }
             System::Qemu => self.qemu(&mut command, kernel),
@@ -144,7 +144,10 @@ impl Guest {
         }
     }
 
-    fn firecracker(&self, kernel: &Path) -> Value {
+    /// This guest in the form of Firecracker's configuration file, which Hull takes as well.
+    /// `payload` is its kernel if it has no other.
+    pub fn description(&self, payload: &Path) -> Value {
+        let kernel = self.kernel.as_deref().unwrap_or(payload);
         let drives: Vec<Value> = self
             .disk
             .iter()

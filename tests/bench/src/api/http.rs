@@ -1,0 +1,128 @@
+//! A client of the API: one connection that is kept, one request at a time.
+
+use crate::Result;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+/// How long an answer is waited for. Who takes longer has not answered.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+/// Most bytes of an answer: a server that goes wrong shall not take the bench with it.
+const LONGEST: usize = 4 << 20;
+
+/// A connection.
+pub struct Client {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+}
+
+/// An answer: its status, and how long head and body are together.
+#[derive(Debug, Clone, Copy)]
+pub struct Answer {
+    pub status: u16,
+    pub bytes: usize,
+}
+
+/// The bytes of a request.
+pub fn request(method: &str, path: &str, body: &str) -> Vec<u8> {
+    let length = match body.is_empty() {
+        true => String::new(),
+        false => {
+            format!("Content-Length: {}\r\nContent-Type: application/json\r\n", body.len())
+        }
+    };
+    format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}").into_bytes()
+}
+
+impl Client {
+    /// Connects, which takes a server that listens.
+    pub fn to(socket: &Path) -> Result<Client> {
+        Client::of(UnixStream::connect(socket)?)
+    }
+
+    /// On a connection that there is.
+    pub fn of(stream: UnixStream) -> Result<Client> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Client { stream, buffer: vec![0; 64 << 10] })
+    }
+
+    /// Sends a request and waits for its answer; `None` if there is none in [`PATIENCE`].
+    pub fn ask(&mut self, request: &[u8]) -> Result<Option<Answer>> {
+        self.stream.write_all(request)?;
+        let mut filled = 0;
+        loop {
+            if let Some(answer) = parse(&self.buffer[..filled])?
+                && filled >= answer.bytes
+            {
+                return Ok(Some(answer));
+            }
+            if filled == self.buffer.len() {
+                if filled >= LONGEST {
+                    return Err("an answer has no end".into());
+                }
+                self.buffer.resize(filled * 2, 0);
+            }
+            match self.stream.read(&mut self.buffer[filled..]) {
+                Ok(0) => return Err("the server closed the connection".into()),
+                Ok(length) => filled += length,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Sends a request whose answer has to have this status.
+    pub fn expect(&mut self, status: u16, method: &str, path: &str, body: &str) -> Result<()> {
+        match self.ask(&request(method, path, body))? {
+            Some(answer) if answer.status == status => Ok(()),
+            answer => Err(format!("{method} {path}: {answer:?} instead of {status}").into()),
+        }
+    }
+
+    /// Sends a request that is answered bit by bit, and leaves the answer to whoever keeps this.
+    pub fn listen(&mut self, path: &str) -> Result<()> {
+        self.stream.write_all(&request("GET", path, ""))?;
+        let read = self.stream.read(&mut self.buffer)?;
+        let head = String::from_utf8_lossy(&self.buffer[..read]).into_owned();
+        match head.starts_with("HTTP/1.1 200") {
+            true => Ok(()),
+            false => Err(format!("GET {path}: {head}").into()),
+        }
+    }
+}
+
+/// The answer whose head is at the beginning of `text`, once all of it is there.
+fn parse(text: &[u8]) -> Result<Option<Answer>> {
+    let Some(end) = text.windows(4).position(|window| window == b"\r\n\r\n") else {
+        return Ok(None);
+    };
+    let head = std::str::from_utf8(&text[..end])?;
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok());
+    let length = lines
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+        .map_or(Ok(0), |(_, value)| value.trim().parse::<usize>())?;
+    let status = status.ok_or_else(|| format!("no status in {head}"))?;
+    Ok(Some(Answer { status, bytes: end + 4 + length.min(LONGEST) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_read_with_and_without_a_body() {
+        let text = b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc";
+        let answer = parse(text).unwrap().unwrap();
+        assert_eq!((answer.status, answer.bytes), (200, text.len()));
+        let text = b"HTTP/1.1 204 \r\nServer: x\r\n\r\n";
+        let answer = parse(text).unwrap().unwrap();
+        assert_eq!((answer.status, answer.bytes), (204, text.len()));
+        assert!(parse(&text[..10]).unwrap().is_none());
+        assert!(parse(b"nonsense\r\n\r\n").is_err());
+    }
+}

@@ -54,6 +54,8 @@ use crate::routes::{balloon, boot, cpu, drives, info, machine, mmds, nets, obser
         small::set_state,
         small::entropy,
         small::put_entropy,
+        small::serial,
+        small::put_serial,
         small::vsock,
         small::put_vsock,
         small::logger,

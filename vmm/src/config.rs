@@ -184,6 +184,9 @@ pub struct ConsoleConfig {
     /// Limit of what the guest prints: more than that makes it wait.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<RateLimit>,
+    /// What is over the limit is dropped instead, and counted.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub drop: bool,
 }
 
 /// Host side of the console.

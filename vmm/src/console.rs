@@ -7,7 +7,8 @@
 //! never blocks: when its reader is slow, `main` waits for it to take more. When nobody reads at
 //! all the buffer fills, and the *writing* vCPU waits: a guest that floods its console is slowed to
 //! the speed of its reader, and neither memory grows nor is output lost. A vCPU that is told to
-//! pause or stop does not wait. A rate limit works as a slow reader does.
+//! pause or stop does not wait. A rate limit works as a slow reader does, unless what is over it is to be
+//! dropped.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -15,10 +16,11 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::files;
+use crate::metrics::OutputMetrics;
 use devices::rate::RateLimiter;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
@@ -42,6 +44,7 @@ pub struct Output {
     room: Condvar,
     event: EventFd,
     timer: RawFd,
+    metrics: Arc<OutputMetrics>,
 }
 
 #[derive(Debug)]
@@ -56,6 +59,8 @@ struct State {
     limit: Option<RateLimiter>,
     /// The limit is reached, and nothing is written before the timer expires.
     limited: bool,
+    /// Nobody waits for the limit: what comes while it is reached is dropped.
+    drops: bool,
     /// Why the sink was given up, until somebody asks.
     error: Option<io::Error>,
 }
@@ -77,10 +82,12 @@ impl Output {
                 timer,
                 limit: None,
                 limited: false,
+                drops: false,
                 error: None,
             }),
             room: Condvar::new(),
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            metrics: Arc::default(),
         })
     }
 
@@ -106,11 +113,33 @@ impl Output {
         }
     }
 
+    /// Whether what is over the limit is dropped; otherwise the guest waits.
+    pub fn set_drops(&self, drops: bool) {
+        self.lock().drops = drops;
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Arc<OutputMetrics> {
+        &self.metrics
+    }
+
+    /// Whether `len` bytes are dropped, which are counted then.
+    fn dropped(&self, state: &State, len: usize) -> bool {
+        let dropped = state.limited && state.drops;
+        if dropped {
+            self.metrics.rate_limiter_dropped_bytes.add(len as u64);
+        }
+        dropped
+    }
+
     /// Adds `byte`; while the buffer is full, waits for room as long as `may_wait` says so. If it may
     /// not, the byte goes on top: the guest has written it, and will not write it again after a
     /// pause. A vCPU that may not wait brings no more than one exit's bytes.
     pub fn push(&self, byte: u8, may_wait: impl Fn() -> bool) {
         let mut state = self.lock();
+        if self.dropped(&state, 1) {
+            return;
+        }
         while state.bytes.len() >= CAPACITY && may_wait() {
             state =
                 self.room.wait_timeout(state, PATIENCE).unwrap_or_else(PoisonError::into_inner).0;
@@ -122,6 +151,9 @@ impl Output {
     /// Adds as many of `bytes` as there is room for; returns how many.
     pub fn push_some(&self, bytes: &[u8]) -> usize {
         let mut state = self.lock();
+        if self.dropped(&state, bytes.len()) {
+            return bytes.len();
+        }
         let room = CAPACITY.saturating_sub(state.bytes.len()).min(bytes.len());
         state.bytes.extend(&bytes[..room]);
         if room > 0 {
@@ -276,6 +308,10 @@ impl Sink {
         }
         let mut options = OpenOptions::new();
         options.append(true).create(true);
+        if std::fs::metadata(path).is_ok_and(|file| file.file_type().is_fifo()) {
+            // A pipe that nobody reads yet cannot be opened otherwise without waiting.
+            options.read(true);
+        }
         let file = options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
         if file.metadata()?.is_file() {
             // SAFETY: flock has no memory arguments.
@@ -476,6 +512,14 @@ mod tests {
         let took = start.elapsed();
         assert!(took >= Duration::from_millis(299), "{took:?}");
         assert_eq!(all, text);
+        // Of what nobody waits for, as much comes out as the limit allows.
+        output.set_drops(true);
+        assert_eq!(output.push_some(&text), text.len());
+        let first = reader.read(&mut [0; 8192]).unwrap_or(0);
+        output.push(b'x', || panic!("waits"));
+        let dropped = output.metrics().rate_limiter_dropped_bytes.get();
+        assert_eq!((output.lock().bytes.len() + first, dropped), (text.len(), 1));
+        output.set_drops(false);
         // What is held back goes out when the limit does.
         output.push_some(&text);
         output.set_limit(None);

@@ -68,6 +68,12 @@ metrics! {
         read_count: Counter,
         /// Registers that the guest wrote; most are bytes for the console.
         write_count: Counter,
+    }
+}
+
+metrics! {
+    /// What the console's output counts.
+    pub struct OutputMetrics {
         /// Bytes that were dropped since the guest wrote more than the limit allows.
         rate_limiter_dropped_bytes: Counter,
     }

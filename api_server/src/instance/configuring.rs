@@ -18,6 +18,7 @@ use crate::types::balloon::Balloon;
 use crate::types::boot::BootSource;
 use crate::types::check_id;
 use crate::types::info::ConfigFile;
+use crate::types::serial::SerialDevice;
 use crate::types::small::EntropyDevice;
 use crate::types::vsock::Vsock;
 
@@ -63,6 +64,9 @@ impl Instance {
         }
         if let Some(vsock) = file.vsock {
             self.put_vsock(vsock)?;
+        }
+        if let Some(serial) = file.serial {
+            self.put_serial(serial)?;
         }
         if let Some(entropy) = file.entropy {
             self.put_entropy(entropy)?;
@@ -110,6 +114,17 @@ impl Instance {
         self.configure(|config| {
             config.rng = true;
             config.rng_rate = device.rate_limiter.map(Into::into);
+            Ok(())
+        })
+    }
+
+    /// Says where the console's output goes.
+    ///
+    /// # Errors
+    /// See [`Instance::configure`].
+    pub fn put_serial(&self, serial: SerialDevice) -> Done {
+        self.configure(|config| {
+            serial.put_into(&mut config.console);
             Ok(())
         })
     }

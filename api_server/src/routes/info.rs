@@ -10,6 +10,7 @@ use crate::fault::{Fault, Found};
 use crate::instance::Shared;
 use crate::types::cpu::CpuConfig;
 use crate::types::info::{FirecrackerVersion, FullVmConfiguration, InstanceInfo};
+use crate::types::serial::SerialDevice;
 use crate::types::small::EntropyDevice;
 
 /// What runs here, and in which state it is.
@@ -45,6 +46,7 @@ pub async fn full(State(shared): State<Shared>, _: Nothing) -> Found<FullVmConfi
         balloon: config.balloon.as_ref().map(Into::into),
         vsock: config.vsock.as_ref().map(Into::into),
         entropy: EntropyDevice::of(&config),
+        serial: SerialDevice::of(&config.console),
         mmds_config: config.mmds.as_ref().map(Into::into),
     }))
 }

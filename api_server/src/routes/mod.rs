@@ -46,6 +46,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/mmds", get(mmds::get).put(mmds::put).patch(mmds::patch))
         .route("/mmds/config", get(mmds::config).put(mmds::put_config))
         .route("/logger", get(small::logger).put(small::put_logger))
+        .route("/serial", get(small::serial).put(small::put_serial))
         .route("/vsock", get(small::vsock).put(small::put_vsock))
         .route("/entropy", get(small::entropy).put(small::put_entropy))
         .route("/snapshot/create", put(small::later))
@@ -75,7 +76,7 @@ async fn unknown_method(method: Method, uri: Uri) -> Fault {
 
 /// Resources by their first path segment, with the number of segments that mean something: clients
 /// send more behind them, and mean the resource.
-const MEANT: [(&str, usize); 11] = [
+const MEANT: [(&str, usize); 12] = [
     ("actions", 1),
     ("boot-source", 1),
     ("cpu-config", 1),
@@ -85,6 +86,7 @@ const MEANT: [(&str, usize); 11] = [
     ("machine-config", 1),
     ("network-interfaces", 2),
     ("pmem", 2),
+    ("serial", 1),
     ("version", 1),
     ("vsock", 1),
 ];

@@ -8,6 +8,7 @@ use vmm::machine::Command;
 
 use crate::fault::{DONE, Done, Fault, Found};
 use crate::instance::{Shared, elsewhere, send};
+use crate::types::serial::SerialDevice;
 use crate::types::small::{ActionType, EntropyDevice, InstanceActionInfo, Logger, Vm, WantedState};
 use crate::types::vsock::Vsock;
 
@@ -60,6 +61,18 @@ pub async fn vsock(State(shared): State<Shared>, _: Nothing) -> Found<Vsock> {
 #[utoipa::path(put, path = "/vsock", request_body = Vsock, responses((status = 204)))]
 pub async fn put_vsock(State(shared): State<Shared>, Json(vsock): Json<Vsock>) -> Done {
     shared.put_vsock(vsock)
+}
+
+/// The serial port.
+#[utoipa::path(get, path = "/serial", responses((status = 200, body = SerialDevice)))]
+pub async fn serial(State(shared): State<Shared>, _: Nothing) -> Found<SerialDevice> {
+    Ok(axum::Json(SerialDevice::of(&shared.config().console)))
+}
+
+/// Says where the output of the serial port is written, and how much of it. Before the start only.
+#[utoipa::path(put, path = "/serial", request_body = SerialDevice, responses((status = 204)))]
+pub async fn put_serial(State(shared): State<Shared>, Json(serial): Json<SerialDevice>) -> Done {
+    shared.put_serial(serial)
 }
 
 /// What Firecracker has and Hull has not yet.

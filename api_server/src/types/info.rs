@@ -13,6 +13,7 @@ use super::machine::MachineConfiguration;
 use super::metrics::Metrics;
 use super::mmds::MmdsConfig;
 use super::net::NetworkInterface;
+use super::serial::SerialDevice;
 use super::small::{EntropyDevice, Logger};
 use super::vsock::Vsock;
 
@@ -60,6 +61,8 @@ pub struct FullVmConfiguration {
     pub vsock: Option<Vsock>,
     /// Source of entropy.
     pub entropy: Option<EntropyDevice>,
+    /// The serial port.
+    pub serial: SerialDevice,
     /// The metadata service.
     pub mmds_config: Option<MmdsConfig>,
 }
@@ -91,6 +94,8 @@ pub struct ConfigFile {
     pub vsock: Option<Vsock>,
     /// Source of entropy.
     pub entropy: Option<EntropyDevice>,
+    /// The serial port.
+    pub serial: Option<SerialDevice>,
     /// The metadata service.
     pub mmds_config: Option<MmdsConfig>,
 }

@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod mmds;
 pub mod net;
 pub mod rate;
+pub mod serial;
 pub mod small;
 pub mod vsock;
 

@@ -81,7 +81,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true,
           default_missing_value = "")]
     pub rng: Option<String>,
-    /// The guest's console: tty, stdio, file=PATH or off [,device=serial|virtio][,rate=RATE]
+    /// The guest's console: tty, stdio, file=PATH or off [,device=serial|virtio][,rate=RATE][,drop]
     #[arg(long, value_name = "OPTIONS")]
     pub console: Option<String>,
     /// Name of the machine [default: vm-PID]

@@ -141,6 +141,8 @@ impl Machine {
         metrics.forget_machine();
         let output = Arc::new(Output::new().map_err(host("an event descriptor"))?);
         output.set_limit(table::limiter(config.console.rate));
+        output.set_drops(config.console.drop);
+        metrics.add_of_machine(None, ("uart", Arc::clone(output.metrics()) as _));
         check_addresses(config, cpus.cpuid().address_limit())?;
 
         let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;

@@ -5,6 +5,7 @@ use serde_json::json;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
 
 #[test]
 fn a_machine_is_configured_started_paused_and_ended() {
@@ -275,4 +276,34 @@ fn a_balloon_is_configured_and_changed() {
     let off = server.patch("/balloon/statistics", r#"{ "stats_polling_interval_s": 0 }"#);
     off.refused(400, &["cannot be enabled/disabled"]);
     server.patch("/balloon/hinting/start", "{}").refused(400, &["not supported yet"]);
+}
+
+#[test]
+fn the_serial_port_writes_where_it_is_told_and_drops_what_is_too_much() {
+    let server = Server::hull();
+    let path = server.folder.path().join("serial");
+    let bucket = json!({ "size": 2000, "refill_time": 60_000 });
+    let serial = json!({ "serial_out_path": path, "rate_limiter": bucket });
+    server.put("/serial", &serial).done();
+    let found = server.get("/serial").json();
+    assert_eq!(found["serial_out_path"], json!(path));
+    assert_eq!(found["rate_limiter"]["size"], 2000);
+    assert_eq!(server.get("/vm/config").json()["serial"], found);
+    server.put("/serial", json!({ "baud": 9600 })).refused(400, &["baud", "serial_out_path"]);
+    // Far more than the bucket has, and the guest comes to its end all the same.
+    server.boot("serialflood size=20000 end=halt");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let dropped = |server: &Server| server.get("/metrics").json()["uart"].clone();
+    let count = loop {
+        let uart = dropped(&server);
+        if uart["write_count"].as_u64() > Some(20_000) || Instant::now() > deadline {
+            break uart["rate_limiter_dropped_bytes"].as_u64().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    // What came meanwhile is no more than 33 bytes a second.
+    assert!((16_000..18_100).contains(&count), "{count}");
+    let written = fs::metadata(&path).unwrap().len();
+    assert!((1..4_000).contains(&written), "{written}");
+    server.put("/serial", "{}").refused(400, &["not supported after starting"]);
 }

@@ -1,5 +1,7 @@
 //! Exit codes of `hull run`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use vmm::machine::Ending;
 
 /// What the process ends with.
@@ -20,11 +22,38 @@ impl Code {
     /// Firecracker's, of options that are not valid.
     pub const ARGUMENTS: Code = Code(153);
 
-    /// The code of a process that a signal asked to end: 128 and its number, as shells have it.
-    fn signal(number: i32) -> Code {
-        Code(u8::try_from(number).map_or(u8::MAX, |number| number.saturating_add(128)))
+    /// The code of a process that a signal ended: 128 and its number, as shells have it, or
+    /// Firecracker's.
+    pub fn signal(number: i32) -> Code {
+        let codes = if Code::speaks_firecracker() { &FIRECRACKER[..] } else { &[] };
+        let known = codes.iter().find(|(known, _)| *known == number).map(|(_, code)| *code);
+        let usual = || u8::try_from(number).map_or(u8::MAX, |number| number.saturating_add(128));
+        Code(known.unwrap_or_else(usual))
+    }
+
+    /// True from [`Code::speak_firecracker`] on.
+    pub fn speaks_firecracker() -> bool {
+        SPEAKS_FIRECRACKER.load(Ordering::Relaxed)
+    }
+
+    /// From now on signals have the codes that Firecracker's clients know.
+    pub fn speak_firecracker() {
+        SPEAKS_FIRECRACKER.store(true, Ordering::Relaxed);
     }
 }
+
+/// Which program this process is to its caller.
+static SPEAKS_FIRECRACKER: AtomicBool = AtomicBool::new(false);
+
+/// Firecracker's codes of signals (`FcExitCode` of its documentation). SIGPIPE is
+/// ignored; SIGXFSZ is held back, so that a file which may not grow is an error of its request.
+const FIRECRACKER: [(i32, u8); 5] = [
+    (libc::SIGBUS, 149),
+    (libc::SIGSEGV, 150),
+    (libc::SIGXCPU, 154),
+    (libc::SIGHUP, 156),
+    (libc::SIGILL, 157),
+];
 
 impl From<&Ending> for Code {
     fn from(ending: &Ending) -> Code {
@@ -48,6 +77,8 @@ mod tests {
 
     #[test]
     fn signals_have_codes_of_their_own() {
+        Code::speak_firecracker();
+        assert_eq!(Code::signal(libc::SIGHUP), Code(156));
         assert_eq!(Code::from(&Ending::Signal(libc::SIGINT)), Code(130));
         assert_eq!(Code::from(&Ending::Signal(libc::SIGTERM)), Code(143));
         assert_eq!(Code::from(&Ending::PowerOff), Code::SUCCESS);

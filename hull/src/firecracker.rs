@@ -19,6 +19,7 @@ use vmm::timings::Timings;
 use crate::api::{self, FIRECRACKER, Log, fulfil};
 use crate::cli::Result;
 use crate::exit::Code;
+use crate::last_words;
 use crate::logging::{self, Level};
 use crate::report;
 use crate::session::{ApiSocket, Session, Wanted};
@@ -159,6 +160,8 @@ fn run(options: &Options, begun: Instant) -> Result {
         return Ok(Code::SUCCESS);
     }
     check_instance_id(&options.id)?;
+    Code::speak_firecracker();
+    last_words::install_firecracker_handlers();
     level(options.level.as_deref())?;
     logging::serve();
     let log = Log { id: options.id.clone() };

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 
 use vmm::files::remove_if_same;
 
+use crate::exit::Code;
 use crate::streams;
 use crate::terminal;
 
@@ -20,6 +21,9 @@ const FAULTS: [i32; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFP
 
 /// Signals that end the process by default and that no machine waits for.
 const OTHERS: [i32; 4] = [libc::SIGABRT, libc::SIGVTALRM, libc::SIGPROF, libc::SIGXCPU];
+
+/// Signals that end the process with codes of their own where it is in Firecracker's place.
+const FIRECRACKER_SIGNALS: [i32; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGXCPU];
 
 /// A file to be removed.
 #[derive(Debug)]
@@ -90,6 +94,12 @@ pub fn clean_up() {
     }
 }
 
+/// As [`clean_up`], for a signal that ends the process; returns what it ends with.
+pub fn on_end(number: i32) -> i32 {
+    clean_up();
+    Code::signal(number).into()
+}
+
 /// As [`clean_up`], for any thread: only the first one of the process may remove files for certain.
 fn clean_up_as_far_as_allowed() {
     // SAFETY: the calls have no memory arguments.
@@ -109,10 +119,32 @@ pub fn install_panic_hook() {
     }));
 }
 
+/// Installs handlers by which signals of defects and of limits end the process with the codes that
+/// Firecracker's clients know.
+pub fn install_firecracker_handlers() {
+    for number in FIRECRACKER_SIGNALS {
+        // SAFETY: an all-zero sigaction is valid; the handler is async-signal-safe.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_flags = libc::SA_RESETHAND;
+            action.sa_sigaction = on_firecracker_signal as *const () as usize;
+            libc::sigaction(number, &action, std::ptr::null_mut());
+        }
+    }
+}
+
+extern "C" fn on_firecracker_signal(number: i32) {
+    clean_up_as_far_as_allowed();
+    // SAFETY: _exit does not return.
+    unsafe { libc::_exit(Code::signal(number).into()) };
+}
+
 /// Installs handlers that put the terminal back when a signal ends the process that no machine
 /// waits for. Signals that are ignored stay so.
 pub fn install_fatal_handlers() {
-    for number in FAULTS.into_iter().chain(OTHERS) {
+    // In Firecracker's place, others do the same already.
+    let taken = |number: &i32| Code::speaks_firecracker() && FIRECRACKER_SIGNALS.contains(number);
+    for number in FAULTS.into_iter().chain(OTHERS).filter(|number| !taken(number)) {
         // SAFETY: all-zero sigactions are valid; the handler is async-signal-safe and has the
         // signature that SA_SIGINFO asks for. Failing, which these numbers do not, changes nothing.
         unsafe {

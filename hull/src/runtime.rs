@@ -241,7 +241,6 @@ fn runs_elsewhere(pid: i32) -> bool {
 fn sweep(path: &Path, record: &File) {
     if is_at(record, path) {
         let _ = fs::remove_file(path.with_extension("sock"));
-        let _ = fs::remove_file(path.with_extension("api"));
         let _ = fs::remove_file(path);
     }
 }

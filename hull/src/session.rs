@@ -163,7 +163,7 @@ impl Session {
         };
         // Before there is any other thread, so that all of them have these signals blocked.
         let signals = Signals::block()?.with_hooks(Hooks {
-            end: last_words::clean_up,
+            end: last_words::on_end,
             stop: terminal::lend,
             go_on: terminal::take_back,
         });

@@ -43,8 +43,8 @@ pub enum Meaning {
 #[derive(Clone, Copy, Debug)]
 pub struct Hooks {
     /// Called in a signal handler when a signal ends the process before a machine runs. Must be
-    /// async-signal-safe.
-    pub end: fn(),
+    /// async-signal-safe. Is given the signal's number and says what the process ends with.
+    pub end: fn(i32) -> i32,
     /// Called on the control thread before the process stops for job control.
     pub stop: fn(),
     /// Called on the control thread when the process goes on after it was stopped. May be called
@@ -56,7 +56,7 @@ fn nothing() {}
 
 impl Default for Hooks {
     fn default() -> Hooks {
-        Hooks { end: nothing, stop: nothing, go_on: nothing }
+        Hooks { end: |number| 128 + number, stop: nothing, go_on: nothing }
     }
 }
 
@@ -69,13 +69,14 @@ static INTERRUPTING: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn on_end(number: i32) {
     let hook = ON_END.load(Ordering::SeqCst);
+    let mut code = 128 + number;
     if !hook.is_null() {
-        // SAFETY: only `with_hooks` stores here, and it stores a `fn()`.
-        let hook: fn() = unsafe { std::mem::transmute(hook) };
-        hook();
+        // SAFETY: only `with_hooks` stores here, and it stores a function of this type.
+        let hook: fn(i32) -> i32 = unsafe { std::mem::transmute(hook) };
+        code = hook(number);
     }
     // SAFETY: _exit is async-signal-safe and does not return.
-    unsafe { libc::_exit(128 + number) };
+    unsafe { libc::_exit(code) };
 }
 
 /// Blocks the signals that interrupt assembly, for the calling thread and the threads that it
@@ -341,9 +342,8 @@ mod tests {
 
     #[test]
     fn a_signal_ends_assembly_wherever_it_waits() {
-        fn last_words() {
-            // SAFETY: _exit does not return.
-            unsafe { libc::_exit(77) };
+        fn last_words(_number: i32) -> i32 {
+            77
         }
         for number in END {
             let code = signalled(number, |ready| {

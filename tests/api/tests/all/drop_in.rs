@@ -117,3 +117,28 @@ fn old_connections_last_as_long_as_firecrackers() {
     assert_eq!(connection.send(get.as_bytes()).answer().unwrap().status, 200);
     assert_eq!(connection.send(get.as_bytes()).answer(), None);
 }
+
+#[test]
+fn signals_end_it_with_firecrackers_codes() {
+    for (signal, code) in [
+        (libc::SIGBUS, 149),
+        (libc::SIGSEGV, 150),
+        (libc::SIGXCPU, 154),
+        (libc::SIGHUP, 156),
+        (libc::SIGILL, 157),
+        (libc::SIGTERM, 143),
+    ] {
+        for started in [false, true] {
+            let server = Server::firecracker();
+            server.get("/");
+            if started {
+                server.boot("halt");
+                server.process.wait_for("halting");
+            }
+            server.process.signal(signal);
+            let outcome = server.process.finish();
+            assert_eq!(outcome.code(), code, "{signal} {started}: {}", outcome.stderr);
+            assert!(!server.socket.exists(), "{signal} {started}");
+        }
+    }
+}

@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The one file's name, and its node.
 const NAME: &[u8] = b"disk";
@@ -34,28 +35,32 @@ const HEAD_OUT: usize = 16;
 const LONGEST: usize = 1 << 20;
 
 /// The file system, for as long as it is mounted.
-pub struct Hanging {
+pub struct Hanging<'a> {
     device: File,
     bytes: u64,
+    /// Reads that are not answered.
+    waiting: &'a AtomicUsize,
 }
 
-impl Hanging {
+impl Hanging<'_> {
     /// Mounts it on `folder` for a thread of its own and what that starts, and has the thread run
-    /// `body` with the file's path. The file has `bytes` bytes.
+    /// `body` with the file's path and the number of reads that wait. The file has `bytes` bytes.
     pub fn mounted<T: Send>(
         folder: &Path,
         bytes: u64,
-        body: impl FnOnce(&Path) -> Result<T> + Send,
+        body: impl FnOnce(&Path, &AtomicUsize) -> Result<T> + Send,
     ) -> Result<T> {
+        let waiting = AtomicUsize::new(0);
+        let waiting = &waiting;
         let outcome = std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 let run = || -> Result<T> {
                     let device = OpenOptions::new().read(true).write(true).open("/dev/fuse")?;
                     mount(folder, &device)?;
-                    let mut server = Hanging { device, bytes };
+                    let mut server = Hanging { device, bytes, waiting };
                     let serving = scope.spawn(move || server.serve().map_err(|e| e.to_string()));
                     let mounted = Mounted(folder.to_owned());
-                    let outcome = body(&folder.join("disk"));
+                    let outcome = body(&folder.join("disk"), waiting);
                     drop(mounted);
                     match serving.join() {
                         Ok(served) => served?,
@@ -119,7 +124,10 @@ impl Hanging {
             READ if long(arguments, 8) + u64::from(word(arguments, 16)) <= READABLE => {
                 Ok(vec![0; word(arguments, 16) as usize])
             }
-            READ => return Ok(()),
+            READ => {
+                self.waiting.fetch_add(1, Ordering::Relaxed);
+                return Ok(());
+            }
             FLUSH | RELEASE => Ok(Vec::new()),
             _ => Err(libc::ENOSYS),
         };

@@ -7,8 +7,10 @@ use crate::host::undisturbed;
 use crate::report::{Bound, Report};
 use crate::sample::{Running, median};
 use crate::system::{Disk, Engine, Guest, Programs, System};
+use serde_json::{Value, json};
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Requests of a kind in one run, on one connection.
@@ -17,7 +19,7 @@ const REQUESTS: usize = 2000;
 const DISK: u64 = 256 << 20;
 /// Time that the load has to get under way.
 const SETTLE: Duration = Duration::from_millis(300);
-/// Least operations of the disk in a second that count as load.
+/// Least reads of the disk in a second that count as load.
 const LOAD: f64 = 1000.0;
 /// What Hull has to reach at the median, in µs.
 const TARGET: f64 = 1000.0;
@@ -141,8 +143,12 @@ fn one(
     let mut running = None;
     match load {
         Load::Saturated => asked(load, programs, system, engine, place, &mut running),
-        Load::Hangs => Hanging::mounted(place, DISK, |file| {
-            asked(load, programs, system, engine, file, &mut running)
+        Load::Hangs => Hanging::mounted(place, DISK, |file, waiting| {
+            let seen = asked(load, programs, system, engine, file, &mut running)?;
+            match waiting.load(Ordering::Relaxed) {
+                0 => Err("the guest has read nothing: nothing hangs".into()),
+                _ => Ok(seen),
+            }
         }),
     }
 }
@@ -162,13 +168,19 @@ fn asked(
     // One vCPU that asks and looks for answers without a pause, for longer than this takes.
     let guest =
         Guest { disk: Some(disk), ..Guest::new("payload=blk op=read depth=32 count=1000000000") };
-    serde_json::to_writer(File::create(&file)?, &guest.description(&programs.payload))?;
+    let metrics = folder.path().join("metrics.json");
+    File::create(&metrics)?;
+    let mut config = guest.description(&programs.payload);
+    config["metrics"] = json!({ "metrics_path": metrics });
+    serde_json::to_writer(File::create(&file)?, &config)?;
     let mut command = super::command(programs, system, &socket);
     command.args(["--level", "Error", "--config-file"]).arg(&file);
-    let process = running.insert(Running::spawn(command, folder)?).id();
+    *running = Some(Running::spawn(command, folder)?);
     std::thread::sleep(SETTLE);
-    let process = PathBuf::from(format!("/proc/{process}"));
-    let before = (Instant::now(), reads(&process)?);
+    if load == Load::Saturated {
+        flush(&socket)?;
+    }
+    let start = Instant::now();
     let mut latencies = [const { Some(Vec::new()) }; KINDS.len()];
     for ((method, path, body, status, everywhere), times) in KINDS.iter().zip(&mut latencies) {
         if system == System::Firecracker && !everywhere {
@@ -176,16 +188,13 @@ fn asked(
         }
         *times = latency(&socket, &request(method, path, body), *status)?;
     }
-    let rate = (reads(&process)? - before.1) as f64 / before.0.elapsed().as_secs_f64();
-    match load {
-        Load::Saturated if rate < LOAD => {
-            Err(format!("the disk had {rate:.0} operations a second: no load").into())
+    if load == Load::Saturated {
+        let rate = flushed(&socket, &metrics)? / start.elapsed().as_secs_f64();
+        if rate < LOAD {
+            return Err(format!("the disk had {rate:.0} reads a second: no load").into());
         }
-        Load::Hangs if rate > LOAD => {
-            Err(format!("the disk had {rate:.0} operations a second: it does not hang").into())
-        }
-        _ => Ok(latencies),
     }
+    Ok(latencies)
 }
 
 /// µs from sending a request to having its answer.
@@ -206,9 +215,16 @@ fn latency(socket: &Path, request: &[u8], status: u16) -> Result<Latencies> {
     Ok(Some(times))
 }
 
-/// System calls of a process that read, so far: each is a request of the guest, or several.
-fn reads(process: &Path) -> Result<u64> {
-    let text = std::fs::read_to_string(process.join("io"))?;
-    let value = text.lines().find_map(|line| line.strip_prefix("syscr: "));
-    Ok(value.ok_or("no syscr in /proc/PID/io")?.trim().parse()?)
+/// Has the metrics written.
+fn flush(socket: &Path) -> Result<()> {
+    let body = r#"{ "action_type": "FlushMetrics" }"#;
+    Client::to(socket)?.expect(204, "PUT", "/actions", body)
+}
+
+/// Reads of the disk from one [`flush`] to this one.
+fn flushed(socket: &Path, metrics: &Path) -> Result<f64> {
+    flush(socket)?;
+    let text = std::fs::read_to_string(metrics)?;
+    let last: Value = serde_json::from_str(text.lines().last().unwrap_or_default())?;
+    last["block"]["read_count"].as_f64().ok_or_else(|| "no read_count in the metrics".into())
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! # A remark.
+//! ~ serial: /vm/config /serial: nothing → object
 //! == name of a session
 //! in fresh running
 //! PUT /vsock {"guest_cid": 2, "uds_path": "$DIR/v"}
@@ -10,7 +11,8 @@
 //! ```
 //!
 //! A session is asked from its first line to its last, once in each of its states. A line that
-//! begins with `~` lists a difference of the request above, in all states or in some. `ENDS` waits
+//! begins with `~` lists a difference of the request above, in all states or in some; one in front of
+//! all sessions is there at the beginning of each. `ENDS` waits
 //! for the end of both processes, and compares their exit codes.
 
 /// The states that a session can begin in.
@@ -79,9 +81,24 @@ pub struct Session {
     pub requests: Vec<Request>,
 }
 
-/// The sessions of a table.
-pub fn parse(text: &str) -> Vec<Session> {
-    let mut sessions: Vec<Session> = Vec::new();
+/// A table: the differences of machines of which nothing was asked yet, and the sessions.
+#[derive(Debug, Default)]
+pub struct Table {
+    pub always: Vec<Known>,
+    pub sessions: Vec<Session>,
+}
+
+impl Table {
+    /// All differences that are listed.
+    pub fn known(&self) -> impl Iterator<Item = &Known> {
+        let requests = self.sessions.iter().flat_map(|session| &session.requests);
+        self.always.iter().chain(requests.flat_map(|request| &request.known))
+    }
+}
+
+/// Reads a table.
+pub fn parse(text: &str) -> Table {
+    let mut table = Table::default();
     for (index, line) in text.lines().enumerate() {
         let line = line.trim();
         if line.is_empty() || line.starts_with('#') {
@@ -89,10 +106,14 @@ pub fn parse(text: &str) -> Vec<Session> {
         }
         if let Some(name) = line.strip_prefix("== ") {
             let name = name.to_owned();
-            sessions.push(Session { name, states: vec![State::Fresh], requests: Vec::new() });
+            table.sessions.push(Session { name, states: vec![State::Fresh], requests: Vec::new() });
             continue;
         }
-        let session = sessions.last_mut().expect("a session comes first");
+        let Some(session) = table.sessions.last_mut() else {
+            let known = line.strip_prefix("~ ").expect("a session or a difference comes first");
+            table.always.push(parse_known(known, &State::ALL));
+            continue;
+        };
         if let Some(states) = line.strip_prefix("in ") {
             session.states = states.split(' ').map(State::parse).collect();
         } else if let Some(known) = line.strip_prefix("~ ") {
@@ -106,7 +127,7 @@ pub fn parse(text: &str) -> Vec<Session> {
             session.requests.push(request);
         }
     }
-    sessions
+    table
 }
 
 fn parse_known(text: &str, all: &[State]) -> Known {

@@ -1,19 +1,19 @@
 //! `fctools`, with its executor that needs no jailer.
 
+use ::fctools::process_spawner::DirectProcessSpawner;
+use ::fctools::runtime::tokio::TokioRuntime;
+use ::fctools::vm::api::VmApi;
+use ::fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
+use ::fctools::vm::models::*;
+use ::fctools::vm::shutdown::{VmShutdownAction, VmShutdownMethod};
+use ::fctools::vm::{Vm, VmState};
+use ::fctools::vmm::arguments::{VmmApiSocket, VmmArguments};
+use ::fctools::vmm::executor::unrestricted::UnrestrictedVmmExecutor;
+use ::fctools::vmm::installation::VmmInstallation;
+use ::fctools::vmm::ownership::VmmOwnershipModel;
+use ::fctools::vmm::resource::system::ResourceSystem;
+use ::fctools::vmm::resource::{CreatedResourceType, MovedResourceType, ResourceType};
 use client_tests::Site;
-use fctools::process_spawner::DirectProcessSpawner;
-use fctools::runtime::tokio::TokioRuntime;
-use fctools::vm::api::VmApi;
-use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
-use fctools::vm::models::*;
-use fctools::vm::shutdown::{VmShutdownAction, VmShutdownMethod};
-use fctools::vm::{Vm, VmState};
-use fctools::vmm::arguments::{VmmApiSocket, VmmArguments};
-use fctools::vmm::executor::unrestricted::UnrestrictedVmmExecutor;
-use fctools::vmm::installation::VmmInstallation;
-use fctools::vmm::ownership::VmmOwnershipModel;
-use fctools::vmm::resource::system::ResourceSystem;
-use fctools::vmm::resource::{CreatedResourceType, MovedResourceType, ResourceType};
 use std::time::Duration;
 
 type Resources = ResourceSystem<DirectProcessSpawner, TokioRuntime>;

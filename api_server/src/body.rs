@@ -8,6 +8,7 @@ use axum::http::{Method, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Body as _;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::fault::Fault;
 use crate::instance::Shared;
@@ -23,12 +24,38 @@ impl<T: DeserializeOwned> FromRequest<Shared> for Json<T> {
     type Rejection = Fault;
 
     async fn from_request(request: Request, shared: &Shared) -> Result<Json<T>, Fault> {
-        let method = request.method().clone();
-        let bytes = read(request.into_body(), shared.limits().body).await?;
-        if bytes.is_empty() {
-            return Err(Fault::bad(format!("Empty {method} request.")));
+        let bytes = something(request, shared).await?;
+        // Of a resource whose fields may all be left out, the parser would take an empty list as well.
+        if bytes.trim_ascii_start().first() == Some(&b'[') {
+            return Err(Fault::bad(
+                "An error occurred when deserializing the json body of a request: it is a list; \
+                 an object is expected.",
+            ));
         }
         parse(&bytes).map(Json)
+    }
+}
+
+/// A body that is there.
+async fn something(request: Request, shared: &Shared) -> Result<Vec<u8>, Fault> {
+    let method = request.method().clone();
+    let bytes = read(request.into_body(), shared.limits().body).await?;
+    if bytes.is_empty() {
+        return Err(Fault::bad(format!("Empty {method} request.")));
+    }
+    Ok(bytes)
+}
+
+/// A body of any JSON.
+#[derive(Debug)]
+pub struct AnyJson(pub Value);
+
+impl FromRequest<Shared> for AnyJson {
+    type Rejection = Fault;
+
+    async fn from_request(request: Request, shared: &Shared) -> Result<AnyJson, Fault> {
+        let bytes = something(request, shared).await?;
+        parse(&bytes).map(AnyJson)
     }
 }
 

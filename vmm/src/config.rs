@@ -238,7 +238,7 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// The guest cannot write.
     pub ro: bool,
-    /// Name in messages and serial number in the guest, at most 20 bytes.
+    /// Name in messages and serial number in the guest, which sees the first 20 bytes; at most 64.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// The guest's root file system is on this disk.
@@ -361,10 +361,10 @@ impl VmConfig {
                 return error(format!("disk[{n}].path"), "a disk needs a file or block device");
             }
             let fits = |id: &&String| {
-                (1..=20).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
+                (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
             };
             if let Some(id) = disk.id.as_ref().filter(|id| !fits(id)) {
-                let problem = format!("{id:?} is not 1 to 20 printable ASCII characters");
+                let problem = format!("{id:?} is not 1 to 64 printable ASCII characters");
                 return error(format!("disk[{n}].id"), problem);
             }
             let name = self.disk_name(n);

@@ -17,7 +17,7 @@ use crate::fault::{Done, Fault, chain};
 use crate::types::balloon::Balloon;
 use crate::types::boot::BootSource;
 use crate::types::check_id;
-use crate::types::info::ConfigFile;
+use crate::types::info::{ConfigFile, CpuConfigOrFile};
 use crate::types::serial::SerialDevice;
 use crate::types::small::EntropyDevice;
 use crate::types::vsock::Vsock;
@@ -43,13 +43,22 @@ impl Instance {
         if let Some(machine) = file.machine_config {
             self.configure(|config| machine.put_into(config))?;
         }
-        if let Some(path) = file.cpu_config {
-            let file = CpuConfig { config: Some(path), ..CpuConfig::default() };
-            let template = file.own_template().map_err(|error| Fault::bad(chain(&error)))?;
-            self.configure(|config| {
-                config.cpu.set_modifiers(template.unwrap_or_default());
-                Ok(())
-            })?;
+        match file.cpu_config {
+            Some(CpuConfigOrFile::File(path)) => {
+                let file = CpuConfig { config: Some(path), ..CpuConfig::default() };
+                let template = file.own_template().map_err(|error| Fault::bad(chain(&error)))?;
+                self.configure(|config| {
+                    config.cpu.set_modifiers(template.unwrap_or_default());
+                    Ok(())
+                })?;
+            }
+            Some(CpuConfigOrFile::Config(cpu)) => {
+                self.configure(|config| {
+                    cpu.put_into(config);
+                    Ok(())
+                })?;
+            }
+            None => {}
         }
         for drive in file.drives {
             check_id(&drive.drive_id)?;

@@ -3,7 +3,7 @@
 use axum::extract::State;
 use serde_json::Value;
 
-use crate::body::{Json, Nothing};
+use crate::body::{AnyJson, Json, Nothing};
 use crate::fault::{Done, Fault, Found};
 use crate::instance::Shared;
 use crate::types::mmds::MmdsConfig;
@@ -16,13 +16,13 @@ pub async fn get(State(shared): State<Shared>, _: Nothing) -> Found<Value> {
 
 /// Gives the guest something to find, in place of what was there.
 #[utoipa::path(put, path = "/mmds", request_body = Value, responses((status = 204)))]
-pub async fn put(State(shared): State<Shared>, Json(contents): Json<Value>) -> Done {
+pub async fn put(State(shared): State<Shared>, AnyJson(contents): AnyJson) -> Done {
     shared.put_metadata(contents).await
 }
 
 /// Changes what the guest finds: a JSON merge patch (RFC 7396).
 #[utoipa::path(patch, path = "/mmds", request_body = Value, responses((status = 204)))]
-pub async fn patch(State(shared): State<Shared>, Json(patch): Json<Value>) -> Done {
+pub async fn patch(State(shared): State<Shared>, AnyJson(patch): AnyJson) -> Done {
     shared.patch_metadata(&patch).await
 }
 

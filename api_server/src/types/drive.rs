@@ -32,7 +32,7 @@ pub enum IoEngine {
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
-    /// Letters, digits and `_`, at most 20.
+    /// Letters, digits and `_`, at most 64.
     pub drive_id: String,
     /// Raw file or block device.
     #[serde(default)]

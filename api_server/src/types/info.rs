@@ -67,6 +67,17 @@ pub struct FullVmConfiguration {
     pub mmds_config: Option<MmdsConfig>,
 }
 
+/// What CPUs are like, or where that is written.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum CpuConfigOrFile {
+    /// A file, as Firecracker has it.
+    #[schema(value_type = String)]
+    File(PathBuf),
+    /// What `GET /vm/config` shows.
+    Config(Box<CpuConfig>),
+}
+
 /// A configuration file: what can be put, by section.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -78,9 +89,8 @@ pub struct ConfigFile {
     pub drives: Vec<Drive>,
     /// CPUs and memory.
     pub machine_config: Option<MachineConfiguration>,
-    /// A file that says what the CPUs are like.
-    #[schema(value_type = Option<String>)]
-    pub cpu_config: Option<PathBuf>,
+    /// What the CPUs are like, or a file that says so.
+    pub cpu_config: Option<CpuConfigOrFile>,
     /// Network cards.
     #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,

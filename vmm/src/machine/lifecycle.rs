@@ -73,7 +73,9 @@ impl Step {
     fn allowed_in(self) -> &'static [State] {
         match self {
             Step::Start => &[State::Configured],
-            Step::Pause | Step::PowerButton | Step::CtrlAltDel => &[State::Running],
+            Step::Pause => &[State::Running],
+            // What is pressed while nothing runs is found afterwards.
+            Step::PowerButton | Step::CtrlAltDel => &[State::Running, State::Paused],
             Step::Resume => &[State::Paused],
         }
     }
@@ -130,7 +132,7 @@ pub fn check(state: &State, step: Step) -> Result<(), Refusal> {
     let hint = match state {
         State::Configured => "start it first",
         State::Running => "pause and power-button are possible",
-        State::Paused => "resume is possible",
+        State::Paused => "resume and power-button are possible",
         State::Stopped | State::Failed(_) => "it is over",
     };
     Err(Refusal::State { step: step.name(), state: state.clone(), hint })
@@ -179,12 +181,13 @@ mod tests {
             ("running", "pause"),
             ("paused", "resume"),
             ("running", "power-button"),
+            ("paused", "power-button"),
         ];
         assert_eq!(allowed, expected.map(|(state, step)| (state.to_owned(), step)));
         let refusal = check(&State::Paused, Step::Pause).unwrap_err().to_string();
         assert_eq!(
             refusal,
-            "pause is not possible while the machine is paused; resume is possible"
+            "pause is not possible while the machine is paused; resume and power-button are possible"
         );
     }
 }

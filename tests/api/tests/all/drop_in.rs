@@ -142,3 +142,46 @@ fn signals_end_it_with_firecrackers_codes() {
         }
     }
 }
+
+#[test]
+fn what_is_configured_is_a_configuration_file() {
+    let first = Server::firecracker();
+    let disk = first.folder.path().join("disk");
+    std::fs::write(&disk, vec![0; 4096]).unwrap();
+    let socket = first.folder.path().join("vsock");
+    let serial = first.folder.path().join("serial");
+    let metrics = first.folder.path().join("metrics");
+    let bits = json!([{ "leaf": "0x1", "subleaf": "0x0", "flags": 0,
+        "modifiers": [{ "register": "ecx", "bitmap": "0b1" }] }]);
+    for (path, body) in [
+        ("/machine-config", json!({ "vcpu_count": 2, "mem_size_mib": 200, "smt": true })),
+        ("/cpu-config", json!({ "cpuid_modifiers": bits })),
+        (
+            "/drives/d",
+            json!({ "drive_id": "d", "path_on_host": disk, "is_root_device": false,
+            "rate_limiter": { "ops": { "size": 100, "refill_time": 1000 } } }),
+        ),
+        ("/network-interfaces/n", json!({ "iface_id": "n", "host_dev_name": "nowhere0" })),
+        ("/vsock", json!({ "guest_cid": 7, "uds_path": socket })),
+        ("/entropy", json!({})),
+        ("/balloon", json!({ "amount_mib": 1, "deflate_on_oom": true })),
+        ("/serial", json!({ "serial_out_path": serial })),
+        ("/metrics", json!({ "metrics_path": metrics })),
+        ("/mmds/config", json!({ "network_interfaces": ["n"], "version": "V2" })),
+        ("/boot-source", json!({ "kernel_image_path": disk, "boot_args": "x" })),
+    ] {
+        let answer = first.put(path, body);
+        assert_eq!(answer.status, 204, "{path}: {answer:?}");
+    }
+    let config = first.get("/vm/config").body;
+    let file = first.folder.path().join("config.json");
+    std::fs::write(&file, &config).unwrap();
+    // The kernel is none: everything else was understood by then.
+    let mut again = Guest::hull("firecracker").flag("--no-api").option("--config-file", &file);
+    again = again.variable("XDG_RUNTIME_DIR", first.folder.path());
+    let outcome = again.run();
+    assert_eq!(outcome.code(), 152, "{}", outcome.stderr);
+    let said = ["nowhere0", "kernel", "TAP"];
+    assert!(said.iter().any(|word| outcome.stderr.contains(word)), "{}", outcome.stderr);
+    assert!(!outcome.stderr.contains("unknown field"), "{}", outcome.stderr);
+}

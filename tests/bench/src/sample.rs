@@ -67,14 +67,28 @@ impl Running {
 
     /// Reads output until `text` is in it; returns the time since the start.
     pub fn wait_for(&mut self, text: &str) -> Result<Duration> {
+        while !find(&self.output, text.as_bytes()) {
+            self.read_more(&format!("ended without printing `{text}`"))?;
+        }
+        Ok(self.started.elapsed())
+    }
+
+    /// Reads output until there is this much of it, or some more; returns how much, and the time since
+    /// the start.
+    pub fn wait_for_bytes(&mut self, count: usize) -> Result<(usize, Duration)> {
+        while self.output.len() < count {
+            self.read_more(&format!("ended before it printed {count} bytes"))?;
+        }
+        Ok((self.output.len(), self.started.elapsed()))
+    }
+
+    fn read_more(&mut self, or_else: &str) -> Result<()> {
         let mut buffer = [0; 4096];
-        loop {
-            if find(&self.output, text.as_bytes()) {
-                return Ok(self.started.elapsed());
-            }
-            match self.read(&mut buffer)? {
-                0 => return Err(self.fail(&format!("ended without printing `{text}`"))),
-                length => self.output.extend_from_slice(&buffer[..length]),
+        match self.read(&mut buffer)? {
+            0 => Err(self.fail(or_else)),
+            length => {
+                self.output.extend_from_slice(&buffer[..length]);
+                Ok(())
             }
         }
     }

@@ -5,6 +5,11 @@
 //! event register is Hull's own: the Generic Event Device's method reads it to learn which of the
 //! events behind the one GED interrupt happened, and reading clears it.
 
+use crate::virtio::device::{Payload, RestoreError};
+
+const KIND: &str = "acpi";
+const VERSION: u16 = 1;
+
 /// SLP_TYPx field, bits 2 to 4 of the sleep control register.
 const SLP_TYP_SHIFT: u8 = 2;
 /// SLP_EN, bit 5 of the sleep control register.
@@ -54,9 +59,23 @@ impl AcpiRegisters {
         offset == 0 && value & SLP_EN != 0 && (value >> SLP_TYP_SHIFT) & 7 == SLP_TYP_S5
     }
 
-    /// Pending events, for a snapshot.
-    pub fn pending(&self) -> u8 {
-        self.events
+    /// Pending events, as a payload.
+    pub fn save(&self) -> Payload {
+        Payload { kind: KIND, version: VERSION, bytes: vec![self.events] }
+    }
+
+    /// Takes a saved state.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; nothing is changed then.
+    pub fn restore(&mut self, payload: &Payload) -> Result<(), RestoreError> {
+        match payload.expect(KIND, VERSION)? {
+            [events] => {
+                self.events = *events;
+                Ok(())
+            }
+            _ => Err(RestoreError::Invalid { kind: KIND, reason: "it is not one byte long" }),
+        }
     }
 }
 

@@ -12,6 +12,8 @@
 
 use std::collections::VecDeque;
 
+use crate::virtio::device::{Payload, RestoreError};
+
 /// Port offset of the command and status register from the data port 0x60.
 const COMMAND_OFFSET: u64 = 4;
 /// "Pulse output line 0 low": CPU reset.
@@ -200,6 +202,66 @@ impl I8042 {
     }
 }
 
+const KIND: &str = "i8042";
+const VERSION: u16 = 1;
+
+impl I8042 {
+    /// The controller, as a payload: nothing if there is no keyboard.
+    pub fn save(&self) -> Payload {
+        let mut bytes = Vec::new();
+        if let Some(keyboard) = &self.keyboard {
+            bytes.extend([
+                keyboard.configuration,
+                keyboard.commanded.into(),
+                keyboard.awaited as u8,
+                keyboard.value_follows.unwrap_or_default(),
+                keyboard.scanning.into(),
+            ]);
+            bytes.extend(&keyboard.output);
+        }
+        Payload { kind: KIND, version: VERSION, bytes }
+    }
+
+    /// Takes a saved state of a controller like this.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; nothing is changed then.
+    pub fn restore(&mut self, payload: &Payload) -> Result<(), RestoreError> {
+        let invalid = |reason| RestoreError::Invalid { kind: KIND, reason };
+        let bytes = payload.expect(KIND, VERSION)?;
+        let keyboard = match (&mut self.keyboard, bytes) {
+            (None, []) => return Ok(()),
+            (Some(keyboard), [_, ..]) => keyboard,
+            _ => return Err(invalid("a keyboard is there or is not, other than here")),
+        };
+        let (&[configuration, commanded, awaited, value, scanning], output) =
+            bytes.split_first_chunk::<5>().ok_or_else(|| invalid("it is too short"))?;
+        if output.len() > BUFFER {
+            return Err(invalid("more bytes wait than fit"));
+        }
+        let awaited = [
+            Awaited::Keyboard,
+            Awaited::Configuration,
+            Awaited::OutputPort,
+            Awaited::KeyboardOutput,
+            Awaited::Aux,
+        ]
+        .into_iter()
+        .find(|known| *known as u8 == awaited)
+        .ok_or_else(|| invalid("it waits for something unknown"))?;
+        *keyboard = Keyboard {
+            configuration,
+            commanded: commanded != 0,
+            awaited,
+            // No command is 0.
+            value_follows: Some(value).filter(|value| *value != 0),
+            scanning: scanning != 0,
+            output: output.iter().copied().collect(),
+        };
+        Ok(())
+    }
+}
+
 impl Keyboard {
     fn status(&self) -> u8 {
         let full = if self.output.is_empty() { 0 } else { OUTPUT_FULL };
@@ -384,5 +446,24 @@ mod tests {
             let _ = i8042.ctrl_alt_del();
         }
         assert!(i8042.keyboard.unwrap().output.len() <= BUFFER);
+    }
+
+    #[test]
+    fn a_saved_controller_goes_on_where_it_was() {
+        let mut controller = I8042::new(true);
+        let _ = controller.write(4, &[WRITE_CONFIGURATION]);
+        let half = controller.save();
+        let mut other = I8042::new(true);
+        other.restore(&half).unwrap();
+        assert_eq!(other.save(), half);
+        let _ = other.write(0, &[KEYBOARD_INTERRUPT]);
+        assert!(other.ctrl_alt_del().is_some_and(|effect| effect.interrupt));
+        let full = other.save();
+        controller.restore(&full).unwrap();
+        let mut byte = [0];
+        let _ = controller.read(0, &mut byte);
+        assert_eq!(byte[0], CTRL_ALT_DEL[0].1[0]);
+        assert!(I8042::new(false).restore(&full).is_err());
+        assert!(controller.restore(&I8042::new(false).save()).is_err());
     }
 }

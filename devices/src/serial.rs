@@ -11,6 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial as Registers, SerialState, Trigger};
 
+use crate::virtio::device::{Payload, RestoreError};
+
+const KIND: &str = "serial";
+const VERSION: u16 = 1;
+
 /// Remembers that the model asked for an interrupt.
 struct Flag(Arc<AtomicBool>);
 
@@ -88,7 +93,7 @@ impl Serial {
         if let (Ok(offset), Some(&byte)) = (u8::try_from(offset), data.first()) {
             match offset {
                 1 if !self.divisor_latch => self.enabled = byte,
-                LINE_CONTROL => self.divisor_latch = byte & 0x80 != 0,
+                LINE_CONTROL => self.divisor_latch = byte & DIVISOR_LATCH != 0,
                 _ => {}
             }
             // The error cases are a failing trigger (infallible here), a failing writer (a Vec does
@@ -119,9 +124,65 @@ impl Serial {
         self.interrupt.swap(false, Ordering::Relaxed)
     }
 
-    /// The registers, for a snapshot.
-    pub fn state(&self) -> SerialState {
-        self.registers.state()
+    /// The registers and the bytes that the guest has not read yet, as a payload.
+    pub fn save(&self) -> Payload {
+        let SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        } = self.registers.state();
+        let mut bytes = vec![
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+        ];
+        bytes.extend(in_buffer);
+        Payload { kind: KIND, version: VERSION, bytes }
+    }
+
+    /// Takes a saved state.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; nothing is changed then.
+    pub fn restore(&mut self, payload: &Payload) -> Result<(), RestoreError> {
+        let invalid = |reason| RestoreError::Invalid { kind: KIND, reason };
+        let bytes = payload.expect(KIND, VERSION)?;
+        let (&registers, in_buffer) =
+            bytes.split_first_chunk::<9>().ok_or_else(|| invalid("it is too short"))?;
+        let [low, high, enabled, identification, control, status, modem, modem_status, scratch] =
+            registers;
+        let state = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enabled,
+            interrupt_identification: identification,
+            line_control: control,
+            line_status: status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: in_buffer.to_vec(),
+        };
+        let trigger = Flag(Arc::clone(&self.interrupt));
+        self.registers = Registers::from_state(&state, trigger, NoEvents, Vec::new())
+            .map_err(|_| invalid("more bytes wait than fit"))?;
+        self.interrupt.store(false, Ordering::Relaxed);
+        self.enabled = enabled;
+        self.divisor_latch = control & DIVISOR_LATCH != 0;
+        Ok(())
     }
 }
 
@@ -132,8 +193,9 @@ const FIFO_LEN: usize = 0x40;
 const IDENTIFICATION: u8 = 2;
 const IDENTIFY_NONE: u8 = 1;
 const IDENTIFY_RECEIVED: u8 = 4;
-/// Line control register.
+/// Line control register, and its bit by which registers 0 and 1 are the divisor latch.
 const LINE_CONTROL: u8 = 3;
+const DIVISOR_LATCH: u8 = 1 << 7;
 /// "Received data available", in the interrupt enable register.
 const ENABLE_RECEIVED: u8 = 1;
 
@@ -184,6 +246,31 @@ mod tests {
         serial.read(2, &mut byte);
         serial.read(2, &mut byte);
         assert_eq!(byte[0] & 0x0f, 1, "the interrupt is not enabled");
+    }
+
+    #[test]
+    fn a_saved_port_goes_on_where_it_was() {
+        let mut serial = Serial::new();
+        serial.write(1, &[1]);
+        serial.write(7, b"s");
+        serial.input(b"abc");
+        let saved = serial.save();
+        let mut other = Serial::new();
+        other.restore(&saved).unwrap();
+        assert_eq!(other.save(), saved);
+        let mut byte = [0];
+        other.read(7, &mut byte);
+        assert_eq!(&byte, b"s");
+        for expected in b"abc" {
+            other.read(2, &mut byte);
+            assert_eq!(byte[0] & 0x0f, 4);
+            other.read(0, &mut byte);
+            assert_eq!(byte[0], *expected);
+        }
+        for len in [0, 8, 9 + FIFO_LEN + 1] {
+            let wrong = Payload { bytes: vec![0; len], ..saved.clone() };
+            assert!(other.restore(&wrong).is_err(), "{len}");
+        }
     }
 
     #[test]

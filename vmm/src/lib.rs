@@ -8,6 +8,7 @@
 //! - [`io`]: io threads that own the virtio workers.
 //! - [`metrics`], [`journal`]: what can be seen of it from outside.
 //! - [`signals`], [`timings`], [`console`]: what a machine shares with its user.
+//! - [`snapshot`]: a machine as files.
 //! - [`seccomp`]: the filter of each kind of thread.
 //!
 //! Nothing in here exits the process, prints, or reads the command line.
@@ -24,6 +25,7 @@ pub mod memory;
 pub mod metrics;
 pub mod seccomp;
 pub mod signals;
+pub mod snapshot;
 pub mod timings;
 
 /// The device models, for their error types.

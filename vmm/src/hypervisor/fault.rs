@@ -15,6 +15,7 @@ use kvm_bindings::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
+use super::state::{VcpuState, VmState};
 use super::{Capabilities, Exit, Hypervisor, HypervisorError, Result, Vcpu, Vm};
 
 /// Counts calls and says which one fails.
@@ -71,6 +72,11 @@ impl<H: Hypervisor> Hypervisor for Faulty<H> {
         self.inner.supported_cpuid()
     }
 
+    fn msr_numbers(&self) -> Result<Vec<u32>> {
+        self.plan.step("KVM_GET_MSR_INDEX_LIST")?;
+        self.inner.msr_numbers()
+    }
+
     fn create_vm(&self) -> Result<Box<dyn Vm>> {
         self.plan.step("KVM_CREATE_VM")?;
         let inner = self.inner.create_vm()?;
@@ -113,6 +119,16 @@ impl Vm for FaultyVm {
     fn register_ioeventfd(&self, event: &EventFd, gpa: u64, value: u32) -> Result<()> {
         self.plan.step("KVM_IOEVENTFD")?;
         self.inner.register_ioeventfd(event, gpa, value)
+    }
+
+    fn save(&self) -> Result<VmState> {
+        self.plan.step("KVM_GET_IRQCHIP")?;
+        self.inner.save()
+    }
+
+    fn restore(&self, state: &VmState) -> Result<()> {
+        self.plan.step("KVM_SET_IRQCHIP")?;
+        self.inner.restore(state)
     }
 
     fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>> {
@@ -176,6 +192,16 @@ impl Vcpu for FaultyVcpu {
     fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<()> {
         self.plan.step("KVM_SET_LAPIC")?;
         self.inner.set_lapic(lapic)
+    }
+
+    fn save(&self, msrs: &[u32]) -> Result<VcpuState> {
+        self.plan.step("KVM_GET_MP_STATE")?;
+        self.inner.save(msrs)
+    }
+
+    fn restore(&self, state: &VcpuState) -> Result<()> {
+        self.plan.step("KVM_SET_MP_STATE")?;
+        self.inner.restore(state)
     }
 
     fn run(&mut self) -> Result<Exit<'_>> {

@@ -5,14 +5,16 @@ use std::path::Path;
 
 use arch::template::KvmCapability;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KVM_SYSTEM_EVENT_CRASH,
-    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_fpu, kvm_lapic_state,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_clock_data, kvm_fpu, kvm_irqchip, kvm_lapic_state,
     kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_run, kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::state::{VcpuState, VmState};
 use super::{
     Capabilities, Exit, Failure, Hypervisor, HypervisorError, Result, Vcpu, Vm as VmTrait,
 };
@@ -101,6 +103,12 @@ impl Hypervisor for Kvm {
             .map_err(|err| failed("KVM_GET_SUPPORTED_CPUID", err))
     }
 
+    fn msr_numbers(&self) -> Result<Vec<u32>> {
+        let list = self.fd.get_msr_index_list();
+        let list = list.map_err(|err| failed("KVM_GET_MSR_INDEX_LIST", err))?;
+        Ok(list.as_slice().to_vec())
+    }
+
     fn create_vm(&self) -> Result<Box<dyn VmTrait>> {
         // A signal that arrives during creation makes it fail; KVM asks to simply try again.
         loop {
@@ -159,6 +167,33 @@ impl VmTrait for KvmVm {
             .map_err(|err| failed_with("KVM_IOEVENTFD", format!("{value} at {gpa:#x}"), err.into()))
     }
 
+    fn save(&self) -> Result<VmState> {
+        let chip = |chip_id| {
+            let mut chip = Box::new(kvm_irqchip { chip_id, ..Default::default() });
+            let got = self.fd.get_irqchip(&mut chip);
+            got.map(|()| chip).map_err(|err| failed("KVM_GET_IRQCHIP", err))
+        };
+        Ok(VmState {
+            irqchips: [
+                chip(KVM_IRQCHIP_PIC_MASTER)?,
+                chip(KVM_IRQCHIP_PIC_SLAVE)?,
+                chip(KVM_IRQCHIP_IOAPIC)?,
+            ],
+            pit: self.fd.get_pit2().map_err(|err| failed("KVM_GET_PIT2", err))?,
+            clock: self.fd.get_clock().map_err(|err| failed("KVM_GET_CLOCK", err))?,
+        })
+    }
+
+    fn restore(&self, state: &VmState) -> Result<()> {
+        for chip in &state.irqchips {
+            self.fd.set_irqchip(chip).map_err(|err| failed("KVM_SET_IRQCHIP", err))?;
+        }
+        self.fd.set_pit2(&state.pit).map_err(|err| failed("KVM_SET_PIT2", err))?;
+        // The value alone: what KVM says of the host's clocks at that time does not hold here.
+        let clock = kvm_clock_data { clock: state.clock.clock, ..Default::default() };
+        self.fd.set_clock(&clock).map_err(|err| failed("KVM_SET_CLOCK", err))
+    }
+
     fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>> {
         let fd = self
             .fd
@@ -215,6 +250,58 @@ impl Vcpu for KvmVcpu {
         self.fd.set_lapic(lapic).map_err(|err| failed("KVM_SET_LAPIC", err))
     }
 
+    fn save(&self, msrs: &[u32]) -> Result<VcpuState> {
+        let fd = &self.fd;
+        // First: an INIT or start-up interrupt that waits is taken by this call.
+        let mp_state = fd.get_mp_state().map_err(|err| failed("KVM_GET_MP_STATE", err))?;
+        let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
+        Ok(VcpuState {
+            mp_state,
+            tsc_khz: fd.get_tsc_khz().map_err(|err| failed("KVM_GET_TSC_KHZ", err))?,
+            regs: self.regs()?,
+            sregs: self.sregs()?,
+            xsave: Box::new(fd.get_xsave().map_err(|err| failed("KVM_GET_XSAVE", err))?),
+            xcrs: fd.get_xcrs().map_err(|err| failed("KVM_GET_XCRS", err))?,
+            debug: fd.get_debug_regs().map_err(|err| failed("KVM_GET_DEBUGREGS", err))?,
+            lapic: Box::new(self.lapic()?),
+            msrs: self.state_msrs(msrs)?,
+            events: fd.get_vcpu_events().map_err(|err| failed("KVM_GET_VCPU_EVENTS", err))?,
+            cpuid: cpuid.map_err(|err| failed("KVM_GET_CPUID2", err))?.as_slice().to_vec(),
+        })
+    }
+
+    fn restore(&self, state: &VcpuState) -> Result<()> {
+        let fd = &self.fd;
+        let cpuid = CpuId::from_entries(&state.cpuid);
+        let cpuid = cpuid.map_err(|_| failed("KVM_SET_CPUID2", Errno::new(libc::E2BIG)))?;
+        self.set_cpuid(&cpuid)?;
+        let khz = fd.get_tsc_khz().map_err(|err| failed("KVM_GET_TSC_KHZ", err))?;
+        if !same_frequency(khz, state.tsc_khz) {
+            let detail = || format!("{} kHz, this host has {khz}", state.tsc_khz);
+            fd.set_tsc_khz(state.tsc_khz)
+                .map_err(|err| failed_with("KVM_SET_TSC_KHZ", detail(), err.into()))?;
+        }
+        fd.set_mp_state(state.mp_state).map_err(|err| failed("KVM_SET_MP_STATE", err))?;
+        self.set_regs(&state.regs)?;
+        self.set_sregs(&state.sregs)?;
+        // SAFETY: a vCPU that has no permission for more has states of this size.
+        unsafe { fd.set_xsave(&state.xsave) }.map_err(|err| failed("KVM_SET_XSAVE", err))?;
+        fd.set_xcrs(&state.xcrs).map_err(|err| failed("KVM_SET_XCRS", err))?;
+        fd.set_debug_regs(&state.debug).map_err(|err| failed("KVM_SET_DEBUGREGS", err))?;
+        self.set_lapic(&state.lapic)?;
+        // The deadline is the APIC timer's, and in ticks of the TSC: behind both.
+        let (deadline, others): (Vec<_>, Vec<_>) =
+            state.msrs.iter().partition(|msr| msr.index == TSC_DEADLINE);
+        self.set_msrs(&others)?;
+        self.set_msrs(&deadline)?;
+        fd.set_vcpu_events(&state.events).map_err(|err| failed("KVM_SET_VCPU_EVENTS", err))?;
+        // The guest's watchdogs are told that it did not run. One without kvmclock cannot be.
+        match fd.kvmclock_ctrl() {
+            Err(err) if err.errno() != libc::EINVAL => Err(failed("KVM_KVMCLOCK_CTRL", err)),
+            _ => Ok(()),
+        }
+    }
+
     fn run(&mut self) -> Result<Exit<'_>> {
         // Taken before the call: the exit that it returns borrows the vCPU.
         let run: *const kvm_run = self.fd.get_kvm_run();
@@ -246,6 +333,52 @@ impl Vcpu for KvmVcpu {
     fn immediate_exit(&mut self) -> *mut u8 {
         &raw mut self.fd.get_kvm_run().immediate_exit
     }
+}
+
+impl KvmVcpu {
+    /// Those of the registers `numbers` that can be read, and written back. What KVM lists is not all
+    /// there on each host, and some of it says what the host is like.
+    fn state_msrs(&self, numbers: &[u32]) -> Result<Vec<kvm_msr_entry>> {
+        let unread: Vec<_> =
+            numbers.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let read = each_that_goes("KVM_GET_MSRS", &unread, |list| self.fd.get_msrs(list))?;
+        let (clocks, others): (Vec<_>, Vec<_>) =
+            read.into_iter().partition(|msr| matches!(msr.index, TSC | TSC_DEADLINE));
+        let mut state = each_that_goes("KVM_SET_MSRS", &others, |list| self.fd.set_msrs(list))?;
+        // Writing these back would move them.
+        state.extend(clocks);
+        Ok(state)
+    }
+}
+
+/// IA32_TIME_STAMP_COUNTER and IA32_TSC_DEADLINE (Intel SDM volume 4).
+const TSC: u32 = 0x10;
+const TSC_DEADLINE: u32 = 0x6e0;
+
+/// Whether a guest may take one frequency of the TSC, in kHz, for the other: KVM measures the host's
+/// anew at each boot. 250 parts in a million are what KVM and Linux correct (`tsc_tolerance_ppm`).
+fn same_frequency(one: u32, other: u32) -> bool {
+    u64::from(one.abs_diff(other)) * 1_000_000 <= u64::from(other) * 250
+}
+
+/// Has `call` read or write `msrs`, and returns those that it did not refuse.
+fn each_that_goes(
+    name: &'static str,
+    msrs: &[kvm_msr_entry],
+    call: impl Fn(&mut Msrs) -> std::result::Result<usize, Errno>,
+) -> Result<Vec<kvm_msr_entry>> {
+    let mut all = Vec::with_capacity(msrs.len());
+    let mut rest = msrs;
+    while !rest.is_empty() {
+        let part = &rest[..rest.len().min(MAX_MSRS)];
+        let mut list =
+            Msrs::from_entries(part).map_err(|_| failed(name, Errno::new(libc::E2BIG)))?;
+        let done = call(&mut list).map_err(|err| failed(name, err))?.min(part.len());
+        all.extend_from_slice(&list.as_slice()[..done]);
+        // The one after those was refused, if there is one.
+        rest = &rest[part.len().min(done + 1)..];
+    }
+    Ok(all)
 }
 
 /// Most registers that one call takes (`MAX_IO_MSRS` of arch/x86/kvm/x86.c).

@@ -9,6 +9,7 @@
 
 pub mod fault;
 pub mod kvm;
+pub mod state;
 
 use std::fmt;
 use std::io;
@@ -19,6 +20,8 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use vmm_sys_util::eventfd::EventFd;
+
+use self::state::{VcpuState, VmState};
 
 /// A hypervisor call that failed.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +70,12 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// The kernel refused the call.
     fn supported_cpuid(&self) -> Result<CpuId>;
+
+    /// Numbers of the model-specific registers that may hold state of a guest.
+    ///
+    /// # Errors
+    /// The kernel refused the call.
+    fn msr_numbers(&self) -> Result<Vec<u32>>;
 
     /// Makes a VM without memory, interrupt controller or vCPU.
     ///
@@ -117,6 +126,18 @@ pub trait Vm: Send + Sync {
     /// The kernel refused the call.
     fn register_ioeventfd(&self, event: &EventFd, gpa: u64, value: u32) -> Result<()>;
 
+    /// State of interrupt controllers, timer and clock. No vCPU runs.
+    ///
+    /// # Errors
+    /// The kernel refused the call.
+    fn save(&self) -> Result<VmState>;
+
+    /// Puts that state back into a VM that has these parts. The clock goes on from where it was.
+    ///
+    /// # Errors
+    /// The kernel refused the call.
+    fn restore(&self, state: &VmState) -> Result<()>;
+
     /// Makes vCPU `id`, whose APIC id it is.
     ///
     /// # Errors
@@ -159,6 +180,14 @@ pub trait Vcpu: Send {
     /// Sets state of the local APIC.
     #[allow(missing_docs)]
     fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<()>;
+
+    /// The whole state, with those of the registers `msrs` that can be read and written. The vCPU is
+    /// not in the guest, with nothing of an exit left to be completed.
+    #[allow(missing_docs)]
+    fn save(&self, msrs: &[u32]) -> Result<VcpuState>;
+    /// Puts a state into a vCPU that has never run.
+    #[allow(missing_docs)]
+    fn restore(&self, state: &VcpuState) -> Result<()>;
 
     /// Runs the guest until it needs something. The buffers of the exit are the guest's: what is
     /// filled in is delivered by the next call.

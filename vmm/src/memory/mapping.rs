@@ -80,7 +80,7 @@ impl Mapping {
     /// # Errors
     /// The range is not inside this mapping, or the host refused; nothing is changed then.
     pub(super) fn overlay_file(
-        &mut self,
+        &self,
         at: u64,
         len: u64,
         file: &File,

@@ -15,6 +15,7 @@ mod mapping;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use arch::layout;
@@ -73,9 +74,14 @@ pub enum MemoryError {
 pub struct GuestRam {
     huge_pages: bool,
     memory: Memory,
-    ranges: Vec<(GuestAddress, Mapping)>,
+    ranges: Ranges,
+    /// Parts of RAM that files are mapped over: what is there need not have been touched.
+    overlays: Vec<std::ops::Range<u64>>,
     id_pages: Mapping,
 }
+
+/// The mappings that RAM is made of, which live as long as somebody has them.
+pub type Ranges = Arc<Vec<(GuestAddress, Mapping)>>;
 
 impl GuestRam {
     /// Reserves `size` bytes of RAM, a multiple of the page size, laid out as
@@ -96,7 +102,8 @@ impl GuestRam {
             MemoryError::Map { gpa: layout::VMGENID_PAGE, size: ID_PAGES_LEN, huge: "", source }
         })?;
         let memory = Memory::new(Arc::new(Self::guest_memory(&ranges)?));
-        Ok(GuestRam { huge_pages, memory, ranges, id_pages })
+        let (ranges, overlays) = (Arc::new(ranges), Vec::new());
+        Ok(GuestRam { huge_pages, memory, ranges, overlays, id_pages })
     }
 
     /// The `vm-memory` view of `ranges`.
@@ -189,11 +196,41 @@ impl GuestRam {
         len: u64,
     ) -> Result<(), MemoryError> {
         let error = |source| MemoryError::Load { gpa, len, source };
-        let ranges = self.ranges.iter_mut().map(|(start, mapping)| (*start, mapping));
+        let ranges = self.ranges.iter().map(|(start, mapping)| (*start, mapping));
         let (start, mapping) = find(ranges, gpa, len)
             .ok_or_else(|| error(io::Error::from_raw_os_error(libc::EFAULT)))?;
         let at = gpa - start.raw_value();
-        mapping.overlay_file(at, len, file, offset).map_err(error)
+        mapping.overlay_file(at, len, file, offset).map_err(error)?;
+        self.overlays.push(gpa..gpa + len);
+        Ok(())
+    }
+
+    /// Maps a memory file of a snapshot copy-on-write over RAM: byte n of the file is byte n of the
+    /// ranges of RAM one behind the other. What the file has no data for stays zeroed memory. Nobody
+    /// may change the file as long as the machine lives.
+    ///
+    /// # Errors
+    /// [`MemoryError::Load`]; RAM may be partly mapped then.
+    pub fn map_snapshot(&mut self, file: &File) -> Result<(), MemoryError> {
+        let mut first = 0;
+        for (start, mapping) in self.ranges.iter() {
+            let gpa = start.raw_value();
+            let range = first..first + mapping.len() as u64;
+            let failed = |source| MemoryError::Load { gpa, len: mapping.len() as u64, source };
+            for extent in extents(file, range.clone()).map_err(failed)? {
+                let (at, len) = (extent.start - first, extent.end - extent.start);
+                mapping.overlay_file(at, len, file, extent.start).map_err(failed)?;
+                self.overlays.push(gpa + at..gpa + at + len);
+            }
+            first = range.end;
+        }
+        Ok(())
+    }
+
+    /// What is needed to write RAM out: the mappings, which stay as long as this is kept, and the
+    /// parts that files are mapped over.
+    pub fn image(&self) -> Image {
+        Image { ranges: Arc::clone(&self.ranges), overlays: self.overlays.clone() }
     }
 
     /// Copies `gpa..gpa + len` out of the file that it maps, so that the file may change, shrink
@@ -209,6 +246,54 @@ impl GuestRam {
                 .ok_or_else(|| error(io::Error::from_raw_os_error(libc::EFAULT)))?;
         mapping.detach(gpa - start.raw_value(), len).map_err(error)
     }
+}
+
+/// RAM as it is to be written out. It is read while nothing writes it.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The mappings.
+    pub ranges: Ranges,
+    /// Guest-physical ranges that files are mapped over.
+    pub overlays: Vec<std::ops::Range<u64>>,
+}
+
+/// Holes that are smaller than this are mapped like data: each mapping costs some microseconds.
+const SMALL_HOLE: u64 = 256 << 10;
+/// Most extents of one range; with more, what lies between is mapped as well.
+const MOST_EXTENTS: usize = 2048;
+
+/// The parts of `range` of `file` that have data, in whole pages, neighbours together.
+fn extents(file: &File, range: std::ops::Range<u64>) -> io::Result<Vec<std::ops::Range<u64>>> {
+    let seek = |from: u64, whence| -> io::Result<Option<u64>> {
+        let from = libc::off_t::try_from(from).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: lseek has no memory arguments.
+        let found = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
+        match u64::try_from(found) {
+            Ok(found) => Ok(Some(found)),
+            // There is no data behind this.
+            Err(_) => match io::Error::last_os_error() {
+                err if err.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+                err => Err(err),
+            },
+        }
+    };
+    let mut extents: Vec<std::ops::Range<u64>> = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let Some(start) = seek(at, libc::SEEK_DATA)?.filter(|start| *start < range.end) else {
+            break;
+        };
+        let end = seek(start, libc::SEEK_HOLE)?.unwrap_or(range.end).min(range.end);
+        let start = start / PAGE_SIZE * PAGE_SIZE;
+        let end = end.next_multiple_of(PAGE_SIZE).min(range.end);
+        let full = extents.len() >= MOST_EXTENTS;
+        match extents.last_mut() {
+            Some(last) if full || start - last.end < SMALL_HOLE => last.end = end,
+            _ => extents.push(start..end),
+        }
+        at = end;
+    }
+    Ok(extents)
 }
 
 /// True if the host backs anonymous memory with 2 MiB pages without being asked.

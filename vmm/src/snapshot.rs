@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use devices::virtio::device::Payload;
 use serde::{Deserialize, Serialize};
 
-pub use self::file::{FORMAT, StateError, read, write};
+pub use self::file::{FORMAT, StateError, parse, read, write};
 pub use self::memory::{MemoryError, fingerprint, save as save_memory};
 use crate::config::VmConfig;
 

@@ -126,6 +126,11 @@ impl Interrupt {
         }
     }
 
+    /// Has these bits pending, and does not fire.
+    pub fn restore(&self, bits: u32) {
+        self.status.store(bits, Ordering::SeqCst);
+    }
+
     /// Pending status bits.
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)

@@ -5,6 +5,7 @@
 //! was made before is dropped again.
 
 mod cpus;
+pub(super) mod restore;
 
 use std::io;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use arch::cpuid::Cpuid;
 use arch::ids::VmClock;
 use arch::layout::{self, VirtioSlot};
 use arch::{interrupts, mptable};
+use devices::acpi::Event as AcpiEvent;
 use devices::bus::BusError;
 use devices::virtio::Kind;
 use devices::virtio::mmio::{Registers, reg};
@@ -24,6 +26,7 @@ use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::cpus::{Cpus, TemplateError};
+use self::restore::{Origin, OriginError, Restored};
 use super::Machine;
 use super::bus::{AcpiPort, Buses, KeyboardPort, SerialPort};
 use super::control::{Counted, Parts};
@@ -50,6 +53,9 @@ pub enum BuildError {
     /// The configuration is not one of a machine.
     #[error("the configuration is not valid")]
     Config(#[from] ConfigError),
+    /// The snapshot cannot be gone on from.
+    #[error("the snapshot cannot be used")]
+    Origin(#[from] OriginError),
     /// KVM refused.
     #[error("KVM refused to make the machine")]
     Hypervisor(#[from] HypervisorError),
@@ -132,6 +138,28 @@ impl Machine {
     /// [`BuildError`]; nothing of the machine is left then.
     pub fn new(config: &VmConfig, host_side: &Host<'_>) -> Result<Machine, BuildError> {
         config.validate()?;
+        Machine::assemble(config, host_side, None)
+    }
+
+    /// Assembles the machine of a snapshot, as `config` has it, which may name other files and
+    /// interfaces than the one that was saved. It is paused.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing of the machine is left then.
+    pub fn restore(
+        config: &VmConfig,
+        origin: &Origin,
+        host_side: &Host<'_>,
+    ) -> Result<Machine, BuildError> {
+        config.validate()?;
+        Machine::assemble(config, host_side, Some(origin))
+    }
+
+    fn assemble(
+        config: &VmConfig,
+        host_side: &Host<'_>,
+        origin: Option<&Origin>,
+    ) -> Result<Machine, BuildError> {
         warn_if_larger_than_host(config);
         let hypervisor = host_side.hypervisor;
         let cpus = Cpus::new(hypervisor, config.cpus, &config.cpu)?;
@@ -146,6 +174,9 @@ impl Machine {
         check_addresses(config, cpus.cpuid().address_limit())?;
 
         let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
+        if let Some(origin) = origin {
+            restore::memory(origin, &mut ram)?;
+        }
         let devices = table::devices(config, &output, host_side.window, &ram)?;
         let vm = hypervisor.create_vm()?;
         ram.register(vm.as_ref())?;
@@ -167,22 +198,35 @@ impl Machine {
         for entry in devices {
             wiring.virtio(entry)?;
         }
-        let Wiring { buses, slots, io: io_threads, .. } = wiring;
+        let Wiring { buses, mut slots, io: io_threads, .. } = wiring;
         host_side.timings.mark(Milestone::VmCreated);
 
         let vcpus = cpus.make(vm.as_ref())?;
         let page_size = PageSize::largest(&cpus.cpuid().for_vcpu(0));
-        let described = describe(config, &slots, &mut ram, cpus.cpuid())?;
-        let context = Context {
-            cmdline: &command_line(config, slots.len()),
-            root_disk: config.disk.iter().any(|disk| disk.root),
-            pvm: host_side.pvm,
-            rsdp: described,
-            page_size,
-        };
-        let kernel = kernel::load(&config.kernel, &mut ram, &context)?;
-        if let Some(boot_cpu) = vcpus.first() {
-            enter_at(boot_cpu.as_ref(), &kernel.entry)?;
+        write_identity(&mut ram)?;
+        let mut leased = None;
+        if let Some(origin) = origin {
+            let (vm, serial) = (vm.as_ref(), serial.as_deref());
+            let (keyboard, acpi, slots) = (&keyboard, &acpi_port, &mut slots);
+            let vcpus = &vcpus;
+            let parts = Restored { vm, vcpus, serial, keyboard, acpi, slots };
+            restore::states(origin, parts)?;
+            // The guest is a copy. It is told before its first instruction.
+            acpi_port.raise(AcpiEvent::VmGenId);
+            acpi_port.raise(AcpiEvent::VmClock);
+        } else {
+            let context = Context {
+                cmdline: &command_line(config, slots.len()),
+                root_disk: config.disk.iter().any(|disk| disk.root),
+                pvm: host_side.pvm,
+                rsdp: describe(config, &slots, &mut ram, cpus.cpuid())?,
+                page_size,
+            };
+            let kernel = kernel::load(&config.kernel, &mut ram, &context)?;
+            if let Some(boot_cpu) = vcpus.first() {
+                enter_at(boot_cpu.as_ref(), &kernel.entry)?;
+            }
+            leased = kernel.leased;
         }
         host_side.timings.mark(Milestone::KernelLoaded);
 
@@ -227,8 +271,9 @@ impl Machine {
                 counted,
                 journal: Arc::clone(journal),
             },
-            kernel,
-            _vm: vm,
+            leased,
+            restored: origin.is_some(),
+            vm,
             ram,
             seccomp: config.seccomp,
         })
@@ -374,7 +419,7 @@ fn enter_at(vcpu: &dyn Vcpu, entry: &arch::boot::Entry) -> Result<(), Hypervisor
     vcpu.set_lapic(&cpu_state::with_local_lines(vcpu.lapic()?))
 }
 
-/// Writes ACPI and MP tables and the identity pages. Returns the address of the RSDP.
+/// Writes ACPI and MP tables. Returns the address of the RSDP.
 fn describe(
     config: &VmConfig,
     slots: &[Slot],
@@ -394,13 +439,17 @@ fn describe(
     let (signature, features) = cpuid.signature_and_features();
     mptable::write(ram.memory().guest().as_ref(), cpus, signature, features)
         .map_err(|err| host("memory for the MP table")(io::Error::other(err)))?;
+    Ok(tables.rsdp())
+}
+
+/// Writes the identity pages: each machine is another, also one that goes on where another was saved.
+fn write_identity(ram: &mut GuestRam) -> Result<(), BuildError> {
     let mut identity = [0u8; 16 + 8];
     random(&mut identity).map_err(host("random numbers"))?;
     let (generation, marker) = identity.split_at(16);
     ram.write_id_page(layout::VMGENID_PAGE, generation)?;
     let marker = marker.iter().fold(0, |all, &byte| all << 8 | u64::from(byte));
-    ram.write_id_page(layout::VMCLOCK_PAGE, VmClock::new(marker).as_slice())?;
-    Ok(tables.rsdp())
+    Ok(ram.write_id_page(layout::VMCLOCK_PAGE, VmClock::new(marker).as_slice())?)
 }
 
 fn random(bytes: &mut [u8]) -> io::Result<()> {

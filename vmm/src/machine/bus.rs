@@ -10,6 +10,7 @@ use devices::bus::{Bus, BusError};
 use devices::i8042::{Effect as KeyboardEffect, I8042};
 use devices::pvpanic;
 use devices::serial::{Effect, Serial};
+use devices::virtio::device::{Payload, RestoreError};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::build::Observed;
@@ -60,6 +61,14 @@ impl SerialPort {
         taken
     }
 
+    pub(super) fn save(&self) -> Payload {
+        self.registers().save()
+    }
+
+    pub(super) fn restore(&self, payload: &Payload) -> Result<(), RestoreError> {
+        self.registers().restore(payload)
+    }
+
     pub(super) fn input_drained(&self) -> &EventFd {
         &self.input_drained
     }
@@ -89,6 +98,14 @@ impl AcpiPort {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn save(&self) -> Payload {
+        self.registers().save()
+    }
+
+    pub(super) fn restore(&self, payload: &Payload) -> Result<(), RestoreError> {
+        self.registers().restore(payload)
+    }
+
     /// Tells the guest of `event` through the Generic Event Device.
     pub(super) fn raise(&self, event: AcpiEvent) {
         self.registers().raise(event);
@@ -115,6 +132,14 @@ impl KeyboardPort {
 
     fn registers(&self) -> MutexGuard<'_, I8042> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn save(&self) -> Payload {
+        self.registers().save()
+    }
+
+    pub(super) fn restore(&self, payload: &Payload) -> Result<(), RestoreError> {
+        self.registers().restore(payload)
     }
 
     /// Presses Ctrl, Alt and Del. Returns false if there is no keyboard, or the guest does not

@@ -6,6 +6,7 @@
 //! paused and the mapped pages are copied.
 
 mod console;
+mod freeze;
 
 use std::io;
 use std::mem::ManuallyDrop;
@@ -22,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::console::ConsoleIo;
+use self::freeze::Wish;
 use super::bus::{AcpiPort, KeyboardPort, SerialPort};
 use super::event::{Command, Event, Reply, ReplyTo, VcpuEvent};
 use super::lifecycle::{self, Ending, Refusal, State, Step};
@@ -134,6 +136,8 @@ impl Change {
 enum Then {
     /// Somebody asked for it at that time.
     Reply(ReplyTo, Instant),
+    /// Somebody wants the machine's state.
+    Freeze(Wish),
     /// The kernel file is given up; the machine goes on afterwards.
     ReleaseKernelFile,
 }
@@ -286,7 +290,10 @@ const EDGE: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
 impl Control {
     fn start(&mut self) {
-        if lifecycle::check(&self.state, Step::Start).is_ok() {
+        if self.machine.restored {
+            // Whoever restored it says when it goes on.
+            self.state = State::Paused;
+        } else if lifecycle::check(&self.state, Step::Start).is_ok() {
             self.state = State::Running;
             self.note(Happening::Started);
             for vcpu in &self.machine.vcpus {
@@ -333,6 +340,7 @@ impl Control {
                 return reply(Ok(State::Stopped));
             }
             Command::Pause => Step::Pause,
+            Command::Freeze { .. } => Step::Freeze,
             Command::Resume => Step::Resume,
             Command::PowerButton => Step::PowerButton,
             Command::CtrlAltDel => Step::CtrlAltDel,
@@ -343,6 +351,7 @@ impl Control {
         if let Some(change) = &self.change {
             let step = match step {
                 Step::Pause => "pause",
+                Step::Freeze => "freeze",
                 Step::Resume => "resume",
                 Step::CtrlAltDel => "ctrl-alt-del",
                 Step::PowerButton | Step::Start => "power-button",
@@ -351,6 +360,13 @@ impl Control {
         }
         match command {
             Command::Pause => self.pause(Then::Reply(reply, Instant::now())),
+            Command::Freeze { msrs, answer } => {
+                let wish = Wish { msrs, answer, reply };
+                match self.state {
+                    State::Running => self.pause(Then::Freeze(wish)),
+                    _ => self.freeze(wish, false),
+                }
+            }
             Command::Resume => {
                 let start = Instant::now();
                 self.resume();
@@ -560,6 +576,12 @@ impl Control {
                 reply(Ok(State::Paused));
                 self.release_kernel_file_if_wanted();
             }
+            Some(Change::StopQueues { then: Then::Freeze(wish) }) => {
+                self.state = State::Paused;
+                self.note(Happening::Paused);
+                self.freeze(wish, true);
+                self.release_kernel_file_if_wanted();
+            }
             Some(Change::StopQueues { then: Then::ReleaseKernelFile }) => {
                 self.release_kernel_file();
                 self.resume();
@@ -642,7 +664,7 @@ impl Control {
     /// Copies what the guest maps of its kernel file, then lets the writer have it.
     fn release_kernel_file(&mut self) {
         self.kernel_file_wanted = false;
-        let Some((lease, ranges)) = self.machine.kernel.leased.take() else { return };
+        let Some((lease, ranges)) = self.machine.leased.take() else { return };
         for (gpa, len) in ranges {
             if let Err(err) = self.machine.ram.detach_file(gpa, len) {
                 tracing::error!(%err, "the kernel file changes while the guest maps it");

@@ -9,6 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::lifecycle::{Refusal, State};
 use crate::hypervisor::Failure;
 use crate::io::Report;
+use crate::memory::Image;
+use crate::snapshot::Part;
 
 /// A request to a running machine.
 #[derive(Debug)]
@@ -19,6 +21,16 @@ pub enum Command {
     Pause,
     /// Go on after a pause.
     Resume,
+    /// Halt, and hand out what is needed to go on elsewhere. The machine stays paused: while its memory
+    /// is written out it must not run.
+    Freeze {
+        /// Numbers of the registers to be saved ([`Hypervisor::msr_numbers`]).
+        ///
+        /// [`Hypervisor::msr_numbers`]: crate::hypervisor::Hypervisor::msr_numbers
+        msrs: Arc<Vec<u32>>,
+        /// Has room for one; it is sent before the command is answered.
+        answer: mpsc::SyncSender<Frozen>,
+    },
     /// Press the power button. Answered when the guest was told, not when it is off.
     PowerButton,
     /// Press Ctrl, Alt and Del on the guest's keyboard.
@@ -47,6 +59,17 @@ pub enum Command {
         /// The back-end.
         back_end: BackEnd,
     },
+}
+
+/// A machine that does not move.
+#[derive(Debug)]
+pub struct Frozen {
+    /// Its states.
+    pub parts: Vec<Part>,
+    /// Its memory.
+    pub image: Image,
+    /// It ran before.
+    pub was_running: bool,
 }
 
 /// The answer to a [`Command`]: the state after it, or why it was not done.

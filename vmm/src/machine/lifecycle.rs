@@ -50,6 +50,8 @@ pub enum Step {
     Start,
     /// Halt everything.
     Pause,
+    /// Halt everything, if it is not halted already.
+    Freeze,
     /// Go on.
     Resume,
     /// Press the power button.
@@ -63,6 +65,7 @@ impl Step {
         match self {
             Step::Start => "start",
             Step::Pause => "pause",
+            Step::Freeze => "freeze",
             Step::Resume => "resume",
             Step::PowerButton => "power-button",
             Step::CtrlAltDel => "ctrl-alt-del",
@@ -74,6 +77,7 @@ impl Step {
         match self {
             Step::Start => &[State::Configured],
             Step::Pause => &[State::Running],
+            Step::Freeze => &[State::Running, State::Paused],
             // What is pressed while nothing runs is found afterwards.
             Step::PowerButton | Step::CtrlAltDel => &[State::Running, State::Paused],
             Step::Resume => &[State::Paused],
@@ -108,6 +112,9 @@ pub enum Refusal {
     /// The machine has no device of this name.
     #[error("there is no device {0}")]
     NoDevice(String),
+    /// KVM does not say how the machine stands.
+    #[error("the state of the machine cannot be read: {0}")]
+    Unreadable(String),
     /// A device keeps what it has.
     #[error("{device}: {reason}")]
     Device {

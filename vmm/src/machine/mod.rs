@@ -24,16 +24,17 @@ mod vcpu;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+pub use build::restore::{Origin, OriginError};
 pub use build::{BuildError, Host, Observed, root_arguments};
 pub use devices::virtio::device::{BackEnd, Message, Status as DeviceStatus, Traffic};
-pub use event::{Command, Handle, Reply, ReplyTo};
+pub use event::{Command, Frozen, Handle, Reply, ReplyTo};
 pub use lifecycle::{Ending, Refusal, State};
 pub use table::{LONGEST_METADATA, check_disk, initial_metadata};
 
 use crate::console::Console;
 use crate::hypervisor::{Failure, HypervisorError, Vm};
 use crate::io::IoThread;
-use crate::kernel::LoadedKernel;
+use crate::kernel::Lease;
 use crate::memory::GuestRam;
 use crate::seccomp;
 use crate::timings::Timings;
@@ -88,9 +89,12 @@ pub struct Machine {
     slots: Vec<slot::Slot>,
     shared: Arc<vcpu::Shared>,
     control: control::Parts,
-    kernel: LoadedKernel,
-    // Kept for the life of the machine: slots, irqfds and ioeventfds live in it.
-    _vm: Box<dyn Vm>,
+    /// Ranges of RAM that map a kernel file which others may write, and the lease that tells us first.
+    leased: Option<(Lease, Vec<(u64, u64)>)>,
+    /// It goes on from a snapshot: paused.
+    restored: bool,
+    // Slots, irqfds and ioeventfds live in it.
+    vm: Box<dyn Vm>,
     ram: GuestRam,
     seccomp: seccomp::Mode,
 }

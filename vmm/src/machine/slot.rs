@@ -6,7 +6,8 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use devices::memory::Memory;
-use devices::virtio::device::{BackEnd, Device, Message, Worker};
+use devices::virtio::device::{BackEnd, Device, Message, Payload, RestoreError, Worker};
+use devices::virtio::mmio::status;
 use devices::virtio::queue::{Queue, QueueState};
 
 use super::lifecycle::Refusal;
@@ -137,6 +138,29 @@ impl Slot {
         self.device.reset();
         self.transport.registers().publish_config(self.device.config());
         self.transport.finish_reset();
+    }
+
+    /// What is saved of it: the transport's registers, and the device's own state. No worker runs.
+    pub(super) fn save(&self) -> [Payload; 2] {
+        let interrupt = self.transport.interrupt().status();
+        [self.transport.registers().save(interrupt), self.device.save()]
+    }
+
+    /// Takes a saved state. Its workers start when the machine goes on.
+    pub(super) fn restore(
+        &mut self,
+        transport: &Payload,
+        device: &Payload,
+    ) -> Result<(), RestoreError> {
+        self.device.restore(device)?;
+        let mut registers = self.transport.registers();
+        let interrupt = registers.restore(transport)?;
+        registers.publish_config(self.device.config());
+        self.active = registers.status() & status::DRIVER_OK != 0;
+        drop(registers);
+        // The driver is told when the machine goes on.
+        self.transport.interrupt().restore(interrupt);
+        Ok(())
     }
 
     /// When the stop under way should have ended.

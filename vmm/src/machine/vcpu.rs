@@ -98,9 +98,13 @@ pub(super) fn install_kick_handler() -> io::Result<()> {
     }
 }
 
+/// Something to be done with a vCPU that is parked, on its thread.
+type Errand = Box<dyn FnOnce(&dyn Vcpu) + Send>;
+
 /// A vCPU thread, as `main` holds it. Dropping it ends the thread and waits for it.
 pub(super) struct VcpuThread {
     orders: Arc<Orders>,
+    errands: mpsc::Sender<Errand>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -124,6 +128,7 @@ impl VcpuThread {
     ) -> io::Result<VcpuThread> {
         let orders = Arc::new(Orders(AtomicU32::new(Order::Park as u32)));
         let own = Arc::clone(&orders);
+        let (errands, received) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {index}"))
             .stack_size(STACK_SIZE)
@@ -134,12 +139,18 @@ impl VcpuThread {
                 let _ = ready.send(filtered);
                 drop(ready);
                 if serve {
-                    let runner = Runner { index, orders: &own, shared: &shared, metrics: &metrics };
+                    let runner = Runner {
+                        index,
+                        orders: &own,
+                        errands: &received,
+                        shared: &shared,
+                        metrics: &metrics,
+                    };
                     runner.run(vcpu.as_mut());
                 }
                 IMMEDIATE_EXIT.set(std::ptr::null_mut());
             })?;
-        Ok(VcpuThread { orders, thread: Some(thread) })
+        Ok(VcpuThread { orders, errands, thread: Some(thread) })
     }
 
     fn order(&self, order: Order) {
@@ -162,6 +173,15 @@ impl VcpuThread {
     /// Leaves the guest; reported by [`VcpuEvent::Parked`].
     pub(super) fn park(&self) {
         self.order(Order::Park);
+    }
+
+    /// Has a vCPU that is parked do something; what comes of it is for `errand` to tell.
+    pub(super) fn errand(&self, errand: impl FnOnce(&dyn Vcpu) + Send + 'static) {
+        if self.errands.send(Box::new(errand)).is_ok()
+            && let Some(thread) = &self.thread
+        {
+            thread.thread().unpark();
+        }
     }
 
     /// Tells the thread to end, without waiting for it.
@@ -195,6 +215,7 @@ enum Step {
 struct Runner<'a> {
     index: usize,
     orders: &'a Orders,
+    errands: &'a mpsc::Receiver<Errand>,
     shared: &'a Shared,
     metrics: &'a VcpuMetrics,
 }
@@ -208,9 +229,7 @@ impl Runner<'_> {
         let immediate_exit = vcpu.immediate_exit();
         // A vCPU is parked when it is made; only later parking is reported.
         let made = Word(Order::Park as u32);
-        while self.orders.word() == made {
-            std::thread::park();
-        }
+        self.wait(vcpu, made);
         if self.index == 0 {
             self.shared.timings.mark(Milestone::FirstInstruction);
         }
@@ -234,14 +253,22 @@ impl Runner<'_> {
                         }
                     }
                     self.report(VcpuEvent::Parked);
-                    while self.orders.word() == word {
-                        std::thread::park();
-                    }
+                    self.wait(vcpu, word);
                 }
                 Order::End => return,
             }
             // SAFETY: as above. A kick that comes after this line sets it again.
             unsafe { immediate_exit.write_volatile(0) };
+        }
+    }
+
+    /// Waits for another order than `word`, and does errands meanwhile.
+    fn wait(&self, vcpu: &dyn Vcpu, word: Word) {
+        while self.orders.word() == word {
+            match self.errands.try_recv() {
+                Ok(errand) => errand(vcpu),
+                Err(_) => std::thread::park(),
+            }
         }
     }
 

@@ -124,7 +124,7 @@ pub fn one_segment_kernel(folder: &TempDir) -> PathBuf {
 }
 
 /// All of an error.
-fn chain(err: &dyn Error) -> String {
+pub fn chain(err: &dyn Error) -> String {
     let mut text = err.to_string();
     let mut next = err.source();
     while let Some(err) = next {
@@ -183,6 +183,15 @@ impl Running {
             Ok(handle) => Running { handle, console: reader, text: Vec::new(), thread },
             Err(_) => panic!("{:?}", thread.join().unwrap()),
         }
+    }
+
+    /// A machine that runs on `thread`.
+    pub fn of(
+        handle: Handle,
+        console: PipeReader,
+        thread: JoinHandle<Result<Ending, String>>,
+    ) -> Running {
+        Running { handle, console, text: Vec::new(), thread }
     }
 
     /// Reads until the guest has printed `words` once more.

@@ -1,0 +1,143 @@
+//! A machine from a snapshot: what differs from one that boots.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+
+use devices::virtio::device::{Payload, RestoreError};
+
+use super::super::bus::{AcpiPort, KeyboardPort, SerialPort};
+use super::super::slot::Slot;
+use super::BuildError;
+use crate::hypervisor::state::{VcpuState, VmState};
+use crate::hypervisor::{Vcpu, Vm};
+use crate::memory::GuestRam;
+use crate::snapshot::{self, State};
+
+/// What a machine goes on from.
+#[derive(Debug)]
+pub struct Origin {
+    /// Its state.
+    pub state: State,
+    /// Its memory, which must not be changed as long as the machine lives.
+    pub memory: File,
+}
+
+/// Why a snapshot cannot be gone on from.
+#[derive(Debug, thiserror::Error)]
+pub enum OriginError {
+    /// The memory file is not the state's.
+    #[error("the memory file is not the one that was written with this state: {0}")]
+    Memory(String),
+    /// It cannot be read.
+    #[error("cannot read the memory file")]
+    Read(#[source] io::Error),
+    /// A state is missing.
+    #[error("there is no state of {0}")]
+    Missing(String),
+    /// There is a state for which there is nothing in the machine.
+    #[error("there is a state of {0}, which the machine has not")]
+    LeftOver(String),
+    /// A state is not one.
+    #[error("the state of {owner} cannot be taken")]
+    State {
+        /// Whose.
+        owner: String,
+        /// Why.
+        source: RestoreError,
+    },
+}
+
+/// States by their owners, each to be taken once.
+pub(super) struct Parts(HashMap<String, Vec<Payload>>);
+
+impl Parts {
+    pub(super) fn new(state: &State) -> Parts {
+        let mut parts: HashMap<String, Vec<Payload>> = HashMap::new();
+        for part in &state.parts {
+            parts.entry(part.owner.clone()).or_default().push(part.payload.clone());
+        }
+        Parts(parts)
+    }
+
+    /// The state of this kind that `owner` has; of any kind if it is to be found out from that.
+    fn take(&mut self, owner: &str, kind: Option<&str>) -> Result<Payload, OriginError> {
+        let missing = || OriginError::Missing(owner.to_owned());
+        let all = self.0.get_mut(owner).ok_or_else(missing)?;
+        let fits = |payload: &Payload| kind.is_none_or(|kind| payload.kind == kind);
+        let place = all.iter().position(fits).ok_or_else(missing)?;
+        let payload = all.swap_remove(place);
+        if all.is_empty() {
+            self.0.remove(owner);
+        }
+        Ok(payload)
+    }
+
+    fn end(self) -> Result<(), OriginError> {
+        match self.0.into_keys().next() {
+            Some(owner) => Err(OriginError::LeftOver(owner)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn taken<T>(owner: &str, result: Result<T, RestoreError>) -> Result<T, OriginError> {
+    result.map_err(|source| OriginError::State { owner: owner.to_owned(), source })
+}
+
+/// Puts the memory of `origin` into `ram`.
+pub(super) fn memory(origin: &Origin, ram: &mut GuestRam) -> Result<(), BuildError> {
+    let header = &origin.state.header.memory;
+    let len = origin.memory.metadata().map_err(OriginError::Read)?.len();
+    if len != ram.size() || header.size != len {
+        let what = format!("it is {len} bytes long, the guest had {}", header.size);
+        return Err(OriginError::Memory(what).into());
+    }
+    let found = snapshot::fingerprint(&origin.memory, &header.samples);
+    if found.map_err(OriginError::Read)? != header.fingerprint {
+        return Err(OriginError::Memory("its pages are others".to_owned()).into());
+    }
+    Ok(ram.map_snapshot(&origin.memory)?)
+}
+
+/// What has state beside memory.
+pub(super) struct Restored<'a> {
+    pub(super) vm: &'a dyn Vm,
+    pub(super) vcpus: &'a [Box<dyn Vcpu>],
+    pub(super) serial: Option<&'a SerialPort>,
+    pub(super) keyboard: &'a KeyboardPort,
+    pub(super) acpi: &'a AcpiPort,
+    pub(super) slots: &'a mut [Slot],
+}
+
+/// Gives everything its state. What is left over is an error, as is what is missing.
+pub(super) fn states(origin: &Origin, machine: Restored<'_>) -> Result<(), BuildError> {
+    let mut parts = Parts::new(&origin.state);
+    let vm = parts.take("vm", Some("vm"))?;
+    machine.vm.restore(&taken("vm", VmState::restore(&vm))?)?;
+    for (index, vcpu) in machine.vcpus.iter().enumerate() {
+        let owner = vcpu_name(index);
+        let state = parts.take(&owner, Some("vcpu"))?;
+        vcpu.restore(&taken(&owner, VcpuState::restore(&state))?)?;
+    }
+    if let Some(serial) = machine.serial {
+        let state = parts.take("serial", Some("serial"))?;
+        taken("serial", serial.restore(&state))?;
+    }
+    let state = parts.take("i8042", Some("i8042"))?;
+    taken("i8042", machine.keyboard.restore(&state))?;
+    let state = parts.take("acpi", Some("acpi"))?;
+    taken("acpi", machine.acpi.restore(&state))?;
+    for slot in machine.slots {
+        let name = slot.transport.name().to_owned();
+        let transport = parts.take(&name, Some("transport"))?;
+        let device = parts.take(&name, None)?;
+        taken(&name, slot.restore(&transport, &device))?;
+    }
+    Ok(parts.end()?)
+}
+
+/// Whose the state of a vCPU is.
+pub(in crate::machine) fn vcpu_name(index: usize) -> String {
+    format!("vcpu {index}")
+}

@@ -1,0 +1,71 @@
+//! Handing out a machine's state, for it to go on elsewhere.
+
+use std::sync::{Arc, mpsc};
+
+use super::super::build::restore::vcpu_name;
+use super::super::event::{Frozen, ReplyTo};
+use super::super::lifecycle::Refusal;
+use super::Control;
+use crate::hypervisor::HypervisorError;
+use crate::hypervisor::state::VcpuState;
+use crate::snapshot::Part;
+
+/// Somebody who wants it.
+pub(super) struct Wish {
+    pub(super) msrs: Arc<Vec<u32>>,
+    pub(super) answer: mpsc::SyncSender<Frozen>,
+    pub(super) reply: ReplyTo,
+}
+
+fn unreadable(error: &HypervisorError) -> Refusal {
+    Refusal::Unreadable(format!("{error}: {}", error.source))
+}
+
+impl Control {
+    /// Answers a wish. Nothing moves.
+    pub(super) fn freeze(&mut self, wish: Wish, was_running: bool) {
+        let Wish { msrs, answer, reply } = wish;
+        match self.parts(&msrs) {
+            Ok(parts) => {
+                let image = self.machine.ram.image();
+                // Whoever asks has room for it, or does not want it any more.
+                let _ = answer.try_send(Frozen { parts, image, was_running });
+                reply(Ok(self.state.clone()));
+            }
+            Err(refusal) => reply(Err(refusal)),
+        }
+    }
+
+    /// The states of everything but memory. What is asked of the vCPUs are some system calls each: their
+    /// threads are waited for.
+    fn parts(&self, msrs: &Arc<Vec<u32>>) -> Result<Vec<Part>, Refusal> {
+        let machine = &self.machine;
+        let saved = |vcpu: &super::super::vcpu::VcpuThread| {
+            let (sender, receiver) = mpsc::sync_channel(1);
+            let msrs = Arc::clone(msrs);
+            vcpu.errand(move |vcpu| {
+                let _ = sender.send(vcpu.save(&msrs));
+            });
+            receiver
+        };
+        let saved: Vec<_> = machine.vcpus.iter().map(saved).collect();
+        let vm = machine.vm.save().map_err(|error| unreadable(&error))?;
+        let part = |owner: &str, payload| Part { owner: owner.to_owned(), payload };
+        let mut parts = vec![part("vm", vm.save())];
+        for (index, vcpu) in saved.into_iter().enumerate() {
+            let state: Result<VcpuState, _> =
+                vcpu.recv().map_err(|_| Refusal::Gone("the freeze"))?;
+            let state = state.map_err(|error| unreadable(&error))?;
+            parts.push(part(&vcpu_name(index), state.save()));
+        }
+        let control = &machine.control;
+        parts.extend(control.serial.as_ref().map(|serial| part("serial", serial.save())));
+        parts.push(part("i8042", control.keyboard.save()));
+        parts.push(part("acpi", control.acpi.save()));
+        for slot in &machine.slots {
+            let name = slot.transport.name();
+            parts.extend(slot.save().map(|payload| part(name, payload)));
+        }
+        Ok(parts)
+    }
+}

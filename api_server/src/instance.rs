@@ -13,6 +13,7 @@
 mod configuring;
 mod metadata;
 mod running;
+mod snapshot;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -20,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use serde_json::Value;
 use tokio::sync::oneshot;
 use vmm::config::VmConfig;
-use vmm::machine::{Command, Handle, Observed, Reply, State, root_arguments};
+use vmm::machine::{Command, Handle, Observed, Origin, Reply, State, root_arguments};
 use vmm::metrics::{Sink, SinkOptions};
 
 pub use self::running::no_balloon;
@@ -76,6 +77,8 @@ pub enum Wish {
 pub struct Start {
     /// What is to be built.
     pub config: VmConfig,
+    /// Where it goes on from, if it does not boot.
+    pub origin: Option<Origin>,
     link: Link,
     reply: oneshot::Sender<Result<(), String>>,
 }
@@ -83,6 +86,9 @@ pub struct Start {
 impl Start {
     /// The machine is built and runs from now on.
     pub fn started(self, handle: Handle) {
+        if self.origin.is_some() {
+            lock(&self.link.0).config = self.config;
+        }
         self.link.started(handle);
         // A client that is gone has its machine all the same.
         let _ = self.reply.send(Ok(()));
@@ -134,6 +140,8 @@ struct Inner {
     phase: Phase,
     logger: Option<Logger>,
     metrics: Option<Metrics>,
+    /// Something was configured.
+    touched: bool,
     /// Somebody wants the end.
     quit: bool,
     /// What the guest's metadata service has to say; `None` until somebody puts something.
@@ -200,8 +208,15 @@ impl Instance {
         wishes: mpsc::Sender<Wish>,
     ) -> Instance {
         let requests = Requests::new(&observed.metrics);
-        let inner =
-            Inner { config, phase, logger: None, metrics: None, quit: false, metadata: None };
+        let inner = Inner {
+            config,
+            phase,
+            logger: None,
+            metrics: None,
+            touched: false,
+            quit: false,
+            metadata: None,
+        };
         let inner = Arc::new(Mutex::new(inner));
         Instance { id: None, log: None, program, limits, observed, requests, wishes, inner }
     }
@@ -338,6 +353,7 @@ impl Instance {
         change(&mut config)?;
         config.validate_without_kernel().map_err(|error| Fault::bad(chain(&error)))?;
         inner.config = config;
+        inner.touched = true;
         Ok(DONE)
     }
 
@@ -367,7 +383,12 @@ impl Instance {
     /// There is no kernel, the machine was started already, or it cannot be built; it can be
     /// configured otherwise and tried again then.
     pub async fn start(&self) -> Done {
-        match self.wish()?.await {
+        let wish = self.wish()?;
+        self.fulfilled(wish).await
+    }
+
+    async fn fulfilled(&self, wish: oneshot::Receiver<Result<(), String>>) -> Done {
+        match wish.await {
             Ok(Ok(())) => Ok(DONE),
             Ok(Err(message)) => Err(Fault::bad(format!("Start microvm error: {message}"))),
             Err(_) => Err(Fault::gone()),
@@ -390,8 +411,7 @@ impl Instance {
 
     /// Has the machine built.
     fn wish(&self) -> Result<oneshot::Receiver<Result<(), String>>, Fault> {
-        let (reply, outcome) = oneshot::channel();
-        let mut inner = self.lock();
+        let inner = self.lock();
         if !matches!(inner.phase, Phase::Configuring) {
             return Err(Fault::after_start());
         }
@@ -401,7 +421,22 @@ impl Instance {
             ));
         }
         let config = to_be_built(&inner.config);
-        let start = Start { config, link: self.link(), reply };
+        drop(inner);
+        self.wish_for(config, None)
+    }
+
+    /// Has a machine built, of which a client has said or saved everything.
+    fn wish_for(
+        &self,
+        config: VmConfig,
+        origin: Option<Origin>,
+    ) -> Result<oneshot::Receiver<Result<(), String>>, Fault> {
+        let (reply, outcome) = oneshot::channel();
+        let mut inner = self.lock();
+        if !matches!(inner.phase, Phase::Configuring) {
+            return Err(Fault::after_start());
+        }
+        let start = Start { config, origin, link: self.link(), reply };
         self.wishes.send(Wish::Start(Box::new(start))).map_err(|_| Fault::gone())?;
         inner.phase = Phase::Starting;
         Ok(outcome)

@@ -3,7 +3,9 @@
 use utoipa::OpenApi;
 
 use crate::fault::FaultBody;
-use crate::routes::{balloon, boot, cpu, drives, info, machine, mmds, nets, observe, small};
+use crate::routes::{
+    balloon, boot, cpu, drives, info, machine, mmds, nets, observe, small, snapshot,
+};
 
 /// What is served, as OpenAPI 3.1. `docs/openapi.json` is a copy of it, which a test keeps equal.
 #[derive(OpenApi)]
@@ -50,6 +52,8 @@ use crate::routes::{balloon, boot, cpu, drives, info, machine, mmds, nets, obser
         observe::put_metrics,
         observe::prometheus,
         observe::events,
+        snapshot::create,
+        snapshot::load,
         small::act,
         small::set_state,
         small::entropy,

@@ -58,7 +58,7 @@ pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>) -> Result {
         };
         // Clients count from their wish, not from the process.
         let timings = Arc::new(Timings::new(Instant::now()));
-        match session.build(&start.config, &timings) {
+        match session.build(&start.config, start.origin.as_ref(), &timings) {
             Err(error) => start.failed(error.as_ref()),
             Ok(machine) => return run(session, *start, machine),
         }

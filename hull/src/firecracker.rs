@@ -232,7 +232,7 @@ fn run(options: &Options, begun: Instant) -> Result {
     };
     let timings = Arc::new(Timings::new(begun));
     let machine = session
-        .build(&start.config, &timings)
+        .build(&start.config, start.origin.as_ref(), &timings)
         .map_err(|source| BadConfiguration { path: path.clone(), source })?;
     api::run(&session, *start, machine)
 }

@@ -76,7 +76,7 @@ fn run_once(
     config: &VmConfig,
     timings: &Arc<Timings>,
 ) -> Result<Ending> {
-    let machine = session.build(config, timings)?;
+    let machine = session.build(config, None, timings)?;
     link.started(machine.handle());
     session.run(machine, config)
 }

@@ -14,7 +14,9 @@ use vmm::console::{Console, Sink, plain, window_size};
 use vmm::hypervisor::HypervisorError;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::journal::{Happening, Reason};
-use vmm::machine::{Ending, Handle, Host, Machine, Observed, RunError, RunOptions, Service};
+use vmm::machine::{
+    Ending, Handle, Host, Machine, Observed, Origin, RunError, RunOptions, Service,
+};
 use vmm::metrics::Registry;
 use vmm::seccomp::{self, ThreadKind};
 use vmm::signals::{Hooks, Signals};
@@ -261,11 +263,16 @@ impl Session {
         self.signals.interruptible()
     }
 
-    /// Builds the machine of `config`.
+    /// Builds the machine of `config`, which boots or goes on from `origin`.
     ///
     /// # Errors
     /// There is no KVM, or no machine can be built; nothing of it is left then.
-    pub fn build(&self, config: &VmConfig, timings: &Arc<Timings>) -> Result<Machine> {
+    pub fn build(
+        &self,
+        config: &VmConfig,
+        origin: Option<&Origin>,
+        timings: &Arc<Timings>,
+    ) -> Result<Machine> {
         let watch = match config.memory.size.0 {
             LARGE.. => Some(self.signals.watch()?),
             _ => self.signals.interruptible().map(|()| None)?,
@@ -278,7 +285,10 @@ impl Session {
             observed: self.observed.clone(),
             window: window_size(libc::STDIN_FILENO),
         };
-        let machine = Machine::new(config, &host)?;
+        let machine = match origin {
+            Some(origin) => Machine::restore(config, origin, &host)?,
+            None => Machine::new(config, &host)?,
+        };
         drop(watch);
         Ok(machine)
     }

@@ -84,8 +84,9 @@ fn a_machine_goes_on_where_another_was_saved() {
         assert_eq!(machine.handle.call(Command::Resume), Ok(Is::Running));
         machine.wait_for("...");
     }
-    // The one that was saved goes on as well.
-    assert_eq!(first.handle.call(Command::Resume), Ok(Is::Running));
+    // The one that was saved goes on as well, when nobody looks at it any more.
+    assert!(first.handle.call(Command::Resume).is_err());
+    assert_eq!(first.handle.call(Command::Thaw { resume: true }), Ok(Is::Running));
     first.wait_for("..");
     // And so does a copy of a copy, which has the same state as long as it did not run.
     let (fourth_state, fourth_memory) = saved(&config, freeze(&third));

@@ -10,6 +10,7 @@ pub mod mmds;
 pub mod nets;
 pub mod observe;
 pub mod small;
+pub mod snapshot;
 
 use axum::Router;
 use axum::extract::Request;
@@ -49,8 +50,8 @@ pub fn router(shared: Shared) -> Router {
         .route("/serial", get(small::serial).put(small::put_serial))
         .route("/vsock", get(small::vsock).put(small::put_vsock))
         .route("/entropy", get(small::entropy).put(small::put_entropy))
-        .route("/snapshot/create", put(small::later))
-        .route("/snapshot/load", put(small::later))
+        .route("/snapshot/create", put(snapshot::create))
+        .route("/snapshot/load", put(snapshot::load))
         .route("/pmem/{id}", put(small::later).patch(small::later))
         .route("/hotplug/memory", get(small::later).put(small::later).patch(small::later))
         .fallback(unknown_path)

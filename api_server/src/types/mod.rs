@@ -16,6 +16,7 @@ pub mod net;
 pub mod rate;
 pub mod serial;
 pub mod small;
+pub mod snapshot;
 pub mod vsock;
 
 use crate::fault::Fault;

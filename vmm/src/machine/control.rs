@@ -150,6 +150,8 @@ struct Control {
     change: Option<Change>,
     timer: TimerFd,
     kernel_file_wanted: bool,
+    /// Somebody reads the machine's memory: it must not run.
+    frozen: bool,
     end: Option<Result<Ending, RunError>>,
 }
 
@@ -195,6 +197,7 @@ impl Machine {
             change: None,
             timer,
             kernel_file_wanted: false,
+            frozen: false,
             end: None,
         });
         give_back_heap();
@@ -335,6 +338,7 @@ impl Control {
             Command::Update { device, message } => return reply(self.update(device, &message)),
             Command::Replace { device, back_end } => return self.replace(device, back_end, reply),
             Command::Status => return reply(Ok(self.state.clone())),
+            Command::Thaw { resume } => return self.thaw(resume, reply),
             Command::Quit => {
                 self.end_by_will(Ending::Quit);
                 return reply(Ok(State::Stopped));
@@ -348,7 +352,10 @@ impl Control {
         if let Err(refusal) = lifecycle::check(&self.state, step) {
             return reply(Err(refusal));
         }
-        if let Some(change) = &self.change {
+        let under_way = self.change.as_ref().map(Change::name);
+        let frozen = matches!(step, Step::Resume | Step::Freeze) && self.frozen;
+        let under_way = under_way.or(frozen.then_some("write a snapshot"));
+        if let Some(under_way) = under_way {
             let step = match step {
                 Step::Pause => "pause",
                 Step::Freeze => "freeze",
@@ -356,7 +363,7 @@ impl Control {
                 Step::CtrlAltDel => "ctrl-alt-del",
                 Step::PowerButton | Step::Start => "power-button",
             };
-            return reply(Err(Refusal::Busy { step, under_way: change.name() }));
+            return reply(Err(Refusal::Busy { step, under_way }));
         }
         match command {
             Command::Pause => self.pause(Then::Reply(reply, Instant::now())),
@@ -368,10 +375,7 @@ impl Control {
                 }
             }
             Command::Resume => {
-                let start = Instant::now();
-                self.resume();
-                self.machine.control.counted.latencies.resume_vm.set(micros_since(start));
-                self.note(Happening::Resumed);
+                self.go_on();
                 reply(Ok(self.state.clone()));
             }
             Command::CtrlAltDel => {
@@ -466,6 +470,14 @@ impl Control {
             vcpu.park();
         }
         self.change = Some(Change::ParkVcpus { parked: 0, then });
+    }
+
+    /// Somebody wants the machine to go on.
+    fn go_on(&mut self) {
+        let start = Instant::now();
+        self.resume();
+        self.machine.control.counted.latencies.resume_vm.set(micros_since(start));
+        self.note(Happening::Resumed);
     }
 
     fn resume(&mut self) {

@@ -21,8 +21,9 @@ pub enum Command {
     Pause,
     /// Go on after a pause.
     Resume,
-    /// Halt, and hand out what is needed to go on elsewhere. The machine stays paused: while its memory
-    /// is written out it must not run.
+    /// Halt, and hand out what is needed to go on elsewhere. The machine stays paused, and does not even
+    /// go on by [`Command::Resume`], until [`Command::Thaw`]: while its memory is written out it must not
+    /// run.
     Freeze {
         /// Numbers of the registers to be saved ([`Hypervisor::msr_numbers`]).
         ///
@@ -30,6 +31,12 @@ pub enum Command {
         msrs: Arc<Vec<u32>>,
         /// Has room for one; it is sent before the command is answered.
         answer: mpsc::SyncSender<Frozen>,
+    },
+    /// What was handed out by [`Command::Freeze`] is not looked at any more. The machine goes on if it
+    /// ran before and `resume` says so.
+    Thaw {
+        /// Go on.
+        resume: bool,
     },
     /// Press the power button. Answered when the guest was told, not when it is off.
     PowerButton,

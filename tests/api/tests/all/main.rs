@@ -18,4 +18,6 @@ mod metrics;
 #[cfg(test)]
 mod mmds;
 #[cfg(test)]
+mod snapshot;
+#[cfg(test)]
 mod verbs;

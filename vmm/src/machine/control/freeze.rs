@@ -4,7 +4,7 @@ use std::sync::{Arc, mpsc};
 
 use super::super::build::restore::vcpu_name;
 use super::super::event::{Frozen, ReplyTo};
-use super::super::lifecycle::Refusal;
+use super::super::lifecycle::{Refusal, State};
 use super::Control;
 use crate::hypervisor::HypervisorError;
 use crate::hypervisor::state::VcpuState;
@@ -28,12 +28,21 @@ impl Control {
         match self.parts(&msrs) {
             Ok(parts) => {
                 let image = self.machine.ram.image();
+                let frozen = Frozen { parts, image, was_running };
                 // Whoever asks has room for it, or does not want it any more.
-                let _ = answer.try_send(Frozen { parts, image, was_running });
+                self.frozen = answer.try_send(frozen).is_ok();
                 reply(Ok(self.state.clone()));
             }
             Err(refusal) => reply(Err(refusal)),
         }
+    }
+
+    /// Nobody reads the memory any more.
+    pub(super) fn thaw(&mut self, resume: bool, reply: ReplyTo) {
+        if std::mem::take(&mut self.frozen) && resume && self.state == State::Paused {
+            self.go_on();
+        }
+        reply(Ok(self.state.clone()));
     }
 
     /// The states of everything but memory. What is asked of the vCPUs are some system calls each: their

@@ -1,0 +1,140 @@
+//! `/snapshot/create` and `/snapshot/load`.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+use crate::fault::Fault;
+
+/// Which memory is in a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
+pub enum SnapshotType {
+    /// All of it.
+    #[default]
+    Full,
+    /// What was written since the last one.
+    Diff,
+}
+
+/// `/snapshot/create`.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCreateParams {
+    /// The file of the memory.
+    #[schema(value_type = String)]
+    pub mem_file_path: PathBuf,
+    /// The file of everything else.
+    #[schema(value_type = String)]
+    pub snapshot_path: PathBuf,
+    /// Which memory.
+    #[serde(default)]
+    pub snapshot_type: SnapshotType,
+}
+
+/// Where memory comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+pub enum BackendType {
+    /// A file, as it was written.
+    File,
+    /// A process that gives it page by page.
+    Uffd,
+}
+
+/// Where memory comes from.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryBackend {
+    /// What is at the path.
+    pub backend_type: BackendType,
+    /// The file, or the socket of the process.
+    #[schema(value_type = String)]
+    pub backend_path: PathBuf,
+}
+
+/// Another interface for a network card.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkOverride {
+    /// The card.
+    pub iface_id: String,
+    /// Its TAP interface here.
+    pub host_dev_name: String,
+}
+
+/// Another socket for the socket device.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VsockOverride {
+    /// Its socket here.
+    #[schema(value_type = String)]
+    pub uds_path: PathBuf,
+}
+
+/// Another file for a disk.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverride {
+    /// The disk.
+    pub drive_id: String,
+    /// Its file here.
+    #[schema(value_type = String)]
+    pub path_on_host: PathBuf,
+}
+
+/// `/snapshot/load`.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotLoadParams {
+    /// The file of everything but memory.
+    #[schema(value_type = String)]
+    pub snapshot_path: PathBuf,
+    /// Where memory comes from.
+    #[serde(default)]
+    pub mem_backend: Option<MemoryBackend>,
+    /// Its file, as it was said before there were back-ends.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, deprecated)]
+    pub mem_file_path: Option<PathBuf>,
+    /// Means nothing: what was written is known without it.
+    #[serde(default)]
+    pub track_dirty_pages: Option<bool>,
+    /// As `track_dirty_pages`.
+    #[serde(default)]
+    #[schema(deprecated)]
+    pub enable_diff_snapshots: Option<bool>,
+    /// Let the machine go on.
+    #[serde(default)]
+    pub resume_vm: bool,
+    /// Other interfaces for network cards.
+    #[serde(default)]
+    pub network_overrides: Vec<NetworkOverride>,
+    /// Another socket for the socket device.
+    #[serde(default)]
+    pub vsock_override: Option<VsockOverride>,
+    /// Other files for disks.
+    #[serde(default)]
+    pub drive_overrides: Vec<DriveOverride>,
+}
+
+impl SnapshotLoadParams {
+    /// The memory file.
+    ///
+    /// # Errors
+    /// There is none, or two; it is another back-end's.
+    pub fn memory(&self) -> Result<PathBuf, Fault> {
+        match (&self.mem_backend, &self.mem_file_path) {
+            (Some(MemoryBackend { backend_type: BackendType::File, backend_path }), None) => {
+                Ok(backend_path.clone())
+            }
+            (Some(MemoryBackend { backend_type: BackendType::Uffd, .. }), None) => {
+                Err(Fault::bad("mem_backend.backend_type: Uffd is not supported yet."))
+            }
+            (None, Some(path)) => Ok(path.clone()),
+            (Some(_), Some(_)) => {
+                Err(Fault::bad("mem_backend and mem_file_path cannot both be there."))
+            }
+            (None, None) => Err(Fault::bad("mem_backend: memory has to come from somewhere.")),
+        }
+    }
+}

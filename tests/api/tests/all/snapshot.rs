@@ -1,0 +1,164 @@
+//! `/snapshot`: a machine as two files, and back.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use api_tests::{Answer, Server};
+use serde_json::{Value, json};
+
+fn create(server: &Server, folder: &Path) -> Answer {
+    let files = json!({ "snapshot_path": folder.join("state"),
+        "mem_file_path": folder.join("memory") });
+    server.put("/snapshot/create", files)
+}
+
+fn load(folder: &Path, more: &Value) -> Value {
+    let mut params = json!({ "snapshot_path": folder.join("state"),
+        "mem_backend": { "backend_type": "File", "backend_path": folder.join("memory") } });
+    for (key, value) in more.as_object().unwrap() {
+        params[key] = value.clone();
+    }
+    params
+}
+
+fn state(server: &Server) -> Value {
+    server.get("/").json()["state"].clone()
+}
+
+#[test]
+fn a_machine_is_saved_and_goes_on_elsewhere_as_it_was_configured() {
+    let first = Server::hull();
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    first.put("/machine-config", json!({ "vcpu_count": 2, "mem_size_mib": 128 })).done();
+    first
+        .put(
+            "/drives/d",
+            json!({ "drive_id": "d", "path_on_host": disk, "is_read_only": true,
+        "is_root_device": false, "rate_limiter": { "ops": { "size": 9, "refill_time": 100 } } }),
+        )
+        .done();
+    first.put("/entropy", json!({})).done();
+    first.put("/balloon", json!({ "amount_mib": 3, "deflate_on_oom": true })).done();
+    let files = json!({ "snapshot_path": "/x", "mem_file_path": "/y" });
+    first.put("/snapshot/create", &files).refused(400, &["before starting"]);
+    first.boot("spin say=1 dirty=10485760");
+    first.process.wait_for("hello");
+    // One that runs goes on afterwards, one that is paused does not.
+    create(&first, folder.path()).done();
+    assert_eq!(state(&first), "Running");
+    first.patch("/vm", json!({ "state": "Paused" })).done();
+    create(&first, folder.path()).done();
+    assert_eq!(state(&first), "Paused");
+    let memory = fs::metadata(folder.path().join("memory")).unwrap();
+    assert_eq!(memory.len(), 128 << 20);
+    assert!(memory.blocks() * 512 < 12 << 20, "{} KiB", memory.blocks() / 2);
+    // Nothing but the two files is left.
+    let mut names: Vec<_> =
+        fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["disk", "memory", "state"]);
+
+    let second = Server::firecracker();
+    second.put("/snapshot/load", load(folder.path(), &json!({ "resume_vm": true }))).done();
+    assert_eq!(state(&second), "Running");
+    second.process.wait_for("...");
+    assert_eq!(second.get("/vm/config").json(), first.get("/vm/config").json());
+    second.put("/snapshot/load", load(folder.path(), &json!({}))).refused(400, &["after starting"]);
+    // Copies of a copy, while it runs.
+    let again = tempfile::tempdir().unwrap();
+    create(&second, again.path()).done();
+    let third = Server::hull();
+    third.put("/snapshot/load", load(again.path(), &json!({}))).done();
+    assert_eq!(state(&third), "Paused");
+    third.patch("/vm", json!({ "state": "Resumed" })).done();
+    third.process.wait_for(".");
+}
+
+#[test]
+fn what_cannot_be_gone_on_from_is_refused_and_leaves_a_machine_to_be_configured() {
+    let first = Server::hull();
+    let folder = tempfile::tempdir().unwrap();
+    first.boot("spin say=1");
+    first.process.wait_for("hello");
+    create(&first, folder.path()).done();
+    let good = load(folder.path(), &json!({}));
+    let (state_path, memory_path) = (folder.path().join("state"), folder.path().join("memory"));
+    let (whole, memory) = (fs::read(&state_path).unwrap(), fs::read(&memory_path).unwrap());
+    let second = Server::hull();
+    let refused = |words: &[&str]| {
+        second.put("/snapshot/load", &good).refused(400, words);
+        assert_eq!(state(&second), "Not started");
+        fs::write(&state_path, &whole).unwrap();
+        fs::write(&memory_path, &memory).unwrap();
+    };
+    fs::write(&state_path, &whole[..whole.len() - 1]).unwrap();
+    refused(&["state", "bytes long"]);
+    let mut flipped = whole.clone();
+    flipped[1000] ^= 1;
+    fs::write(&state_path, &flipped).unwrap();
+    refused(&["state", "checksum"]);
+    fs::write(&state_path, b"hello").unwrap();
+    refused(&["not a snapshot"]);
+    let mut later = whole.clone();
+    later[8] += 1;
+    fs::write(&state_path, &later).unwrap();
+    refused(&["format 2", "reads 1"]);
+    fs::write(&memory_path, &memory[..memory.len() - 4096]).unwrap();
+    refused(&["memory file", "bytes long"]);
+    let mut other = memory.clone();
+    let place = other.iter().position(|byte| *byte != 0).unwrap();
+    other[place] ^= 1;
+    fs::write(&memory_path, &other).unwrap();
+    refused(&["memory file", "others"]);
+    fs::remove_file(&memory_path).unwrap();
+    refused(&["memory", "No such file"]);
+    for (more, words) in [
+        (json!({ "mem_backend": { "backend_type": "Uffd", "backend_path": "/x" } }), "Uffd"),
+        (json!({ "mem_file_path": "/x" }), "both"),
+        (json!({ "network_overrides": [{ "iface_id": "e", "host_dev_name": "t" }] }), "id e"),
+        (json!({ "vsock_override": { "uds_path": "/x" } }), "no vsock"),
+        (json!({ "drive_overrides": [{ "drive_id": "q", "path_on_host": "/x" }] }), "id q"),
+    ] {
+        let params = load(folder.path(), &more);
+        second.put("/snapshot/load", params).refused(400, &[words]);
+    }
+    second.put("/snapshot/load", &good).done();
+    let third = Server::hull();
+    third.put("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 128 })).done();
+    third.put("/snapshot/load", &good).refused(400, &["after the machine was configured"]);
+    // The first one is as it was all the time.
+    assert_eq!(state(&first), "Running");
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_written_leaves_nothing_and_a_machine_that_runs() {
+    let server = Server::hull();
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    server
+        .put(
+            "/drives/d",
+            json!({ "drive_id": "d", "path_on_host": disk,
+        "is_root_device": false }),
+        )
+        .done();
+    server.boot("spin say=1");
+    server.process.wait_for("hello");
+    let put = |state: &Path, memory: &Path| {
+        server.put("/snapshot/create", json!({ "snapshot_path": state, "mem_file_path": memory }))
+    };
+    let here = |name: &str| folder.path().join(name);
+    put(Path::new("/nowhere/s"), &here("m")).refused(400, &["/nowhere", "No such file"]);
+    put(&here("s"), Path::new("/proc/m")).refused(400, &["/proc"]);
+    put(&here("s"), &here("s")).refused(400, &["one file"]);
+    put(&here("s"), &disk).refused(400, &["disk", "in use"]);
+    // The disk is full.
+    put(&here("s"), Path::new("/dev/full/x")).refused(400, &["/dev/full"]);
+    assert_eq!(state(&server), "Running");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert_eq!(fs::read(&disk).unwrap(), vec![7; 1 << 20]);
+}

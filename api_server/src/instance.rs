@@ -17,6 +17,7 @@ mod snapshot;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::oneshot;
@@ -159,6 +160,9 @@ pub struct Instance {
     wishes: mpsc::Sender<Wish>,
     inner: Arc<Mutex<Inner>>,
 }
+
+/// How long an answer may take to be on its way.
+const ANSWERED: Duration = Duration::from_millis(2);
 
 /// As handlers share it.
 pub type Shared = Arc<Instance>;
@@ -399,12 +403,22 @@ impl Instance {
     /// built ends when it is, and one that reboots starts no more.
     pub fn quit(&self) -> Done {
         let mut inner = self.lock();
-        match &inner.phase {
-            // The receiver is there as long as nothing was started.
-            Phase::Configuring => drop(self.wishes.send(Wish::Quit)),
-            Phase::Starting => {}
-            Phase::Started(handle) => handle.send(Command::Quit, Box::new(drop)),
-        }
+        let (wishes, handle) = (
+            self.wishes.clone(),
+            match &inner.phase {
+                Phase::Started(handle) => Some(handle.clone()),
+                Phase::Configuring | Phase::Starting => None,
+            },
+        );
+        // The process ends with the machine: the answer goes out before.
+        tokio::spawn(async move {
+            tokio::time::sleep(ANSWERED).await;
+            match handle {
+                Some(handle) => handle.send(Command::Quit, Box::new(drop)),
+                // Heard where no machine was started yet.
+                None => drop(wishes.send(Wish::Quit)),
+            }
+        });
         inner.quit = true;
         Ok(DONE)
     }

@@ -2,6 +2,7 @@
 
 mod manual;
 mod run;
+mod snapshot;
 mod verbs;
 
 use std::path::PathBuf;
@@ -13,7 +14,8 @@ use crate::exit::Code;
 use crate::logging::Level;
 
 pub use manual::{CompletionsArgs, completions, man};
-pub use run::{Format, RunArgs, UsageError};
+pub use run::{Format, RunArgs, UsageError, console};
+pub use snapshot::{RestoreArgs, SnapshotArgs, SnapshotCommand};
 pub use verbs::{
     BalloonArgs, EventsArgs, MachineArgs, MetricsArgs, PsArgs, SetDiskArgs, SetNetArgs, ShowArgs,
     StopArgs,
@@ -50,6 +52,10 @@ pub enum Command {
     Pause(MachineArgs),
     /// Let a machine go on that was halted
     Resume(MachineArgs),
+    /// Save a machine as two files, or show what was saved
+    Snapshot(SnapshotArgs),
+    /// Let a saved machine go on, and stay with it until it ends
+    Restore(Box<RestoreArgs>),
     /// Press a machine's power button; end it if that does not help
     Stop(StopArgs),
     /// Show how a machine is configured

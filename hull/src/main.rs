@@ -17,6 +17,7 @@ mod logging;
 mod pidfile;
 mod ps;
 mod report;
+mod restore;
 mod run;
 mod runtime;
 mod session;
@@ -68,6 +69,8 @@ fn run_command(start: Instant) -> Code {
         Command::Ps(args) => ps::ps(&args),
         Command::Pause(args) => client::set_paused(&args, true),
         Command::Resume(args) => client::set_paused(&args, false),
+        Command::Snapshot(args) => client::snapshot(&args),
+        Command::Restore(args) => restore::restore(&args, start),
         Command::Stop(args) => stop::stop(&args),
         Command::Config(args) => client::config(&args),
         Command::Events(args) => client::events(&args),

@@ -12,6 +12,7 @@
 
 mod file;
 mod memory;
+mod overrides;
 mod store;
 
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::file::{FORMAT, StateError, parse, read, write};
 pub use self::memory::{MemoryError, fingerprint, save as save_memory};
+pub use self::overrides::Overrides;
 pub use self::store::{Files, StoreError, load, store};
 use crate::config::VmConfig;
 

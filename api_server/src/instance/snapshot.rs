@@ -76,24 +76,7 @@ impl Instance {
         if config.console.device == own.console.device {
             config.console = own.console;
         }
-        let unknown =
-            |what: &str, id: &str| Fault::bad(format!("There is no {what} with the id {id}."));
-        for other in &params.network_overrides {
-            let n = (0..config.net.len()).find(|n| config.net_name(*n) == other.iface_id);
-            let n = n.ok_or_else(|| unknown("network interface", &other.iface_id))?;
-            config.net[n].tap = Some(other.host_dev_name.clone());
-            config.net[n].fd = None;
-        }
-        for other in &params.drive_overrides {
-            let n = (0..config.disk.len()).find(|n| config.disk_name(*n) == other.drive_id);
-            let n = n.ok_or_else(|| unknown("drive", &other.drive_id))?;
-            config.disk[n].path.clone_from(&other.path_on_host);
-        }
-        if let Some(other) = &params.vsock_override {
-            let vsock = config.vsock.as_mut();
-            let vsock = vsock.ok_or_else(|| Fault::bad("The snapshot has no vsock device."))?;
-            vsock.path.clone_from(&other.uds_path);
-        }
+        params.overrides().apply(&mut config).map_err(|error| Fault::bad(chain(&error)))?;
         Ok(config)
     }
 }

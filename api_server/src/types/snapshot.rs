@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 use utoipa::ToSchema;
+use vmm::snapshot::Overrides;
 
 use crate::fault::Fault;
 
@@ -118,6 +119,17 @@ pub struct SnapshotLoadParams {
 }
 
 impl SnapshotLoadParams {
+    /// What the machine has otherwise here.
+    pub fn overrides(&self) -> Overrides {
+        let net = |net: &NetworkOverride| (net.iface_id.clone(), net.host_dev_name.clone());
+        let disk = |disk: &DriveOverride| (disk.drive_id.clone(), disk.path_on_host.clone());
+        Overrides {
+            nets: self.network_overrides.iter().map(net).collect(),
+            disks: self.drive_overrides.iter().map(disk).collect(),
+            vsock: self.vsock_override.as_ref().map(|vsock| vsock.uds_path.clone()),
+        }
+    }
+
     /// The memory file.
     ///
     /// # Errors

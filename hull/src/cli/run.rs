@@ -321,7 +321,7 @@ fn leading_path(text: &str) -> Vec<keyvalue::Pair> {
 }
 
 /// `MODE[,device=…]`, with `file=PATH` as a mode.
-fn console(text: &str) -> std::result::Result<ConsoleConfig, UsageError> {
+pub fn console(text: &str) -> std::result::Result<ConsoleConfig, UsageError> {
     let mut pairs = keyvalue::split(text);
     if let Some(first) = pairs.first_mut().filter(|first| first.key != "mode") {
         match (first.key.as_str(), first.value.take()) {

@@ -10,6 +10,7 @@ mod events;
 pub mod http;
 mod machine;
 mod show;
+mod snapshot;
 mod state;
 
 use std::future::Future;
@@ -27,6 +28,7 @@ pub use events::events;
 pub use http::{Api, PATIENCE};
 pub use machine::{Machine, is_socket};
 pub use show::{config, metrics};
+pub use snapshot::snapshot;
 pub use state::states;
 
 /// Lets `work` wait for answers.

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -80,7 +80,8 @@ impl Aside {
         name.push(format!(".{}.new", std::process::id()));
         let path = target.with_file_name(name);
         let mut options = File::options();
-        let options = options.read(true).write(true).create(true).truncate(true);
+        // What a guest has in its memory is for nobody else.
+        let options = options.read(true).write(true).create(true).truncate(true).mode(0o600);
         match options.open(&path) {
             Ok(file) => Ok(Aside { file, path, target: target.to_owned(), placed: false }),
             Err(source) => Err(StoreError::File { verb: "make", path, source }),

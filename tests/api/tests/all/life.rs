@@ -99,7 +99,8 @@ fn what_is_refused_changes_nothing() {
         ),
         ("/vsock", json!({ "guest_cid": 2, "uds_path": "/tmp/v" }), "cid"),
         ("/actions", json!({ "action_type": "Dance" }), "Dance"),
-        ("/snapshot/create", json!({}), "not supported yet"),
+        ("/pmem/p", json!({}), "not supported yet"),
+        ("/snapshot/create", json!({}), "mem_file_path"),
     ];
     for (path, body, word) in cases {
         server.put(path, &body).refused(400, &[word]);

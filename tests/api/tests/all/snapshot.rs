@@ -118,9 +118,9 @@ fn what_cannot_be_gone_on_from_is_refused_and_leaves_a_machine_to_be_configured(
     for (more, words) in [
         (json!({ "mem_backend": { "backend_type": "Uffd", "backend_path": "/x" } }), "Uffd"),
         (json!({ "mem_file_path": "/x" }), "both"),
-        (json!({ "network_overrides": [{ "iface_id": "e", "host_dev_name": "t" }] }), "id e"),
+        (json!({ "network_overrides": [{ "iface_id": "e", "host_dev_name": "t" }] }), "the id e"),
         (json!({ "vsock_override": { "uds_path": "/x" } }), "no vsock"),
-        (json!({ "drive_overrides": [{ "drive_id": "q", "path_on_host": "/x" }] }), "id q"),
+        (json!({ "drive_overrides": [{ "drive_id": "q", "path_on_host": "/x" }] }), "the id q"),
     ] {
         let params = load(folder.path(), &more);
         second.put("/snapshot/load", params).refused(400, &[words]);

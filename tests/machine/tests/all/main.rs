@@ -36,6 +36,8 @@ mod rates;
 #[cfg(test)]
 mod rng;
 #[cfg(test)]
+mod snapshot;
+#[cfg(test)]
 mod streams;
 #[cfg(test)]
 mod vsock;

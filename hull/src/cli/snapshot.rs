@@ -1,0 +1,86 @@
+//! Options of the commands that save machines and let them go on.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::{Level, Seccomp};
+
+// Options of `hull snapshot`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct SnapshotArgs {
+    #[command(subcommand)]
+    pub command: Option<SnapshotCommand>,
+    /// Name of the machine, or the socket of its API
+    #[arg(value_name = "NAME|SOCKET", required = true)]
+    pub machine: Option<OsString>,
+    /// Folder for the files `state` and `memory`, which is made if there is none
+    #[arg(value_name = "DIR", required = true)]
+    pub folder: Option<PathBuf>,
+    /// End the machine when it is saved
+    #[arg(long)]
+    pub stop: bool,
+}
+
+/// What else there is to be done with snapshots.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Print what a snapshot says of itself
+    Show {
+        /// Its state file, or its folder
+        #[arg(value_name = "FILE|DIR")]
+        path: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+const RESTORE_EXAMPLES: &str = "\
+Examples:
+  hull snapshot web ./warm
+  hull restore ./warm --name web-2 --net net0=tap7 --disk root=/srv/copy.img";
+
+// Options of `hull restore`.
+#[derive(Debug, Args)]
+#[command(after_help = RESTORE_EXAMPLES)]
+pub struct RestoreArgs {
+    /// Folder of the snapshot, with the files `state` and `memory`
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// Name of the machine [default: vm-PID]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Another file for a disk
+    #[arg(short, long, value_name = "ID=FILE")]
+    pub disk: Vec<String>,
+    /// Another TAP interface for a network card
+    #[arg(short, long, value_name = "ID=TAP")]
+    pub net: Vec<String>,
+    /// Another socket for the vsock device
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<PathBuf>,
+    /// The guest's console: tty, stdio, file=PATH or off [default: auto]
+    #[arg(long, value_name = "OPTIONS")]
+    pub console: Option<String>,
+    /// Leave it paused
+    #[arg(long)]
+    pub paused: bool,
+    /// Where the REST API is served [default: the machine's name in the runtime directory]
+    #[arg(long, value_name = "PATH")]
+    pub api_sock: Option<PathBuf>,
+    /// Serve no API: nobody can pause, change or stop the machine but by signals
+    #[arg(long, conflicts_with = "api_sock")]
+    pub no_api: bool,
+    /// System call filters: on, log (log what they would refuse) or off [default: on]
+    #[arg(long, value_name = "MODE")]
+    pub seccomp: Option<Seccomp>,
+    /// What is logged to standard error
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    pub log: Level,
+    /// Write the process id to this file; it is removed at the end
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+}

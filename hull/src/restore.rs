@@ -1,0 +1,76 @@
+//! `hull restore`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use api_server::{Instance, Limits};
+use vmm::config::VmConfig;
+use vmm::machine::{Command, LONGEST_METADATA};
+use vmm::snapshot::{self, Files, Overrides};
+use vmm::timings::Timings;
+
+use crate::api::HULL;
+use crate::cli::{RestoreArgs, Result, UsageError, console};
+use crate::logging;
+use crate::run;
+use crate::session::{ApiSocket, Session, Wanted};
+
+/// Lets a saved machine go on, and stays with it until it ends.
+pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
+    logging::start(args.log);
+    let overrides = overrides(args)?;
+    let origin = snapshot::load(&Files::within(&args.folder))?;
+    let mut config = VmConfig {
+        name: args.name.clone(),
+        seccomp: args.seccomp.map(Into::into).unwrap_or_default(),
+        ..origin.state.header.config.clone()
+    };
+    overrides.apply(&mut config)?;
+    // The streams of the process that saved it are not this one's.
+    let device = config.console.device;
+    config.console = args.console.as_deref().map(console).transpose()?.unwrap_or_default();
+    config.console.device = device;
+    config.validate_without_kernel()?;
+    let api = match &args.api_sock {
+        _ if args.no_api => ApiSocket::Nowhere,
+        Some(path) => ApiSocket::At(path),
+        None => ApiSocket::ByName,
+    };
+    let wanted = Wanted { pidfile: args.pidfile.as_deref(), config: None, api };
+    let mut session = Session::prepare(&mut config, wanted)?;
+    let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
+    let observed = session.observed().clone();
+    let (instance, link) = Instance::configured(HULL, limits, config, observed);
+    session.offer(instance, link.config().seccomp);
+    let config = link.config();
+    let timings = Arc::new(Timings::new(start));
+    let machine = session.build(&config, Some(&origin), &timings)?;
+    drop(origin);
+    let handle = machine.handle();
+    link.started(handle.clone());
+    if !args.paused {
+        handle.send(Command::Resume, Box::new(drop));
+    }
+    Ok(run::end(&session.run(machine, &config)?))
+}
+
+fn overrides(args: &RestoreArgs) -> std::result::Result<Overrides, UsageError> {
+    let pair = |option, text: &str| match text.split_once('=') {
+        Some((id, value)) if !id.is_empty() && !value.is_empty() => {
+            Ok((id.to_owned(), value.to_owned()))
+        }
+        _ => Err(UsageError::Option {
+            option,
+            text: text.to_owned(),
+            reason: "write the device's id, =, and what it gets".to_owned(),
+        }),
+    };
+    let nets = args.net.iter().map(|text| pair("net", text)).collect::<std::result::Result<_, _>>();
+    let disks = args.disk.iter().map(|text| {
+        let (id, path) = pair("disk", text)?;
+        Ok((id, PathBuf::from(path)))
+    });
+    let disks = disks.collect::<std::result::Result<_, UsageError>>()?;
+    Ok(Overrides { nets: nets?, disks, vsock: args.vsock.clone() })
+}

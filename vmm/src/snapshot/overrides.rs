@@ -1,0 +1,56 @@
+//! What a machine has otherwise where it goes on: its files and interfaces are the host's.
+
+use std::path::PathBuf;
+
+use crate::config::{ConfigError, VmConfig};
+
+/// Other host resources than those that were saved.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// Names of network cards, and the TAP interfaces that they have.
+    pub nets: Vec<(String, String)>,
+    /// Names of disks, and their files.
+    pub disks: Vec<(String, PathBuf)>,
+    /// The socket of the socket device.
+    pub vsock: Option<PathBuf>,
+}
+
+impl Overrides {
+    /// Changes `config` so.
+    ///
+    /// # Errors
+    /// There is no device of that name.
+    pub fn apply(&self, config: &mut VmConfig) -> Result<(), ConfigError> {
+        let unknown = |what: &str, name: &str, known: Vec<String>| {
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            ConfigError {
+                field: what.to_owned(),
+                problem: format!("the snapshot has none with the id {name}; it has: {known}"),
+            }
+        };
+        for (name, tap) in &self.nets {
+            let all: Vec<String> = (0..config.net.len()).map(|n| config.net_name(n)).collect();
+            let place = all.iter().position(|known| known == name);
+            let place = place.ok_or_else(|| unknown("net", name, all))?;
+            config.net[place].tap = Some(tap.clone());
+            config.net[place].fd = None;
+        }
+        for (name, path) in &self.disks {
+            let all: Vec<String> = (0..config.disk.len()).map(|n| config.disk_name(n)).collect();
+            let place = all.iter().position(|known| known == name);
+            let place = place.ok_or_else(|| unknown("disk", name, all))?;
+            config.disk[place].path.clone_from(path);
+        }
+        match (&self.vsock, &mut config.vsock) {
+            (Some(path), Some(vsock)) => vsock.path.clone_from(path),
+            (Some(_), None) => {
+                return Err(ConfigError {
+                    field: "vsock".to_owned(),
+                    problem: "the snapshot has no vsock device".to_owned(),
+                });
+            }
+            (None, _) => {}
+        }
+        Ok(())
+    }
+}

@@ -48,17 +48,25 @@ fn every_example_does_what_it_says() {
 }
 
 fn run() {
-    let server = Server::hull();
-    let folder = server.folder.path().display().to_string();
+    let mut server = Server::hull();
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().display().to_string();
     let disk = format!("{folder}/disk");
     fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
     let kernel = machine_tests::PAYLOAD.display().to_string();
+    let mut ended = false;
     for Example { line, method, path, body, status } in examples() {
+        // What comes behind the end is of another process.
+        if ended {
+            let before = std::mem::replace(&mut server, Server::hull());
+            assert_eq!(before.process.finish().code(), 0);
+        }
         let body = body
             .replace("$KERNEL", &kernel)
             .replace("$DISK", &disk)
             .replace("$DIR", &folder)
             .replace("$TAP", testnet::NAME);
+        ended = body.contains("\"Quit\"");
         if path == "/events" {
             // The answer has no end yet: its first line has to do.
             let mut connection = Connection::to(&server.socket);
@@ -72,7 +80,7 @@ fn run() {
         let answer = server.ask(method, path, &body);
         assert_eq!(answer.status.to_string(), status, "{line}\n{answer:?}");
     }
-    // With the last of them.
+    assert!(ended);
     assert_eq!(server.process.finish().code(), 0);
 }
 

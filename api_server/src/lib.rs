@@ -14,6 +14,7 @@ mod body;
 mod fault;
 mod instance;
 mod lasting;
+#[cfg(test)]
 mod openapi;
 mod patience;
 mod prometheus;
@@ -24,5 +25,4 @@ pub mod types;
 
 pub use fault::{Fault, chain};
 pub use instance::{Instance, Limits, Link, LogSettings, Program, Start, Wish};
-pub use openapi::description;
 pub use server::{Listener, ServerError, Socket, SocketFile, serve};

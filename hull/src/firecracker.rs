@@ -35,14 +35,14 @@ const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
 const DEFAULT_MEMORY: u64 = 128 << 20;
 
 /// Firecracker's options.
-#[derive(Debug, Parser)]
+#[derive(Debug, PartialEq, Parser)]
 #[command(name = "firecracker", disable_version_flag = true, args_override_self = false)]
 struct Options {
     /// Path to the Unix socket of the API
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     api_sock: PathBuf,
     /// Name of the machine
-    #[arg(long, value_name = "ID", default_value = "anonymous-instance")]
+    #[arg(long, value_name = "ID", default_value = DEFAULT_ID)]
     id: String,
     /// A machine's configuration (JSON); the machine is started at once
     #[arg(long, value_name = "FILE")]
@@ -68,7 +68,7 @@ struct Options {
     /// Log lines of this module only
     #[arg(long, value_name = "MODULE")]
     module: Option<String>,
-    /// File or named pipe for metrics; accepted, nothing is written there yet
+    /// File or named pipe for metrics
     #[arg(long, value_name = "FILE")]
     metrics_path: Option<PathBuf>,
     /// Log how long the guest took to boot
@@ -90,7 +90,7 @@ struct Options {
     #[arg(long, value_name = "MICROSECONDS")]
     parent_cpu_time_us: Option<u64>,
     /// Most bytes of a request's body
-    #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_BODY)]
     http_api_max_payload_size: usize,
     /// Most bytes of the metadata
     #[arg(long, value_name = "BYTES")]
@@ -107,6 +107,78 @@ struct Options {
     /// Print the version of a snapshot's state file
     #[arg(long, value_name = "FILE")]
     describe_snapshot: Option<PathBuf>,
+}
+
+/// The name of a machine that got none.
+const DEFAULT_ID: &str = "anonymous-instance";
+/// Most bytes of a request's body, unless somebody says otherwise.
+const DEFAULT_BODY: usize = 51_200;
+
+impl Options {
+    /// The options that orchestrators give, without clap, whose set-up takes half of the time until the
+    /// socket is there. Nothing for all that is not as plain as that: it is clap's.
+    fn plain(arguments: &[OsString]) -> Option<Options> {
+        let mut options = Options {
+            api_sock: PathBuf::new(),
+            id: String::new(),
+            config_file: None,
+            no_api: false,
+            metadata: None,
+            log_path: None,
+            level: None,
+            show_level: false,
+            show_log_origin: false,
+            module: None,
+            metrics_path: None,
+            boot_timer: false,
+            seccomp_filter: None,
+            no_seccomp: false,
+            start_time_us: None,
+            start_time_cpu_us: None,
+            parent_cpu_time_us: None,
+            http_api_max_payload_size: DEFAULT_BODY,
+            mmds_size_limit: None,
+            enable_pci: false,
+            version: false,
+            snapshot_version: false,
+            describe_snapshot: None,
+        };
+        let mut arguments = arguments.iter().skip(1);
+        let mut seen = Vec::new();
+        while let Some(name) = arguments.next() {
+            let name = name.to_str()?;
+            // What is given twice is refused, in clap's words.
+            if seen.contains(&name) {
+                return None;
+            }
+            seen.push(name);
+            let mut value = || {
+                let plain = |value: &&OsString| {
+                    !value.is_empty() && !value.as_encoded_bytes().starts_with(b"-")
+                };
+                arguments.next().filter(plain)
+            };
+            match name {
+                "--api-sock" => options.api_sock = value()?.into(),
+                "--id" => options.id = value()?.to_str()?.to_owned(),
+                "--config-file" => options.config_file = Some(value()?.into()),
+                "--log-path" => options.log_path = Some(value()?.into()),
+                "--level" => options.level = Some(value()?.to_str()?.to_owned()),
+                "--metrics-path" => options.metrics_path = Some(value()?.into()),
+                "--show-level" => options.show_level = true,
+                "--boot-timer" => options.boot_timer = true,
+                "--no-seccomp" => options.no_seccomp = true,
+                _ => return None,
+            }
+        }
+        if options.api_sock.as_os_str().is_empty() {
+            options.api_sock = DEFAULT_SOCKET.into();
+        }
+        if options.id.is_empty() {
+            DEFAULT_ID.clone_into(&mut options.id);
+        }
+        Some(options)
+    }
 }
 
 /// The configuration file is not one of a machine.
@@ -129,7 +201,9 @@ pub fn is_meant(argv0: Option<OsString>) -> bool {
 
 /// Runs as Firecracker would with these arguments, of which the first is a name.
 pub fn firecracker(arguments: impl IntoIterator<Item = OsString>, start: Instant) -> Code {
-    let options = match Options::try_parse_from(arguments) {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let plain = Options::plain(&arguments);
+    let options = match plain.map_or_else(|| Options::try_parse_from(&arguments), Ok) {
         Ok(options) => options,
         Err(error) => {
             // To a closed stream there is nothing to be said.
@@ -262,4 +336,48 @@ fn level(name: Option<&str>) -> std::result::Result<Option<Level>, BadOption> {
         Level::named(name).ok_or_else(|| BadOption(wrong()))
     };
     name.map(named).transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What both parsers make of it; nothing is what is left to clap.
+    fn both(line: &str) -> (Option<Options>, Option<Options>) {
+        let arguments: Vec<OsString> =
+            std::iter::once("firecracker").chain(line.split(' ')).map(OsString::from).collect();
+        let arguments: Vec<OsString> =
+            arguments.into_iter().filter(|argument| !argument.is_empty()).collect();
+        (Options::plain(&arguments), Options::try_parse_from(&arguments).ok())
+    }
+
+    #[test]
+    fn plain_options_are_what_clap_makes_of_them() {
+        for line in [
+            "",
+            "--api-sock /tmp/a --id x",
+            "--config-file f --no-seccomp --boot-timer",
+            "--log-path l --level Info --show-level --metrics-path m",
+        ] {
+            let (plain, clap) = both(line);
+            assert!(plain.is_some() && plain == clap, "{line}: {plain:?} {clap:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_plain_is_left_to_clap() {
+        for line in [
+            "--api-sock",
+            "--api-sock=/tmp/a",
+            "--api-sock --id",
+            "--id a --id b",
+            "--help",
+            "--no-api",
+            "--bogus",
+            "extra",
+            "--mmds-size-limit 5",
+        ] {
+            assert_eq!(both(line).0, None, "{line}");
+        }
+    }
 }

@@ -58,6 +58,12 @@ fn run_command(start: Instant) -> Code {
     if firecracker::is_meant(std::env::args_os().next()) {
         return firecracker::firecracker(std::env::args_os(), start);
     }
+    // Not through all of our own options, whose descriptions alone take longer than what is to be done.
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|verb| verb == "firecracker") {
+        let name = std::iter::once(OsString::from("firecracker"));
+        return firecracker::firecracker(name.chain(arguments), start);
+    }
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(args) => run::run(*args, start),

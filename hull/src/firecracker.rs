@@ -14,6 +14,7 @@ use api_server::{Instance, Limits, LogSettings, Program, Wish};
 use clap::Parser;
 use vmm::config::{ByteSize, VmConfig};
 use vmm::seccomp;
+use vmm::snapshot;
 use vmm::timings::Timings;
 
 use crate::api::{self, FIRECRACKER, Log, fulfil};
@@ -231,6 +232,11 @@ fn run(options: &Options, begun: Instant) -> Result {
     }
     if options.snapshot_version {
         streams::print(&format!("{SNAPSHOT_VERSION}\n"))?;
+        return Ok(Code::SUCCESS);
+    }
+    if let Some(path) = &options.describe_snapshot {
+        snapshot::read(path).map_err(|error| BadOption(format!("{}: {error}", path.display())))?;
+        streams::print(&format!("v{}.0.0\n", snapshot::FORMAT))?;
         return Ok(Code::SUCCESS);
     }
     check_instance_id(&options.id)?;

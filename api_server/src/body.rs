@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{FromRequest, Request};
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::http::request::Parts;
 use axum::http::{Method, StatusCode};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Body as _;
@@ -56,6 +57,19 @@ impl FromRequest<Shared> for AnyJson {
     async fn from_request(request: Request, shared: &Shared) -> Result<AnyJson, Fault> {
         let bytes = something(request, shared).await?;
         parse(&bytes).map(AnyJson)
+    }
+}
+
+/// The id in a path.
+#[derive(Debug)]
+pub struct Id(pub String);
+
+impl FromRequestParts<Shared> for Id {
+    type Rejection = Fault;
+
+    async fn from_request_parts(parts: &mut Parts, shared: &Shared) -> Result<Id, Fault> {
+        let id = Path::<String>::from_request_parts(parts, shared).await;
+        id.map(|Path(id)| Id(id)).map_err(|error| Fault::bad(format!("{error}")))
     }
 }
 

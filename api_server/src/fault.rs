@@ -6,6 +6,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
+use vmm::config::ConfigError;
 
 /// Body of every answer that is not a success.
 #[derive(Debug, Serialize, ToSchema)]
@@ -33,6 +34,17 @@ impl Fault {
         Fault { status, message: message.into() }
     }
 
+    /// A configuration that is not valid, in the words of the request.
+    pub fn of_config(error: &ConfigError) -> Fault {
+        let field = error.field.split('[').next().unwrap_or_default();
+        let key = error.field.rsplit('.').next().unwrap_or_default();
+        let known = FIELDS.iter().find(|(ours, _)| *ours == error.field);
+        let known =
+            known.or_else(|| FIELDS.iter().find(|(ours, _)| *ours == format!("{field}.{key}")));
+        let name = known.map_or(error.field.as_str(), |(_, name)| name);
+        Fault::bad(format!("{name}: {}", error.problem))
+    }
+
     /// An operation for a machine that does not run yet.
     pub fn after_start() -> Fault {
         Fault::bad("The requested operation is not supported after starting the microVM.")
@@ -48,6 +60,26 @@ impl Fault {
         Fault::bad("The microVM stopped before the request was done.")
     }
 }
+
+/// Fields of the configuration, and what requests call them.
+const FIELDS: [(&str, &str); 16] = [
+    ("cpus", "vcpu_count"),
+    ("memory.size", "mem_size_mib"),
+    ("memory.huge-pages", "huge_pages"),
+    ("disk.id", "drive_id"),
+    ("disk.path", "path_on_host"),
+    ("disk.rate", "rate_limiter"),
+    ("disk.partuuid", "partuuid"),
+    ("net.id", "iface_id"),
+    ("net.tap", "host_dev_name"),
+    ("net.mac", "guest_mac"),
+    ("net.rx-rate", "rx_rate_limiter"),
+    ("net.tx-rate", "tx_rate_limiter"),
+    ("vsock.cid", "guest_cid"),
+    ("vsock.path", "uds_path"),
+    ("balloon.size", "amount_mib"),
+    ("rng-rate", "rate_limiter"),
+];
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

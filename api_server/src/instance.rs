@@ -355,7 +355,7 @@ impl Instance {
         }
         let mut config = inner.config.clone();
         change(&mut config)?;
-        config.validate_without_kernel().map_err(|error| Fault::bad(chain(&error)))?;
+        config.validate_without_kernel().map_err(|error| Fault::of_config(&error))?;
         inner.config = config;
         inner.touched = true;
         Ok(DONE)

@@ -207,10 +207,12 @@ async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
     });
     let router = routes::router(Arc::clone(&shared));
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut refused = false;
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
+                refused = false;
                 let connection =
                     connection(stream, router.clone(), server.clone(), Arc::clone(&shared));
                 tokio::spawn(async move {
@@ -220,7 +222,10 @@ async fn accept(listener: tokio::net::UnixListener, shared: Shared) {
             }
             Err(error) => {
                 // Out of descriptors: others may be closed in a moment.
-                tracing::warn!(%error, "cannot accept a connection");
+                // Once for all that come until somebody is taken in again.
+                if !std::mem::replace(&mut refused, true) {
+                    tracing::warn!(%error, "cannot accept connections");
+                }
                 tokio::time::sleep(AGAIN).await;
             }
         }

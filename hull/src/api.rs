@@ -14,7 +14,7 @@ use crate::cli::{ApiArgs, Result};
 use crate::exit::Code;
 use crate::logging::{self, Level, Lines};
 use crate::run;
-use crate::session::{ApiSocket, Session, Wanted};
+use crate::session::{ApiSocket, Attached, Session, Wanted};
 
 /// The version of Firecracker whose API is served.
 pub const FIRECRACKER: &str = "1.12.1";
@@ -54,23 +54,30 @@ pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>) -> Result {
         // The sender lives in the API's thread, which lives as long as the process.
         let start = match wishes.recv()? {
             Wish::Start(start) => start,
-            Wish::Quit => return Ok(Code::SUCCESS),
+            Wish::Quit => {
+                session.tell_quit();
+                return Ok(Code::SUCCESS);
+            }
         };
         // Clients count from their wish, not from the process.
         let timings = Arc::new(Timings::new(Instant::now()));
-        match session.build(&start.config, start.origin.as_ref(), &timings) {
+        let machine = session.build(&start.config, start.origin.as_ref(), &timings);
+        // Before the client is told that the machine runs.
+        let ready = machine.and_then(|machine| Ok((machine, session.console(&start.config)?)));
+        match ready {
             Err(error) => start.failed(error.as_ref()),
-            Ok(machine) => return run(session, *start, machine),
+            Ok((machine, console)) => return run(session, *start, machine, console),
         }
     }
 }
 
 /// Runs the machine that was wished for until it ends.
-pub fn run(session: &Session, start: Start, machine: Machine) -> Result {
+pub fn run(session: &Session, start: Start, machine: Machine, console: Attached) -> Result {
     let config = start.config.clone();
     session.describe(&config)?;
     start.started(machine.handle());
-    let ending = session.run(machine, &config)?;
+    tracing::info!(name = config.name, cpus = config.cpus, "the machine starts");
+    let ending = session.run_with(machine, &config, console)?;
     Ok(run::end(&ending))
 }
 

@@ -190,6 +190,19 @@ pub struct BadConfiguration {
     source: Box<dyn std::error::Error + Send + Sync>,
 }
 
+/// The file of one's own filters is not to be had.
+#[derive(Debug, thiserror::Error)]
+#[error("--seccomp-filter: cannot open {}", path.display())]
+struct NoFilter {
+    path: PathBuf,
+    source: std::io::Error,
+}
+
+/// The level of the log is none.
+#[derive(Debug, thiserror::Error)]
+#[error("--level: {0:?} is not Off, Error, Warn, Info, Debug or Trace")]
+struct BadLevel(String);
+
 /// An option whose value is not one of it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -214,7 +227,7 @@ pub fn firecracker(arguments: impl IntoIterator<Item = OsString>, start: Instant
     };
     run(&options, start).unwrap_or_else(|error| {
         report::print(error.as_ref());
-        if error.is::<BadConfiguration>() {
+        if error.is::<BadConfiguration>() || error.is::<BadLevel>() {
             Code::CONFIGURATION
         } else if error.is::<BadOption>() {
             Code::ARGUMENTS
@@ -259,7 +272,8 @@ fn run(options: &Options, begun: Instant) -> Result {
     if options.enable_pci {
         tracing::warn!("--enable-pci: devices are on MMIO, there is no PCI bus yet");
     }
-    if options.seccomp_filter.is_some() {
+    if let Some(path) = &options.seccomp_filter {
+        fs::File::open(path).map_err(|source| NoFilter { path: path.clone(), source })?;
         tracing::warn!("--seccomp-filter: Hull's own filters are used");
     }
     let mut config = VmConfig::default();
@@ -313,8 +327,10 @@ fn run(options: &Options, begun: Instant) -> Result {
     let timings = Arc::new(Timings::new(begun));
     let machine = session
         .build(&start.config, start.origin.as_ref(), &timings)
-        .map_err(|source| BadConfiguration { path: path.clone(), source })?;
-    api::run(&session, *start, machine)
+        .and_then(|machine| Ok((machine, session.console(&start.config)?)))
+        .map_err(|source| BadConfiguration { path: path.clone(), source });
+    let (machine, console) = machine?;
+    api::run(&session, *start, machine, console)
 }
 
 /// Has `take` take what is in a file.
@@ -336,11 +352,8 @@ fn check_instance_id(id: &str) -> std::result::Result<(), BadOption> {
     }
 }
 
-fn level(name: Option<&str>) -> std::result::Result<Option<Level>, BadOption> {
-    let named = |name: &str| {
-        let wrong = || format!("--level: {name:?} is not Off, Error, Warn, Info, Debug or Trace");
-        Level::named(name).ok_or_else(|| BadOption(wrong()))
-    };
+fn level(name: Option<&str>) -> std::result::Result<Option<Level>, BadLevel> {
+    let named = |name: &str| Level::named(name).ok_or_else(|| BadLevel(name.to_owned()));
     name.map(named).transpose()
 }
 

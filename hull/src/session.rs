@@ -138,6 +138,12 @@ pub enum ApiSocket<'a> {
     Nowhere,
 }
 
+/// The host side of a console.
+pub struct Attached {
+    console: Console,
+    _raw: Option<RawMode>,
+}
+
 /// What is to be prepared.
 #[derive(Clone, Copy, Default)]
 pub struct Wanted<'a> {
@@ -225,6 +231,13 @@ impl Session {
         })
     }
 
+    /// Tells those who listen that there will be no machine.
+    pub fn tell_quit(&self) {
+        let (reason, message, again) = (Reason::Quit, None, false);
+        self.observed.journal.note(Happening::Stopped { reason, message, again });
+        self.observed.journal.finish();
+    }
+
     /// What can be seen of the machine.
     pub fn observed(&self) -> &Observed {
         &self.observed
@@ -293,11 +306,42 @@ impl Session {
         Ok(machine)
     }
 
+    /// Opens the host side of the console of `config`. The terminal is in raw mode as long as it lives.
+    ///
+    /// # Errors
+    /// It cannot be had.
+    pub fn console(&self, config: &VmConfig) -> Result<Attached> {
+        let first = !self.ran.swap(true, Ordering::Relaxed);
+        let opened = console(config, &self.used, first);
+        if opened.is_err() && first {
+            // It was not emptied for a machine that ran.
+            self.ran.store(false, Ordering::Relaxed);
+        }
+        let (console, _raw) = opened?;
+        Ok(Attached { console, _raw })
+    }
+
     /// Runs a machine that [`Session::build`] made of `config`, until it ends.
     ///
     /// # Errors
     /// Its console cannot be had, or it cannot go on.
     pub fn run(&self, machine: Machine, config: &VmConfig) -> Result<Ending> {
+        // Last, so that an error before it finds the terminal as it was.
+        let console = self.console(config)?;
+        self.run_with(machine, config, console)
+    }
+
+    /// As [`Session::run`], with a console that is open already.
+    ///
+    /// # Errors
+    /// It cannot go on.
+    pub fn run_with(
+        &self,
+        machine: Machine,
+        config: &VmConfig,
+        attached: Attached,
+    ) -> Result<Ending> {
+        let Attached { console, _raw } = attached;
         let mut services: Vec<Box<dyn Service>> = Vec::new();
         let offered = self.door.offer().as_ref().map(|offer| offer.listener.as_raw_fd());
         if let Some(fd) = offered {
@@ -307,8 +351,6 @@ impl Session {
             services.push(Box::new(Minute::new(Arc::clone(&self.observed.metrics))?));
         }
         let thread = if offered.is_some() { ThreadKind::MainApi } else { ThreadKind::Main };
-        // Last, so that an error before it finds the terminal as it was.
-        let (console, _raw) = console(config, &self.used, !self.ran.swap(true, Ordering::Relaxed))?;
         let signals = Some(self.signals.try_clone()?);
         let last = config.on_reboot == OnReboot::Exit;
         let options = RunOptions { console, signals, services, thread, last };

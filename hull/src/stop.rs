@@ -40,6 +40,32 @@ struct Stuck {
 #[error("the process that listens on {0} is in another container: it cannot be seen from here")]
 struct OutOfSight(String);
 
+#[derive(Debug, thiserror::Error)]
+#[error("the process that listens on {socket}, {pid}, is no monitor of a machine")]
+struct NoMonitor {
+    socket: String,
+    pid: i32,
+}
+
+/// True if `pid`, which listens for `machine`, says what a monitor says, or is called so if it does not
+/// answer: whoever else listens on a socket is not to be killed.
+fn is_monitor(machine: &Machine, pid: i32) -> bool {
+    let says = client::block_on(async {
+        let mut api = Api::connect(machine, ASK_TIMEOUT).await?;
+        api.get("/").await
+    });
+    let named = |name: &str| {
+        let name = name.trim_end();
+        name.starts_with("hull") || name.starts_with("firecracker")
+    };
+    match says {
+        Ok(info) => info.get("vmm_version").is_some() && info.get("app_name").is_some(),
+        Err(_) => {
+            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| named(&name))
+        }
+    }
+}
+
 /// Stops a machine and waits until it is gone.
 pub fn stop(args: &StopArgs) -> Result {
     let Some(target) = Target::find(&args.machine.machine)? else { return Ok(Code::SUCCESS) };
@@ -82,6 +108,9 @@ impl Target {
         let machine = Machine::find(socket)?;
         let pid = peer(&machine)?;
         let Some(process) = Process::open(pid)? else { return Ok(None) };
+        if !is_monitor(&machine, pid) {
+            return Err(NoMonitor { socket: machine.name, pid }.into());
+        }
         // It still listens: what we hold is no later one of that number.
         if peer(&machine)? != pid {
             return Ok(None);

@@ -31,6 +31,8 @@ impl SocketPath {
             return Ok(SocketPath { path: path.to_owned(), _folder: None });
         };
         let flags = libc::O_PATH | libc::O_DIRECTORY;
+        let here = Path::new(".");
+        let folder = if folder.as_os_str().is_empty() { here } else { folder };
         let folder = File::options().read(true).custom_flags(flags).open(folder)?;
         let path = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
         Ok(SocketPath { path, _folder: Some(folder) })

@@ -223,7 +223,7 @@ impl Reader {
         let mut inner = self.journal.lock();
         // In order, without gaps.
         let first = inner.entries.front().map_or(0, |entry| entry.sequence);
-        let place = (self.after + 1).saturating_sub(first);
+        let place = self.after.saturating_add(1).saturating_sub(first);
         let next = usize::try_from(place).ok().and_then(|place| inner.entries.get(place));
         if let Some(entry) = next {
             self.after = entry.sequence;
@@ -286,7 +286,9 @@ mod tests {
         let Poll::Ready(Some(entry)) = reader.poll_next(&mut context) else { panic!("nothing") };
         assert_eq!(entry.sequence, 6);
         // From a number that is not there yet, or never will be.
-        assert_eq!(next(&mut journal.read(u64::MAX - 1)), Poll::Pending);
+        for after in [u64::MAX - 1, u64::MAX] {
+            assert_eq!(next(&mut journal.read(after)), Poll::Pending);
+        }
     }
 
     #[test]

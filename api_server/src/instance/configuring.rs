@@ -92,9 +92,9 @@ impl Instance {
     /// See [`Instance::configure`]; a file cannot be read.
     pub fn put_boot_source(&self, source: BootSource) -> Done {
         self.before_start()?;
-        check_file("kernel", &source.kernel_image_path)?;
+        check_file("kernel_image_path", "kernel", &source.kernel_image_path)?;
         if let Some(initrd) = &source.initrd_path {
-            check_file("initrd", initrd)?;
+            check_file("initrd_path", "initrd", initrd)?;
         }
         self.configure(|config| {
             config.kernel = source.into();
@@ -108,7 +108,8 @@ impl Instance {
     /// See [`Instance::configure`]; the file cannot be a disk.
     pub fn put_drive(&self, disk: DiskConfig) -> Done {
         self.before_start()?;
-        check_disk(&disk).map_err(|error| Fault::bad(chain(&error)))?;
+        check_disk(&disk)
+            .map_err(|error| Fault::bad(format!("path_on_host: {}", chain(&error))))?;
         self.configure(|config| {
             put(&mut config.disk, disk, |disk| &disk.id);
             Ok(())
@@ -184,12 +185,12 @@ fn put<T>(all: &mut Vec<T>, new: T, id: impl Fn(&T) -> &Option<String>) {
 ///
 /// # Errors
 /// The reason, with `what` the file is.
-fn check_file(what: &str, path: &Path) -> Result<(), Fault> {
+fn check_file(field: &str, what: &str, path: &Path) -> Result<(), Fault> {
     // Of a pipe, nobody waits for the other end.
     match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path) {
         Ok(_) => Ok(()),
         Err(error) => Err(Fault::bad(format!(
-            "The {what} file cannot be opened: {}: {error}",
+            "{field}: The {what} file cannot be opened: {}: {error}",
             path.display()
         ))),
     }

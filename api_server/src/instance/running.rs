@@ -1,7 +1,7 @@
 //! What can be done to a machine that runs.
 
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm::config::{BalloonConfig, ByteSize, DiskConfig, NetConfig, RateLimit, VmConfig};
 use vmm::devices::virtio::blk::Candidate;
@@ -13,6 +13,11 @@ use crate::types::balloon::{BalloonStats, BalloonStatsUpdate, BalloonUpdate};
 use crate::types::drive::PartialDrive;
 use crate::types::net::PartialNetworkInterface;
 use crate::types::rate::RateLimiter;
+
+/// How long a change of state that is under way is waited for before another one, and how often it is
+/// looked at.
+const CHANGING: Duration = Duration::from_millis(200);
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// Name of the balloon among a machine's devices.
 const BALLOON: &str = "balloon";
@@ -29,14 +34,20 @@ impl Instance {
     /// It was not started, or is about to change its state.
     pub async fn set_paused(&self, paused: bool) -> Done {
         let handle = self.handle()?;
-        let (command, done) = match paused {
-            true => (Command::Pause, State::Paused),
-            false => (Command::Resume, State::Running),
-        };
-        if send(&handle, Command::Status).await? == done {
-            return Ok(DONE);
+        let done = if paused { State::Paused } else { State::Running };
+        let end = Instant::now() + CHANGING;
+        loop {
+            if send(&handle, Command::Status).await? == done {
+                return Ok(DONE);
+            }
+            let command = if paused { Command::Pause } else { Command::Resume };
+            match send(&handle, command).await {
+                Ok(_) => return Ok(DONE),
+                // Another client wants the same, or the machine is about to change otherwise.
+                Err(_) if Instant::now() < end => tokio::time::sleep(LOOK_AGAIN).await,
+                Err(fault) => return Err(fault),
+            }
         }
-        send(&handle, command).await.map(|_| DONE)
     }
 
     /// The running machine and its balloon.
@@ -54,7 +65,7 @@ impl Instance {
         balloon.size = ByteSize(u64::from(update.amount_mib) << 20);
         let mut config = self.config();
         config.balloon = Some(balloon.clone());
-        config.validate_without_kernel().map_err(|error| Fault::bad(chain(&error)))?;
+        config.validate_without_kernel().map_err(|error| Fault::of_config(&error))?;
         let message = Message::BalloonTarget(balloon.pages());
         send(&handle, Command::Update { device: BALLOON.into(), message }).await?;
         self.lock().config.balloon = Some(balloon);
@@ -117,7 +128,8 @@ impl Instance {
             let opened = path.clone();
             // On a thread of its own: a file system that hangs shall hang nobody else.
             let candidate = elsewhere(move || Candidate::open(&opened, ro, direct)).await?;
-            let candidate = candidate.map_err(|error| Fault::bad(chain(&error)))?;
+            let candidate = candidate
+                .map_err(|error| Fault::bad(format!("path_on_host: {}", chain(&error))))?;
             let back_end = BackEnd::Disk(candidate);
             send(&handle, Command::Replace { device: id.clone(), back_end }).await?;
             self.lock().config.disk[place].path = path;

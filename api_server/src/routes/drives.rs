@@ -1,9 +1,9 @@
 //! `/drives`.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use vmm::config::DiskConfig;
 
-use crate::body::{Json, Nothing};
+use crate::body::{Id, Json, Nothing};
 use crate::fault::{Done, Fault, Found};
 use crate::instance::{Shared, elsewhere};
 use crate::types::check_ids;
@@ -23,7 +23,7 @@ pub async fn no_id() -> Fault {
 /// A disk.
 #[utoipa::path(get, path = "/drives/{drive_id}", params(("drive_id" = String, Path)),
     responses((status = 200, body = Drive)))]
-pub async fn get(State(shared): State<Shared>, Path(id): Path<String>, _: Nothing) -> Found<Drive> {
+pub async fn get(State(shared): State<Shared>, Id(id): Id, _: Nothing) -> Found<Drive> {
     let config = shared.config();
     let disk = config.disk.iter().find(|disk| disk.id.as_deref() == Some(&id));
     disk.map(|disk| axum::Json(disk.into())).ok_or_else(|| unknown(&id))
@@ -32,11 +32,7 @@ pub async fn get(State(shared): State<Shared>, Path(id): Path<String>, _: Nothin
 /// Adds a disk, or replaces the one with this id. Before the start only.
 #[utoipa::path(put, path = "/drives/{drive_id}", params(("drive_id" = String, Path)),
     request_body = Drive, responses((status = 204)))]
-pub async fn put(
-    State(shared): State<Shared>,
-    Path(id): Path<String>,
-    Json(drive): Json<Drive>,
-) -> Done {
+pub async fn put(State(shared): State<Shared>, Id(id): Id, Json(drive): Json<Drive>) -> Done {
     check_ids(&id, &drive.drive_id)?;
     let disk = DiskConfig::try_from(drive)?;
     elsewhere(move || shared.put_drive(disk)).await?
@@ -47,7 +43,7 @@ pub async fn put(
     request_body = PartialDrive, responses((status = 204)))]
 pub async fn patch(
     State(shared): State<Shared>,
-    Path(id): Path<String>,
+    Id(id): Id,
     Json(drive): Json<PartialDrive>,
 ) -> Done {
     check_ids(&id, &drive.drive_id)?;

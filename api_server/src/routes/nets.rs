@@ -1,8 +1,8 @@
 //! `/network-interfaces`.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 
-use crate::body::{Json, Nothing};
+use crate::body::{Id, Json, Nothing};
 use crate::fault::{Done, Fault, Found};
 use crate::instance::Shared;
 use crate::types::check_ids;
@@ -18,11 +18,7 @@ pub async fn list(State(shared): State<Shared>, _: Nothing) -> Found<Vec<Network
 /// A network card.
 #[utoipa::path(get, path = "/network-interfaces/{iface_id}", params(("iface_id" = String, Path)),
     responses((status = 200, body = NetworkInterface)))]
-pub async fn get(
-    State(shared): State<Shared>,
-    Path(id): Path<String>,
-    _: Nothing,
-) -> Found<NetworkInterface> {
+pub async fn get(State(shared): State<Shared>, Id(id): Id, _: Nothing) -> Found<NetworkInterface> {
     let config = shared.config();
     let net = config.net.iter().find(|net| net.id.as_deref() == Some(&id));
     net.map(|net| axum::Json(net.into())).ok_or_else(|| unknown(&id))
@@ -33,7 +29,7 @@ pub async fn get(
     request_body = NetworkInterface, responses((status = 204)))]
 pub async fn put(
     State(shared): State<Shared>,
-    Path(id): Path<String>,
+    Id(id): Id,
     Json(interface): Json<NetworkInterface>,
 ) -> Done {
     check_ids(&id, &interface.iface_id)?;
@@ -46,7 +42,7 @@ pub async fn put(
     responses((status = 204)))]
 pub async fn patch(
     State(shared): State<Shared>,
-    Path(id): Path<String>,
+    Id(id): Id,
     Json(interface): Json<PartialNetworkInterface>,
 ) -> Done {
     check_ids(&id, &interface.iface_id)?;

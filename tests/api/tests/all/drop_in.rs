@@ -65,12 +65,14 @@ fn exit_codes_are_firecrackers() {
         let guest = Guest::hull("firecracker");
         options.iter().fold(guest, |guest, option| guest.flag(option)).run()
     };
-    for wrong in
-        [&["--bogus"][..], &["--id", "a b", "--no-api"], &["--no-api"], &["--level", "loud"]]
-    {
+    for wrong in [&["--bogus"][..], &["--id", "a b", "--no-api"], &["--no-api"]] {
         let outcome = run(wrong);
         assert_eq!(outcome.code(), 153, "{wrong:?}: {}", outcome.stderr);
     }
+    let outcome = run(&["--level", "loud"]);
+    assert_eq!(outcome.code(), 152, "{}", outcome.stderr);
+    let outcome = run(&["--seccomp-filter", "/nowhere"]);
+    assert_eq!(outcome.code(), 1, "{}", outcome.stderr);
     let mut unknown = hello();
     unknown["drive"] = json!([]);
     let mut missing = hello();
@@ -131,6 +133,9 @@ fn signals_end_it_with_firecrackers_codes() {
         for started in [false, true] {
             let server = Server::firecracker();
             server.get("/");
+            // While a thread is made, its maker has signals blocked, and the new one gets them, which may
+            // not remove files.
+            std::thread::sleep(std::time::Duration::from_millis(50));
             if started {
                 server.boot("halt");
                 server.process.wait_for("halting");
@@ -184,4 +189,23 @@ fn what_is_configured_is_a_configuration_file() {
     let said = ["nowhere0", "kernel", "TAP"];
     assert!(said.iter().any(|word| outcome.stderr.contains(word)), "{}", outcome.stderr);
     assert!(!outcome.stderr.contains("unknown field"), "{}", outcome.stderr);
+}
+
+#[test]
+fn a_guest_that_is_logged_about_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    for boot in ["payload=boottimer", "payload=hostile dev=rng case=all"] {
+        let config = json!({
+            "boot-source": { "kernel_image_path": &*PAYLOAD, "boot_args": boot },
+            "logger": { "log_path": log, "level": "Info", "show_level": true },
+            "entropy": {},
+        });
+        let file = config_file(&folder, &config);
+        let outcome =
+            Guest::hull("firecracker").flag("--no-api").option("--config-file", &file).run();
+        assert_eq!(outcome.code(), 0, "{boot}: {}", outcome.stderr);
+    }
+    let text = fs::read_to_string(&log).unwrap();
+    assert!(text.contains("Guest-boot-time"), "{text}");
 }

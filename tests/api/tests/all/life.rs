@@ -65,10 +65,10 @@ fn what_is_refused_changes_nothing() {
     fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
     let drive = |id: &str, root: bool| json!({ "drive_id": id, "path_on_host": file, "is_root_device": root, "is_read_only": true });
     let cases = [
-        ("/machine-config", json!({ "vcpu_count": 0, "mem_size_mib": 128 }), "cpus: 0"),
-        ("/machine-config", json!({ "vcpu_count": 65, "mem_size_mib": 128 }), "cpus: 65"),
+        ("/machine-config", json!({ "vcpu_count": 0, "mem_size_mib": 128 }), "vcpu_count: 0"),
+        ("/machine-config", json!({ "vcpu_count": 65, "mem_size_mib": 128 }), "vcpu_count: 65"),
         ("/machine-config", json!({ "vcpu_count": 3, "mem_size_mib": 128, "smt": true }), "odd"),
-        ("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 0 }), "memory.size"),
+        ("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 0 }), "mem_size_mib"),
         ("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": u64::MAX }), "mem_size_mib"),
         ("/machine-config", json!({ "vcpu_count": "1", "mem_size_mib": 1 }), "vcpu_count"),
         (
@@ -90,7 +90,7 @@ fn what_is_refused_changes_nothing() {
         (
             "/network-interfaces/a",
             json!({ "iface_id": "a", "host_dev_name": "a name that is too long" }),
-            "net[0].tap",
+            "host_dev_name",
         ),
         (
             "/network-interfaces/a",
@@ -307,4 +307,71 @@ fn the_serial_port_writes_where_it_is_told_and_drops_what_is_too_much() {
     let written = fs::metadata(&path).unwrap().len();
     assert!((1..4_000).contains(&written), "{written}");
     server.put("/serial", "{}").refused(400, &["not supported after starting"]);
+}
+
+#[test]
+fn a_console_that_cannot_be_had_is_told_at_the_start() {
+    let server = Server::hull();
+    let disk = server.folder.path().join("disk");
+    fs::write(&disk, vec![0; 4096]).unwrap();
+    server
+        .put(
+            "/drives/d",
+            json!({ "drive_id": "d", "path_on_host": disk,
+        "is_root_device": false }),
+        )
+        .done();
+    server
+        .put(
+            "/boot-source",
+            json!({ "kernel_image_path": &*machine_tests::PAYLOAD,
+        "boot_args": "payload=halt" }),
+        )
+        .done();
+    let start = || server.put("/actions", r#"{ "action_type": "InstanceStart" }"#);
+    for path in ["/nowhere/serial", "/tmp", disk.to_str().unwrap()] {
+        server.put("/serial", json!({ "serial_out_path": path })).done();
+        start().refused(400, &[path]);
+        assert_eq!(server.get("/").json()["state"], "Not started");
+    }
+    assert_eq!(fs::read(&disk).unwrap(), vec![0; 4096]);
+    server.put("/serial", "{}").done();
+    start().done();
+    server.process.wait_for("halting");
+}
+
+#[test]
+fn an_id_that_is_no_text_is_refused_in_json() {
+    let server = Server::hull();
+    for path in ["/drives/%ff", "/network-interfaces/%c0%af"] {
+        server.put(path, "{}").refused(400, &["UTF-8"]);
+    }
+}
+
+#[test]
+fn two_clients_may_want_the_same() {
+    let server = Server::hull();
+    server.boot("spin");
+    server.process.wait_for("hello");
+    for state in ["Paused", "Resumed", "Paused"] {
+        let body = json!({ "state": state }).to_string();
+        let mut clients: Vec<_> = (0..8).map(|_| Connection::to(&server.socket)).collect();
+        for client in &mut clients {
+            client.ask("PATCH", "/vm", &body);
+        }
+        for mut client in clients {
+            client.answer().unwrap().done();
+        }
+    }
+}
+
+#[test]
+fn who_listens_hears_of_an_end_before_the_start() {
+    let server = Server::hull();
+    let mut listener = Connection::to(&server.socket);
+    listener.send(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    server.put("/actions", r#"{ "action_type": "Quit" }"#).done();
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut listener.0, &mut text).unwrap();
+    assert!(text.contains("event: created") && text.contains("\"reason\":\"quit\""), "{text}");
 }

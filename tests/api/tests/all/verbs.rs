@@ -358,3 +358,13 @@ fn a_real_firecracker_is_driven_as_well() {
     assert!(stop.stderr.contains("by SIGTERM: its API cannot"), "{}", stop.stderr);
     assert!(!firecracker.wait().unwrap().success());
 }
+
+#[test]
+fn whoever_is_no_monitor_is_not_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("other.sock");
+    // This process, which listens and never answers.
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let outcome = Guest::hull("stop").flag("--now").flag(path.to_str().unwrap()).run();
+    outcome.failed(&["other.sock", "is no monitor of a machine"]);
+}

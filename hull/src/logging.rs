@@ -95,7 +95,7 @@ pub fn change(level: Option<Level>, file: Option<File>, lines: Option<Lines>) {
     {
         // Each field is whole after its assignment, so a panic elsewhere changes nothing.
         let mut settings = SETTINGS.write().unwrap_or_else(PoisonError::into_inner);
-        if file.is_some() || lines.is_some() {
+        if file.is_some() {
             // The C library reads the host's time zone when it is first asked for a time, even for UTC:
             // now, since threads that log later may open no file.
             let _ = now();

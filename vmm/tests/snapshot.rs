@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use common::{Running, kvm, payload, piped};
 use vmm::hypervisor::Hypervisor;
+use vmm::hypervisor::state::VcpuState;
 use vmm::machine::{
     Command, Ending, Frozen, Host, Machine, Observed, Origin, RunOptions, State as Is,
 };
@@ -104,4 +105,60 @@ fn a_machine_goes_on_where_another_was_saved() {
         machine.handle.call(Command::Quit).unwrap();
         assert_eq!(machine.finish().0, Ok(Ending::Quit));
     }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_reason() {
+    let config = payload("spin say=1");
+    let mut first = Running::start(config.clone(), None);
+    first.wait_for("hello");
+    let (state, memory) = saved(&config, freeze(&first));
+    let refused = |change: &dyn Fn(&mut State)| {
+        let mut state = state.clone();
+        change(&mut state);
+        let (observed, kvm) = (Observed::default(), kvm());
+        let timings = Arc::new(Timings::new(Instant::now()));
+        let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
+        let origin = Origin { state, memory: memory.try_clone().unwrap() };
+        match Machine::restore(&config, &origin, &host) {
+            Ok(_) => panic!("it was taken"),
+            Err(err) => common::chain(&err),
+        }
+    };
+    let part = |state: &State, kind: &str| {
+        state.parts.iter().position(|part| part.payload.kind == kind).unwrap()
+    };
+    let lacking = refused(&|state| {
+        let place = part(state, "vcpu");
+        let payload = &mut state.parts[place].payload;
+        let mut vcpu = VcpuState::restore(payload).unwrap();
+        // A reserved bit, which no host has.
+        let leaf = vcpu.cpuid.iter_mut().find(|entry| entry.function == 1).unwrap();
+        leaf.ecx |= 1 << 16;
+        *payload = vcpu.save();
+    });
+    assert!(lacking.contains("lacks") && lacking.contains("0x1/0 ecx bit 16"), "{lacking}");
+    let gone = refused(&|state| drop(state.parts.remove(part(state, "serial"))));
+    assert!(gone.contains("no state of serial"), "{gone}");
+    let extra = refused(&|state| {
+        let mut other = state.parts[part(state, "serial")].clone();
+        other.owner = "disk7".to_owned();
+        state.parts.push(other);
+    });
+    assert!(extra.contains("disk7, which the machine has not"), "{extra}");
+    for kind in ["vm", "vcpu", "serial", "i8042", "acpi"] {
+        let short = refused(&|state| {
+            let place = part(state, kind);
+            state.parts[place].payload.bytes.truncate(2);
+            state.parts[place].payload.bytes.push(7);
+        });
+        assert!(short.contains("cannot be taken"), "{kind}: {short}");
+        let later = refused(&|state| {
+            let place = part(state, kind);
+            state.parts[place].payload.version += 1;
+        });
+        assert!(later.contains("version 2"), "{kind}: {later}");
+    }
+    first.handle.call(Command::Quit).unwrap();
+    assert_eq!(first.finish().0, Ok(Ending::Quit));
 }

@@ -4,7 +4,11 @@
 //! package of cores with one thread each or two, whatever the host has, and APIC ids equal to vCPU
 //! indices. Leaves follow the Intel SDM vol. 2 (CPUID) and the AMD APM vol. 3 appendix E.
 
+mod features;
+
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+pub use features::missing;
 
 /// What shapes the CPUID of a machine's vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

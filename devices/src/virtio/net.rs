@@ -307,19 +307,23 @@ impl Device for Net {
     }
 
     fn save(&self) -> Payload {
-        let bytes = self.pairs.load(Ordering::Relaxed).to_le_bytes().to_vec();
+        let mut bytes = self.pairs.load(Ordering::Relaxed).to_le_bytes().to_vec();
+        // The driver has read it, and does not do so again: it may have been made up of a name.
+        bytes.extend(self.mac);
         Payload { kind: NAME, version: VERSION, bytes }
     }
 
     fn restore(&mut self, payload: &Payload) -> Result<(), RestoreError> {
         let invalid = |reason| RestoreError::Invalid { kind: NAME, reason };
-        let bytes = <[u8; 2]>::try_from(payload.expect(NAME, VERSION)?)
-            .map_err(|_| invalid("it is not 2 bytes long"))?;
-        let pairs = u16::from_le_bytes(bytes);
+        let bytes = <[u8; 8]>::try_from(payload.expect(NAME, VERSION)?)
+            .map_err(|_| invalid("it is not 8 bytes long"))?;
+        let [low, high, mac @ ..] = bytes;
+        let pairs = u16::from_le_bytes([low, high]);
         if !(1..=self.taps.len()).contains(&usize::from(pairs)) {
             return Err(invalid("it uses more queue pairs than this card has"));
         }
         self.pairs.store(pairs, Ordering::Relaxed);
+        self.mac = mac;
         Ok(())
     }
 }

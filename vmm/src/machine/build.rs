@@ -35,7 +35,7 @@ use super::slot::Slot;
 use super::table::{self, BackEnd, Entry};
 use super::transport::{Parts as TransportParts, Transport};
 use super::vcpu::{Shared, VcpuThread, install_kick_handler};
-use crate::config::{ConfigError, ConsoleDevice, ConsoleMode, VmConfig};
+use crate::config::{ConfigError, ConsoleDevice, ConsoleMode, CpuConfig, VmConfig};
 use crate::console::Output;
 use crate::hypervisor::{Hypervisor, HypervisorError, Vcpu, Vm};
 use crate::io::{IoThread, Options};
@@ -162,7 +162,10 @@ impl Machine {
     ) -> Result<Machine, BuildError> {
         warn_if_larger_than_host(config);
         let hypervisor = host_side.hypervisor;
-        let cpus = Cpus::new(hypervisor, config.cpus, &config.cpu)?;
+        // What a saved machine's CPUs are like is in its state.
+        let plain = CpuConfig::default();
+        let cpu = if origin.is_some() { &plain } else { &config.cpu };
+        let cpus = Cpus::new(hypervisor, config.cpus, cpu)?;
         let wake = Arc::new(event()?);
         let (events, receiver) = Sender::new(Arc::clone(&wake));
         let Observed { metrics, journal } = &host_side.observed;
@@ -208,8 +211,8 @@ impl Machine {
         if let Some(origin) = origin {
             let (vm, serial) = (vm.as_ref(), serial.as_deref());
             let (keyboard, acpi, slots) = (&keyboard, &acpi_port, &mut slots);
-            let vcpus = &vcpus;
-            let parts = Restored { vm, vcpus, serial, keyboard, acpi, slots };
+            let (vcpus, supported) = (&vcpus, cpus.supported());
+            let parts = Restored { vm, vcpus, supported, serial, keyboard, acpi, slots };
             restore::states(origin, parts)?;
             // The guest is a copy. It is told before its first instruction.
             acpi_port.raise(AcpiEvent::VmGenId);

@@ -440,7 +440,7 @@ fn the_driver_chooses_how_many_pairs_it_uses() {
     assert_eq!(pairs(&harness), [1, 0]);
 
     let mut device = wired(2);
-    let three = Payload { bytes: vec![3, 0], ..device.save() };
+    let three = Payload { bytes: vec![3, 0, 2, 0, 0, 0, 0, 1], ..device.save() };
     assert!(matches!(device.restore(&three), Err(RestoreError::Invalid { .. })));
 }
 

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 
 use devices::virtio::device::{Payload, RestoreError};
+use kvm_bindings::kvm_cpuid_entry2;
 
 use super::super::bus::{AcpiPort, KeyboardPort, SerialPort};
 use super::super::slot::Slot;
@@ -32,6 +33,9 @@ pub enum OriginError {
     /// It cannot be read.
     #[error("cannot read the memory file")]
     Read(#[source] io::Error),
+    /// The guest was shown features that this host has not: it may use them any time.
+    #[error("this host's CPU lacks what the guest was shown: {0}")]
+    Cpu(String),
     /// A state is missing.
     #[error("there is no state of {0}")]
     Missing(String),
@@ -104,6 +108,8 @@ pub(super) fn memory(origin: &Origin, ram: &mut GuestRam) -> Result<(), BuildErr
 pub(super) struct Restored<'a> {
     pub(super) vm: &'a dyn Vm,
     pub(super) vcpus: &'a [Box<dyn Vcpu>],
+    /// What CPUID can say on this host.
+    pub(super) supported: &'a [kvm_cpuid_entry2],
     pub(super) serial: Option<&'a SerialPort>,
     pub(super) keyboard: &'a KeyboardPort,
     pub(super) acpi: &'a AcpiPort,
@@ -118,7 +124,12 @@ pub(super) fn states(origin: &Origin, machine: Restored<'_>) -> Result<(), Build
     for (index, vcpu) in machine.vcpus.iter().enumerate() {
         let owner = vcpu_name(index);
         let state = parts.take(&owner, Some("vcpu"))?;
-        vcpu.restore(&taken(&owner, VcpuState::restore(&state))?)?;
+        let state = taken(&owner, VcpuState::restore(&state))?;
+        let missing = arch::cpuid::missing(&state.cpuid, machine.supported);
+        if !missing.is_empty() {
+            return Err(OriginError::Cpu(missing.join(", ")).into());
+        }
+        vcpu.restore(&state)?;
     }
     if let Some(serial) = machine.serial {
         let state = parts.take("serial", Some("serial"))?;

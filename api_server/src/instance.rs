@@ -57,6 +57,13 @@ pub struct Program {
     pub api_version: &'static str,
 }
 
+impl Program {
+    /// True if its clients expect a Firecracker.
+    pub fn is_firecracker(&self) -> bool {
+        self.name == "Firecracker"
+    }
+}
+
 /// The log of the process. Whoever owns it opens its file and changes it.
 pub trait LogSettings: Send + Sync {
     /// Changes what is logged, where, and how.

@@ -18,7 +18,7 @@ const HEADER: u32 = 44;
 fuzz_target!(|data: &[u8]| {
     let Some((&choice, data)) = data.split_first() else { return };
     let path = PathBuf::from(format!("/dev/shm/hull-fuzz-vsock-{}", std::process::id()));
-    let device = Vsock::new(Listener::open(&path).unwrap(), CID);
+    let device = Vsock::new(Listener::open(&path).unwrap(), CID, false);
     // Ports that a small number in the input names.
     let listeners: Vec<(UnixListener, PathBuf)> = (0..u32::from(choice & 3))
         .map(|port| {

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
-use vmm::config::{CpuConfig, DiskConfig, NetConfig};
+use vmm::config::{CpuConfig, DiskConfig, NetConfig, VsockConfig};
 use vmm::machine::check_disk;
 
 use super::Instance;
@@ -145,7 +145,8 @@ impl Instance {
     /// See [`Instance::configure`].
     pub fn put_vsock(&self, vsock: Vsock) -> Done {
         self.configure(|config| {
-            config.vsock = Some(vsock.into());
+            let keep = self.program().is_firecracker();
+            config.vsock = Some(VsockConfig { keep, ..vsock.into() });
             Ok(())
         })
     }

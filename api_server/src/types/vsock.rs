@@ -24,7 +24,7 @@ pub struct Vsock {
 
 impl From<Vsock> for VsockConfig {
     fn from(vsock: Vsock) -> VsockConfig {
-        VsockConfig { path: vsock.uds_path, cid: vsock.guest_cid }
+        VsockConfig { path: vsock.uds_path, cid: vsock.guest_cid, keep: false }
     }
 }
 

@@ -62,8 +62,9 @@ pub struct Vsock {
 
 impl Vsock {
     /// A device whose guest has the address `cid`, [`FIRST_CID`] to [`LAST_CID`]. Programs reach it
-    /// through `listener`.
-    pub fn new(listener: Listener, cid: u64) -> Vsock {
+    /// through `listener`, whose file stays when the machine ends if `keep` says so.
+    pub fn new(mut listener: Listener, cid: u64, keep: bool) -> Vsock {
+        listener.keep_at_end(keep);
         let (give_back, returned) = mpsc::channel();
         let metrics = Arc::<VsockMetrics>::default();
         let connections = Connections::new(listener, cid, Arc::clone(&metrics));
@@ -130,7 +131,7 @@ impl Device for Vsock {
 
     fn end(&mut self) {
         if let Some(connections) = self.connections() {
-            connections.remove_file();
+            connections.end();
         }
     }
 

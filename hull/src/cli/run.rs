@@ -12,9 +12,8 @@ use vmm::config::{
 };
 use vmm::seccomp;
 
-use super::Seccomp;
+use super::{ProcessArgs, ReachArgs};
 use crate::keyvalue;
-use crate::logging::Level;
 
 const RUN_EXAMPLES: &str = "\
 Examples:
@@ -67,7 +66,7 @@ pub struct RunArgs {
     /// A network card: tap[=NAME][,mac=ADDR][,host=ADDR/PREFIX][,mtu=N][,queues=N][,rx-rate=RATE][,tx-rate=RATE], or fd=N
     #[arg(short, long, value_name = "OPTIONS")]
     pub net: Vec<String>,
-    /// Streams between the guest and programs of the host: path=SOCKET[,cid=N]
+    /// Streams between the guest and programs of the host: path=SOCKET[,cid=N][,keep]
     #[arg(long, value_name = "OPTIONS")]
     pub vsock: Option<String>,
     /// Memory that the guest lends to the host: size=SIZE[,deflate-on-oom][,stats-interval=SECONDS][,reporting]
@@ -87,27 +86,16 @@ pub struct RunArgs {
     /// Name of the machine [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
-    /// Where the REST API is served [default: the machine's name in the runtime directory]
-    #[arg(long, value_name = "PATH")]
-    pub api_sock: Option<PathBuf>,
-    /// Serve no API: nobody can pause, change or stop the machine but by signals
-    #[arg(long, conflicts_with = "api_sock")]
-    pub no_api: bool,
+    #[command(flatten)]
+    pub reach: ReachArgs,
     /// What a guest reboot does [default: exit]
     #[arg(long, value_name = "WHAT")]
     pub on_reboot: Option<Reboot>,
-    /// System call filters: on, log (log what they would refuse) or off [default: on]
-    #[arg(long, value_name = "MODE")]
-    pub seccomp: Option<Seccomp>,
     /// Declare a keyboard controller to the guest
     #[arg(long)]
     pub i8042: bool,
-    /// What is logged to standard error
-    #[arg(long, value_name = "LEVEL", default_value = "warn")]
-    pub log: Level,
-    /// Write the process id to this file; it is removed at the end
-    #[arg(long, value_name = "FILE")]
-    pub pidfile: Option<PathBuf>,
+    #[command(flatten)]
+    pub process: ProcessArgs,
     /// Print when the machine reached which point, from process start, at the end. A guest says
     /// that it reached userspace by writing the byte 123 to address 0xd0000000
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true,
@@ -238,7 +226,7 @@ impl RunArgs {
                 Reboot::Restart => OnReboot::Restart,
             }),
         );
-        set(&mut config.seccomp, self.seccomp.map(seccomp::Mode::from));
+        set(&mut config.seccomp, self.process.seccomp.map(seccomp::Mode::from));
         for text in &self.disk {
             config.disk.push(disk(text)?);
         }
@@ -426,13 +414,13 @@ mod tests {
         assert_eq!(config.net[1].tap.as_deref(), Some("t0"));
         assert_eq!(config.console.path.as_deref(), Some(Path::new("/x")));
         assert_eq!(config.on_reboot, OnReboot::Restart);
-        assert_eq!(config.vsock, Some(VsockConfig { path: "v.sock".into(), cid: 7 }));
+        assert_eq!(config.vsock, Some(VsockConfig { path: "v.sock".into(), cid: 7, keep: false }));
     }
 
     #[test]
     fn a_socket_device_in_few_words() {
         let config = config(&["--vsock", "/run/v"]).unwrap();
-        assert_eq!(config.vsock, Some(VsockConfig { path: "/run/v".into(), cid: 3 }));
+        assert_eq!(config.vsock, Some(VsockConfig { path: "/run/v".into(), cid: 3, keep: false }));
         let text = toml::to_string(&config).unwrap();
         assert_eq!(toml::from_str::<VmConfig>(&text).unwrap(), config, "{text}");
         for (text, reason) in [

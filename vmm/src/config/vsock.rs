@@ -18,6 +18,10 @@ pub struct VsockConfig {
     /// The guest's address (CID), 3 to 4294967294.
     #[serde(default = "first_cid")]
     pub cid: u64,
+    /// The socket's file stays when the machine ends, as Firecracker's clients expect. It is removed
+    /// otherwise.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep: bool,
 }
 
 fn first_cid() -> u64 {
@@ -55,12 +59,13 @@ mod tests {
     use super::*;
 
     fn problem(path: &str, cid: u64) -> String {
-        VsockConfig { path: path.into(), cid }.validate().unwrap_err().to_string()
+        VsockConfig { path: path.into(), cid, keep: false }.validate().unwrap_err().to_string()
     }
 
     #[test]
     fn addresses_and_paths_have_limits() {
-        let valid = |path: &str, cid| VsockConfig { path: path.into(), cid }.validate();
+        let valid =
+            |path: &str, cid| VsockConfig { path: path.into(), cid, keep: false }.validate();
         assert_eq!(valid("/run/v.sock", 3), Ok(()));
         assert_eq!(valid(&"x".repeat(96), 0xffff_fffe), Ok(()));
         assert!(problem(&"x".repeat(97), 3).starts_with("vsock.path: "));
@@ -77,7 +82,7 @@ mod tests {
     #[test]
     fn only_the_path_has_to_be_said() {
         let config: VsockConfig = serde_json::from_str(r#"{"path": "v.sock"}"#).unwrap();
-        assert_eq!(config, VsockConfig { path: "v.sock".into(), cid: 3 });
+        assert_eq!(config, VsockConfig { path: "v.sock".into(), cid: 3, keep: false });
         assert!(serde_json::from_str::<VsockConfig>(r#"{"cid": 3}"#).is_err());
         assert!(serde_json::from_str::<VsockConfig>(r#"{"path": "v", "port": 3}"#).is_err());
     }

@@ -99,7 +99,11 @@ pub(super) fn devices(
         let listener = Listener::open(&vsock.path)
             .map_err(|err| BuildError::Device { device: "vsock".into(), source: err.into() })?;
         files::allow_many();
-        add("vsock".into(), Box::new(Vsock::new(listener, vsock.cid)), BackEnd::Sockets);
+        add(
+            "vsock".into(),
+            Box::new(Vsock::new(listener, vsock.cid, vsock.keep)),
+            BackEnd::Sockets,
+        );
     }
     if config.rng {
         add("rng".into(), Box::new(Rng::new(limiter(config.rng_rate))), BackEnd::Polled);

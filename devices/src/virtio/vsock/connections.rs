@@ -108,9 +108,9 @@ impl Connections {
         self.transport_reset = false;
     }
 
-    /// Removes the listening socket's file.
-    pub(super) fn remove_file(&mut self) {
-        self.listener.remove();
+    /// The machine ended: the listening socket's file goes, unless it is to stay.
+    pub(super) fn end(&mut self) {
+        self.listener.end();
     }
 
     /// A worker begins, perhaps after a pause.

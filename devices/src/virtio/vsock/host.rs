@@ -58,6 +58,7 @@ pub struct Listener {
     c_path: CString,
     /// Device and inode of the file, until it is removed.
     identity: Option<(u64, u64)>,
+    keep: bool,
 }
 
 impl Listener {
@@ -84,7 +85,13 @@ impl Listener {
             result => result.map_err(failed)?,
         }
         let (_, identity) = look(&c_path).map_err(failed)?;
-        let listener = Listener { socket, path: path.to_owned(), c_path, identity: Some(identity) };
+        let listener = Listener {
+            socket,
+            path: path.to_owned(),
+            c_path,
+            identity: Some(identity),
+            keep: false,
+        };
         // SAFETY: the call has no memory arguments.
         check(unsafe { libc::listen(listener.socket.as_raw_fd(), BACKLOG) }).map_err(failed)?;
         Ok(listener)
@@ -121,6 +128,19 @@ impl Listener {
         let socket = new_socket()?;
         address.connect(&socket)?;
         Ok(socket)
+    }
+
+    /// Whether the file stays at [`Listener::end`].
+    pub(super) fn keep_at_end(&mut self, keep: bool) {
+        self.keep = keep;
+    }
+
+    /// The machine ended: the file goes, unless it is to stay.
+    pub(super) fn end(&mut self) {
+        if self.keep {
+            self.identity = None;
+        }
+        self.remove();
     }
 
     /// Removes the file, if it still is this socket's.

@@ -19,7 +19,7 @@ const ROOM: u32 = 256 << 10;
 fn device() -> (Vsock, TempDir) {
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
     let listener = Listener::open(&folder.path().join("v")).unwrap();
-    (Vsock::new(listener, CID), folder)
+    (Vsock::new(listener, CID, false), folder)
 }
 
 #[derive(Clone, Copy, Debug)]

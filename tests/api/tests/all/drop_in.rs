@@ -209,3 +209,15 @@ fn a_guest_that_is_logged_about_goes_on() {
     let text = fs::read_to_string(&log).unwrap();
     assert!(text.contains("Guest-boot-time"), "{text}");
 }
+
+#[test]
+fn the_socket_of_a_vsock_stays_as_firecrackers_does() {
+    for (server, stays) in [(Server::firecracker(), true), (Server::hull(), false)] {
+        let path = server.folder.path().join("vsock");
+        server.put("/vsock", json!({ "guest_cid": 3, "uds_path": path })).done();
+        // Clients remove it themselves, and do not find it otherwise.
+        server.boot("hello");
+        assert_eq!(server.process.finish().code(), 0);
+        assert_eq!(path.exists(), stays);
+    }
+}

@@ -45,6 +45,14 @@ impl Machine {
         Ok(Machine { command, memory: "256M", cmdline: Vec::new(), runtime })
     }
 
+    /// A machine that goes on where another was saved: `hull restore`.
+    pub fn restored(site: &Site, folder: &Path) -> Result<Machine, Failure> {
+        let runtime = tempfile::tempdir()?;
+        let mut command = Command::new(&site.hull);
+        command.arg("restore").arg(folder).env("XDG_RUNTIME_DIR", runtime.path());
+        Ok(Machine { command, memory: "", cmdline: Vec::new(), runtime })
+    }
+
     /// An option with a value.
     pub fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Machine {
         self.command.arg(name).arg(value);
@@ -80,6 +88,17 @@ impl Machine {
         self.cmdline.push(format!("hull.mode={mode}"));
         self.command.arg("--memory").arg(self.memory);
         self.command.arg("--cmdline").arg(self.cmdline.join(" "));
+        self.spawn()
+    }
+
+    /// Starts a machine that was in script mode when it was saved, and waits until it takes commands.
+    pub fn start_restored(self) -> Result<Guest, Failure> {
+        let mut guest = self.spawn()?;
+        guest.run(":")?;
+        Ok(guest)
+    }
+
+    fn spawn(mut self) -> Result<Guest, Failure> {
         self.command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = self.command.spawn()?;
         let missing = || Failure::from("a stream of the child is missing");

@@ -7,6 +7,7 @@ mod lifecycle;
 mod metadata;
 mod network;
 mod resources;
+mod snapshot;
 mod vsock;
 
 use crate::guest::Failure;
@@ -19,7 +20,7 @@ pub type Case = fn(&Site) -> Result<(), Failure>;
 pub fn all() -> Vec<(&'static str, Case)> {
     let devices =
         [disk::CASES, network::CASES, metadata::CASES, vsock::CASES, balloon::CASES].concat();
-    [boot::CASES, resources::CASES, &devices, lifecycle::CASES].concat()
+    [boot::CASES, resources::CASES, &devices, lifecycle::CASES, snapshot::CASES].concat()
 }
 
 /// Fails with `what` unless `held`.

@@ -26,12 +26,12 @@ pub const HULL: Program =
 /// Serves the API until the machine that is started there ends.
 pub fn api(args: &ApiArgs) -> Result {
     logging::serve();
-    logging::change(Some(args.log), None, None);
+    logging::change(Some(args.process.log), None, None);
     let mut config = VmConfig { name: args.name.clone(), ..VmConfig::default() };
-    config.seccomp = args.seccomp.map_or(config.seccomp, Into::into);
+    config.seccomp = args.process.seccomp.map_or(config.seccomp, Into::into);
     config.validate_without_kernel()?;
     let wanted = Wanted {
-        pidfile: args.pidfile.as_deref(),
+        pidfile: args.process.pidfile.as_deref(),
         api: ApiSocket::At(&args.sock),
         ..Wanted::default()
     };

@@ -12,6 +12,7 @@ use vmm::seccomp;
 
 use crate::exit::Code;
 use crate::logging::Level;
+use crate::session::ApiSocket;
 
 pub use manual::{CompletionsArgs, completions, man};
 pub use run::{Format, RunArgs, UsageError, console};
@@ -78,15 +79,9 @@ pub enum Command {
     Man,
 }
 
-// Options of `hull api`.
+// Options of every command that stays with a machine.
 #[derive(Debug, Args)]
-pub struct ApiArgs {
-    /// Where the API is served
-    #[arg(long, value_name = "PATH")]
-    pub sock: PathBuf,
-    /// Name of the machine [default: vm-PID]
-    #[arg(long, value_name = "NAME")]
-    pub name: Option<String>,
+pub struct ProcessArgs {
     /// System call filters: on, log (log what they would refuse) or off [default: on]
     #[arg(long, value_name = "MODE")]
     pub seccomp: Option<Seccomp>,
@@ -96,6 +91,41 @@ pub struct ApiArgs {
     /// Write the process id to this file; it is removed at the end
     #[arg(long, value_name = "FILE")]
     pub pidfile: Option<PathBuf>,
+}
+
+// How a machine is reached that has its configuration already.
+#[derive(Debug, Args)]
+pub struct ReachArgs {
+    /// Where the REST API is served [default: the machine's name in the runtime directory]
+    #[arg(long, value_name = "PATH")]
+    pub api_sock: Option<PathBuf>,
+    /// Serve no API: nobody can pause, change or stop the machine but by signals
+    #[arg(long, conflicts_with = "api_sock")]
+    pub no_api: bool,
+}
+
+impl ReachArgs {
+    /// Where the API is to be.
+    pub fn socket(&self) -> ApiSocket<'_> {
+        match &self.api_sock {
+            _ if self.no_api => ApiSocket::Nowhere,
+            Some(path) => ApiSocket::At(path),
+            None => ApiSocket::ByName,
+        }
+    }
+}
+
+// Options of `hull api`.
+#[derive(Debug, Args)]
+pub struct ApiArgs {
+    /// Where the API is served
+    #[arg(long, value_name = "PATH")]
+    pub sock: PathBuf,
+    /// Name of the machine [default: vm-PID]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    #[command(flatten)]
+    pub process: ProcessArgs,
     /// Most bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
     pub max_body: usize,

@@ -14,16 +14,16 @@ use crate::api::HULL;
 use crate::cli::{RestoreArgs, Result, UsageError, console};
 use crate::logging;
 use crate::run;
-use crate::session::{ApiSocket, Session, Wanted};
+use crate::session::{Session, Wanted};
 
 /// Lets a saved machine go on, and stays with it until it ends.
 pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
-    logging::start(args.log);
+    logging::start(args.process.log);
     let overrides = overrides(args)?;
     let origin = snapshot::load(&Files::within(&args.folder))?;
     let mut config = VmConfig {
         name: args.name.clone(),
-        seccomp: args.seccomp.map(Into::into).unwrap_or_default(),
+        seccomp: args.process.seccomp.map(Into::into).unwrap_or_default(),
         ..origin.state.header.config.clone()
     };
     overrides.apply(&mut config)?;
@@ -32,12 +32,8 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     config.console = args.console.as_deref().map(console).transpose()?.unwrap_or_default();
     config.console.device = device;
     config.validate_without_kernel()?;
-    let api = match &args.api_sock {
-        _ if args.no_api => ApiSocket::Nowhere,
-        Some(path) => ApiSocket::At(path),
-        None => ApiSocket::ByName,
-    };
-    let wanted = Wanted { pidfile: args.pidfile.as_deref(), config: None, api };
+    let pidfile = args.process.pidfile.as_deref();
+    let wanted = Wanted { pidfile, config: None, api: args.reach.socket() };
     let mut session = Session::prepare(&mut config, wanted)?;
     let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
     let observed = session.observed().clone();

@@ -13,7 +13,7 @@ use crate::api::HULL;
 use crate::cli::{Format, Result, RunArgs, UsageError};
 use crate::exit::Code;
 use crate::logging;
-use crate::session::{ApiSocket, Session, Wanted};
+use crate::session::{Session, Wanted};
 use crate::streams;
 
 /// Runs a machine until it ends.
@@ -23,11 +23,11 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
         streams::print(&toml::to_string(&config).map_err(UsageError::from)?)?;
         return Ok(Code::SUCCESS);
     }
-    logging::start(args.log);
+    logging::start(args.process.log);
     let wanted = Wanted {
-        pidfile: args.pidfile.as_deref(),
+        pidfile: args.process.pidfile.as_deref(),
         config: args.config.as_deref(),
-        api: api_socket(&args),
+        api: args.reach.socket(),
     };
     let mut session = Session::prepare(&mut config, wanted)?;
     let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
@@ -51,14 +51,6 @@ pub fn run(args: RunArgs, start: Instant) -> Result {
             }
             ending => return Ok(end(&ending)),
         }
-    }
-}
-
-fn api_socket(args: &RunArgs) -> ApiSocket<'_> {
-    match &args.api_sock {
-        _ if args.no_api => ApiSocket::Nowhere,
-        Some(path) => ApiSocket::At(path),
-        None => ApiSocket::ByName,
     }
 }
 

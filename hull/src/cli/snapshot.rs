@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{Level, Seccomp};
+use super::{ProcessArgs, ReachArgs};
 
 // Options of `hull snapshot`.
 #[derive(Debug, Args)]
@@ -68,19 +68,8 @@ pub struct RestoreArgs {
     /// Leave it paused
     #[arg(long)]
     pub paused: bool,
-    /// Where the REST API is served [default: the machine's name in the runtime directory]
-    #[arg(long, value_name = "PATH")]
-    pub api_sock: Option<PathBuf>,
-    /// Serve no API: nobody can pause, change or stop the machine but by signals
-    #[arg(long, conflicts_with = "api_sock")]
-    pub no_api: bool,
-    /// System call filters: on, log (log what they would refuse) or off [default: on]
-    #[arg(long, value_name = "MODE")]
-    pub seccomp: Option<Seccomp>,
-    /// What is logged to standard error
-    #[arg(long, value_name = "LEVEL", default_value = "warn")]
-    pub log: Level,
-    /// Write the process id to this file; it is removed at the end
-    #[arg(long, value_name = "FILE")]
-    pub pidfile: Option<PathBuf>,
+    #[command(flatten)]
+    pub reach: ReachArgs,
+    #[command(flatten)]
+    pub process: ProcessArgs,
 }

@@ -236,6 +236,9 @@ impl I8042 {
         };
         let (&[configuration, commanded, awaited, value, scanning], output) =
             bytes.split_first_chunk::<5>().ok_or_else(|| invalid("it is too short"))?;
+        if commanded > 1 || scanning > 1 {
+            return Err(invalid("a flag is neither set nor clear"));
+        }
         if output.len() > BUFFER {
             return Err(invalid("more bytes wait than fit"));
         }

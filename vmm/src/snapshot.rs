@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use devices::virtio::device::Payload;
 use serde::{Deserialize, Serialize};
 
-pub use self::file::{FORMAT, StateError, parse, read, write};
+pub use self::file::{FORMAT, StateError, parse, read, sealed, write};
 pub use self::memory::{MemoryError, fingerprint, save as save_memory};
 pub use self::overrides::Overrides;
 pub use self::store::{Files, StoreError, load, store};

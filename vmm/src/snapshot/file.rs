@@ -86,15 +86,21 @@ pub fn write(state: &State) -> Result<Vec<u8>, StateError> {
         payloads.extend((payload.bytes.len() as u32).to_le_bytes());
         payloads.extend(&payload.bytes);
     }
+    Ok(sealed(&header, &payloads))
+}
+
+/// A file with this header and these payloads, whatever they are, and the checksum for them.
+pub fn sealed(header: &[u8], payloads: &[u8]) -> Vec<u8> {
     let mut file = MAGIC.to_vec();
     file.extend(FORMAT.to_le_bytes());
+    // A header is some KiB long.
     file.extend((header.len() as u32).to_le_bytes());
     file.extend((payloads.len() as u64).to_le_bytes());
-    let checksum = checksum(&file, &header, &payloads);
+    let checksum = checksum(&file, header, payloads);
     file.extend(checksum.as_bytes());
     file.extend(header);
     file.extend(payloads);
-    Ok(file)
+    file
 }
 
 fn checksum(prefix: &[u8], header: &[u8], payloads: &[u8]) -> blake3::Hash {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arch::template::KvmCapability;
 use kvm_bindings::{
-    CpuId, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    CpuId, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_userspace_memory_region,
 };
 use vmm_sys_util::eventfd::EventFd;
@@ -147,6 +147,11 @@ impl Vcpu for FaultyVcpu {
     fn set_cpuid(&self, cpuid: &CpuId) -> Result<()> {
         self.plan.step("KVM_SET_CPUID2")?;
         self.inner.set_cpuid(cpuid)
+    }
+
+    fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>> {
+        self.plan.step("KVM_GET_CPUID2")?;
+        self.inner.cpuid()
     }
 
     fn set_msrs(&self, msrs: &[kvm_msr_entry]) -> Result<()> {

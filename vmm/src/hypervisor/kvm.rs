@@ -7,8 +7,9 @@ use arch::template::KvmCapability;
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_clock_data, kvm_fpu, kvm_irqchip, kvm_lapic_state,
-    kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_run, kvm_sregs, kvm_userspace_memory_region,
+    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_fpu, kvm_irqchip,
+    kvm_lapic_state, kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_run, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::errno::Error as Errno;
@@ -212,6 +213,11 @@ impl Vcpu for KvmVcpu {
         self.fd.set_cpuid2(cpuid).map_err(|err| failed("KVM_SET_CPUID2", err))
     }
 
+    fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>> {
+        let cpuid = self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
+        Ok(cpuid.map_err(|err| failed("KVM_GET_CPUID2", err))?.as_slice().to_vec())
+    }
+
     fn set_msrs(&self, msrs: &[kvm_msr_entry]) -> Result<()> {
         each_list("KVM_SET_MSRS", msrs, |list| self.fd.set_msrs(list)).map(drop)
     }
@@ -254,7 +260,6 @@ impl Vcpu for KvmVcpu {
         let fd = &self.fd;
         // First: an INIT or start-up interrupt that waits is taken by this call.
         let mp_state = fd.get_mp_state().map_err(|err| failed("KVM_GET_MP_STATE", err))?;
-        let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
         Ok(VcpuState {
             mp_state,
             tsc_khz: fd.get_tsc_khz().map_err(|err| failed("KVM_GET_TSC_KHZ", err))?,
@@ -266,7 +271,7 @@ impl Vcpu for KvmVcpu {
             lapic: Box::new(self.lapic()?),
             msrs: self.state_msrs(msrs)?,
             events: fd.get_vcpu_events().map_err(|err| failed("KVM_GET_VCPU_EVENTS", err))?,
-            cpuid: cpuid.map_err(|err| failed("KVM_GET_CPUID2", err))?.as_slice().to_vec(),
+            cpuid: self.cpuid()?,
         })
     }
 

@@ -16,7 +16,7 @@ use std::io;
 
 use arch::template::KvmCapability;
 use kvm_bindings::{
-    CpuId, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    CpuId, kvm_cpuid_entry2, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_userspace_memory_region,
 };
 use vmm_sys_util::eventfd::EventFd;
@@ -152,6 +152,9 @@ pub trait Vcpu: Send {
     /// # Errors
     /// The kernel refused the call; the same holds for all setters.
     fn set_cpuid(&self, cpuid: &CpuId) -> Result<()>;
+    /// What CPUID says, which may be more than was set: some of it cannot be kept from a guest.
+    #[allow(missing_docs)]
+    fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>>;
     /// Sets model-specific registers; all of them or an error that names the first refused.
     #[allow(missing_docs)]
     fn set_msrs(&self, msrs: &[kvm_msr_entry]) -> Result<()>;

@@ -211,8 +211,8 @@ impl Machine {
         if let Some(origin) = origin {
             let (vm, serial) = (vm.as_ref(), serial.as_deref());
             let (keyboard, acpi, slots) = (&keyboard, &acpi_port, &mut slots);
-            let (vcpus, supported) = (&vcpus, cpus.supported());
-            let parts = Restored { vm, vcpus, supported, serial, keyboard, acpi, slots };
+            let vcpus = &vcpus;
+            let parts = Restored { vm, vcpus, serial, keyboard, acpi, slots };
             restore::states(origin, parts)?;
             // The guest is a copy. It is told before its first instruction.
             acpi_port.raise(AcpiEvent::VmGenId);

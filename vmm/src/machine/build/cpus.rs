@@ -6,7 +6,7 @@ use std::io;
 use arch::cpuid::{Cpuid, CpuidConfig};
 use arch::msr;
 use arch::template::{Misfit, MissingLeaf, Template};
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::CpuId;
 
 use super::BuildError;
 use crate::config::CpuConfig;
@@ -32,7 +32,6 @@ pub enum TemplateError {
 /// What a machine's vCPUs are made from.
 pub(super) struct Cpus {
     count: u8,
-    supported: CpuId,
     cpuid: Cpuid,
     template: Template,
 }
@@ -69,17 +68,12 @@ impl Cpus {
                 tsc_khz: capabilities.tsc_khz,
             },
         );
-        Ok(Cpus { count, supported, cpuid, template })
+        Ok(Cpus { count, cpuid, template })
     }
 
     /// What CPUID says.
     pub fn cpuid(&self) -> &Cpuid {
         &self.cpuid
-    }
-
-    /// What the host can give, as far as a template lets it.
-    pub fn supported(&self) -> &[kvm_cpuid_entry2] {
-        self.supported.as_slice()
     }
 
     /// Makes the vCPUs.

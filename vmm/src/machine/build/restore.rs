@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io;
 
 use devices::virtio::device::{Payload, RestoreError};
-use kvm_bindings::kvm_cpuid_entry2;
 
 use super::super::bus::{AcpiPort, KeyboardPort, SerialPort};
 use super::super::slot::Slot;
@@ -108,8 +107,6 @@ pub(super) fn memory(origin: &Origin, ram: &mut GuestRam) -> Result<(), BuildErr
 pub(super) struct Restored<'a> {
     pub(super) vm: &'a dyn Vm,
     pub(super) vcpus: &'a [Box<dyn Vcpu>],
-    /// What CPUID can say on this host.
-    pub(super) supported: &'a [kvm_cpuid_entry2],
     pub(super) serial: Option<&'a SerialPort>,
     pub(super) keyboard: &'a KeyboardPort,
     pub(super) acpi: &'a AcpiPort,
@@ -125,7 +122,8 @@ pub(super) fn states(origin: &Origin, machine: Restored<'_>) -> Result<(), Build
         let owner = vcpu_name(index);
         let state = parts.take(&owner, Some("vcpu"))?;
         let state = taken(&owner, VcpuState::restore(&state))?;
-        let missing = arch::cpuid::missing(&state.cpuid, machine.supported);
+        // Made for this host, and not changed yet.
+        let missing = arch::cpuid::missing(&state.cpuid, &vcpu.cpuid()?);
         if !missing.is_empty() {
             return Err(OriginError::Cpu(missing.join(", ")).into());
         }

@@ -108,6 +108,7 @@ fn refused(
     }
 }
 
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -2,7 +2,7 @@
 
 use crate::boot::Boot;
 use crate::machine::{self, in8, in32, out8, out32, read, ticks, write};
-use crate::{print, println, serial};
+use crate::{print, println, serial, work};
 
 /// Where a guest tells Firecracker, and Hull, that it has booted.
 const BOOT_TIMER: u64 = 0xd000_0000;
@@ -24,25 +24,20 @@ pub fn hello(boot: &Boot) {
 }
 
 /// Says hello, dirties `dirty=` bytes of memory from 16 MiB on, and loops for ever; with `say=1`
-/// prints a dot each 2^30 ticks.
+/// prints a dot each `every=` ticks.
 pub fn spin(boot: &Boot) {
-    const FIRST: u64 = 16 << 20;
-    let dirty = boot.number("dirty", 0);
-    for page in (FIRST..FIRST + dirty).step_by(4096) {
-        if page % (1 << 30) == 0 && !machine::map(page, || boot.allocate(4096)) {
-            return;
-        }
-        write(page, page | 1);
+    if !work::dirty(boot, work::FIRST, boot.number("dirty", 0)) {
+        return;
     }
     serial::put_all(b"hello\n");
-    let say = boot.flag("say");
-    let mut next = ticks() + (1 << 30);
+    let (say, every) = (boot.flag("say"), boot.number("every", 1 << 30));
+    let mut next = ticks() + every;
     loop {
         if ticks() > next {
-            next += 1 << 30;
             if say {
                 serial::put(b'.');
             }
+            next = ticks() + every;
         }
     }
 }

@@ -15,6 +15,7 @@ mod interrupts;
 mod machine;
 mod serial;
 mod virtio;
+mod work;
 
 use boot::Boot;
 
@@ -38,6 +39,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("ids", basic::ids),
     ("exits", basic::exits),
     ("msr", basic::msr),
+    ("work", work::scenario),
     ("hostile", hostile::scenario),
     ("irq", interrupts::interrupts),
     ("timer", interrupts::timer),

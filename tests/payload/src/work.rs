@@ -1,0 +1,76 @@
+//! Memory at work: what is dirtied, written over and over, and how long the machine stood still
+//! meanwhile. A key on COM1 starts each part, so that what is measured lies between two of them.
+
+use crate::boot::Boot;
+use crate::machine::{self, ticks, write};
+use crate::{println, serial};
+
+/// What is dirtied and written to starts here, behind the image and the scratch memory.
+pub const FIRST: u64 = 16 << 20;
+/// Bytes that a page has, and a line of the cache.
+const PAGE: u64 = 4096;
+const LINE: u64 = 64;
+/// Looks at the clock from one look at the keyboard, which is an exit, to the next.
+const LOOKS: u32 = 10_000;
+
+/// Makes `length` bytes from `start` on dirty, a word in each page. Nothing in them is zero
+/// afterwards, so that each page has to be kept. False if they cannot be reached.
+pub fn dirty(boot: &Boot, start: u64, length: u64) -> bool {
+    (start..start + length).step_by(PAGE as usize).all(|page| {
+        let there = machine::map(page, || boot.allocate(PAGE));
+        if there {
+            write(page, page | 1);
+        }
+        there
+    })
+}
+
+/// Does what is typed:
+///
+/// - `d` dirties `dirty=` bytes that were not touched before;
+/// - `s` writes a word to each line of a working set of `size=` bytes, `rounds=` times over, and
+///   prints the ticks of a round;
+/// - `p` prints the ticks of the longest pause between two looks at the clock since the last key;
+/// - `q` ends it.
+pub fn scenario(boot: &Boot) {
+    let (size, rounds) = (boot.number("size", 1 << 20), boot.number("rounds", 1).max(1));
+    let length = boot.number("dirty", 0);
+    // Behind the working set, which has to be reachable from the beginning.
+    let mut next = FIRST + size.next_multiple_of(PAGE);
+    if !dirty(boot, FIRST, size) {
+        return;
+    }
+    println!("ready");
+    let mut longest = 0;
+    let mut last = ticks();
+    loop {
+        for _ in 0..LOOKS {
+            let now = ticks();
+            longest = longest.max(now - last);
+            last = now;
+        }
+        match serial::get() {
+            Some(b'd') if dirty(boot, next, length) => {
+                next += length;
+                println!("dirty");
+            }
+            Some(b's') => println!("result work ticks={}", sweep(size, rounds)),
+            Some(b'p') => println!("result work pause={longest}"),
+            Some(b'd' | b'q') => return,
+            _ => continue,
+        }
+        longest = 0;
+        last = ticks();
+    }
+}
+
+/// Ticks of a round over the working set.
+fn sweep(size: u64, rounds: u64) -> u64 {
+    let start = ticks();
+    for round in 0..rounds {
+        for line in (FIRST..FIRST + size).step_by(LINE as usize) {
+            write(line, round | 1);
+        }
+    }
+    (ticks() - start) / rounds
+}

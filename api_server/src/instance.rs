@@ -23,7 +23,8 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 use vmm::config::VmConfig;
 use vmm::machine::{Command, Handle, Observed, Origin, Reply, State, root_arguments};
-use vmm::metrics::{Sink, SinkOptions};
+use vmm::metrics::{Sink, SinkOptions, SnapshotLatencies};
+use vmm::snapshot::Base;
 
 pub use self::running::no_balloon;
 use crate::fault::{DONE, Done, Fault, chain};
@@ -94,10 +95,11 @@ pub struct Start {
 impl Start {
     /// The machine is built and runs from now on.
     pub fn started(self, handle: Handle) {
-        if self.origin.is_some() {
+        let base = self.origin.and_then(|origin| {
             lock(&self.link.0).config = self.config;
-        }
-        self.link.started(handle);
+            origin.base
+        });
+        self.link.started(handle, base);
         // A client that is gone has its machine all the same.
         let _ = self.reply.send(Ok(()));
     }
@@ -114,14 +116,16 @@ impl Start {
 pub struct Link(Arc<Mutex<Inner>>);
 
 impl Link {
-    /// This is the machine that runs from now on, the first one or one that follows.
-    pub fn started(&self, handle: Handle) {
+    /// This is the machine that runs from now on, the first one or one that follows; `base` is the
+    /// snapshot that it goes on from.
+    pub fn started(&self, handle: Handle, base: Option<Base>) {
         let mut inner = lock(&self.0);
         // Before anybody can change it.
         let _ = inner.tell_metadata(&handle);
         if inner.quit {
             handle.send(Command::Quit, Box::new(drop));
         }
+        inner.base = base;
         inner.phase = Phase::Started(handle);
     }
 
@@ -152,6 +156,10 @@ struct Inner {
     touched: bool,
     /// Somebody wants the end.
     quit: bool,
+    /// The machine is being saved.
+    saving: bool,
+    /// The last snapshot that was written, or the one that the machine goes on from.
+    base: Option<Base>,
     /// What the guest's metadata service has to say; `None` until somebody puts something.
     metadata: Option<Arc<Value>>,
 }
@@ -164,6 +172,7 @@ pub struct Instance {
     limits: Limits,
     observed: Observed,
     requests: Requests,
+    latencies: Arc<SnapshotLatencies>,
     wishes: mpsc::Sender<Wish>,
     inner: Arc<Mutex<Inner>>,
 }
@@ -219,6 +228,8 @@ impl Instance {
         wishes: mpsc::Sender<Wish>,
     ) -> Instance {
         let requests = Requests::new(&observed.metrics);
+        let latencies = Arc::<SnapshotLatencies>::default();
+        observed.metrics.add(("latencies_us", Arc::clone(&latencies) as _));
         let inner = Inner {
             config,
             phase,
@@ -226,10 +237,22 @@ impl Instance {
             metrics: None,
             touched: false,
             quit: false,
+            saving: false,
+            base: None,
             metadata: None,
         };
         let inner = Arc::new(Mutex::new(inner));
-        Instance { id: None, log: None, program, limits, observed, requests, wishes, inner }
+        Instance {
+            id: None,
+            log: None,
+            program,
+            limits,
+            observed,
+            requests,
+            latencies,
+            wishes,
+            inner,
+        }
     }
 
     fn link(&self) -> Link {

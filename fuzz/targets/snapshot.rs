@@ -12,7 +12,7 @@ use vmm::snapshot;
 
 /// A header that is always the same.
 const HEADER: &str = r#"{ "hull": "0", "created-ms": 1, "config": {}, "disks": [],
-    "memory": { "size": 4096, "data": 0, "samples": [0], "fingerprint": "" } }"#;
+    "memory": { "id": "a1", "aside": "a1", "size": 4096, "data": 0, "samples": [] } }"#;
 
 fuzz_target!(|data: &[u8]| {
     let Some((&choice, data)) = data.split_first() else { return };

@@ -21,6 +21,7 @@ mod restore;
 mod run;
 mod runtime;
 mod session;
+mod snapshots;
 mod spinner;
 mod stop;
 mod streams;
@@ -75,7 +76,7 @@ fn run_command(start: Instant) -> Code {
         Command::Ps(args) => ps::ps(&args),
         Command::Pause(args) => client::set_paused(&args, true),
         Command::Resume(args) => client::set_paused(&args, false),
-        Command::Snapshot(args) => client::snapshot(&args),
+        Command::Snapshot(args) => snapshots::snapshot(&args),
         Command::Restore(args) => restore::restore(&args, start),
         Command::Stop(args) => stop::stop(&args),
         Command::Config(args) => client::config(&args),

@@ -7,7 +7,7 @@ use std::time::Instant;
 use api_server::{Instance, Limits};
 use vmm::config::VmConfig;
 use vmm::machine::{Command, LONGEST_METADATA};
-use vmm::snapshot::{self, Files, Overrides};
+use vmm::snapshot::{self, Overrides};
 use vmm::timings::Timings;
 
 use crate::api::HULL;
@@ -15,12 +15,14 @@ use crate::cli::{RestoreArgs, Result, UsageError, console};
 use crate::logging;
 use crate::run;
 use crate::session::{Session, Wanted};
+use crate::snapshots::files;
 
 /// Lets a saved machine go on, and stays with it until it ends.
 pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     logging::start(args.process.log);
     let overrides = overrides(args)?;
-    let origin = snapshot::load(&Files::within(&args.folder))?;
+    let base = args.base.as_deref().map(files).transpose()?;
+    let origin = snapshot::load(&files(&args.folder)?, base.as_ref())?;
     let mut config = VmConfig {
         name: args.name.clone(),
         seccomp: args.process.seccomp.map(Into::into).unwrap_or_default(),
@@ -42,9 +44,9 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     let config = link.config();
     let timings = Arc::new(Timings::new(start));
     let machine = session.build(&config, Some(&origin), &timings)?;
-    drop(origin);
+    let base = origin.base;
     let handle = machine.handle();
-    link.started(handle.clone());
+    link.started(handle.clone(), base);
     if !args.paused {
         handle.send(Command::Resume, Box::new(drop));
     }

@@ -69,7 +69,7 @@ fn run_once(
     timings: &Arc<Timings>,
 ) -> Result<Ending> {
     let machine = session.build(config, None, timings)?;
-    link.started(machine.handle());
+    link.started(machine.handle(), None);
     session.run(machine, config)
 }
 

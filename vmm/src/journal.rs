@@ -8,6 +8,7 @@
 //! one that is slow misses some, which it sees by their numbers.
 
 use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant, SystemTime};
@@ -66,6 +67,18 @@ pub enum Happening {
     Paused,
     /// It goes on.
     Resumed,
+    /// It is being saved.
+    Saving {
+        /// Bytes of memory that are written.
+        done: u64,
+        /// Bytes of memory that are to be written.
+        total: u64,
+    },
+    /// It was saved.
+    Saved {
+        /// The state file.
+        state: PathBuf,
+    },
     /// The guest's kernel says that it panicked.
     Panicked,
     /// A device does not work any more, at least until its driver resets it.
@@ -97,6 +110,8 @@ impl Happening {
             Happening::Ready => "ready",
             Happening::Paused => "paused",
             Happening::Resumed => "resumed",
+            Happening::Saving { .. } => "saving",
+            Happening::Saved { .. } => "saved",
             Happening::Panicked => "panicked",
             Happening::DeviceError { .. } => "device-error",
             Happening::Stopped { .. } => "stopped",

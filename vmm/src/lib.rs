@@ -23,6 +23,7 @@ pub mod kernel;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+mod random;
 pub mod seccomp;
 pub mod signals;
 pub mod snapshot;

@@ -54,6 +54,22 @@ metrics! {
 }
 
 metrics! {
+    /// How long the last snapshots took.
+    pub struct SnapshotLatencies {
+        /// Microseconds that the last full snapshot took.
+        full_create_snapshot: Level,
+        /// Microseconds that the last diff snapshot took.
+        diff_create_snapshot: Level,
+        /// Microseconds that loading a snapshot took.
+        load_snapshot: Level,
+        /// Microseconds that the machine was halted for the last full snapshot.
+        vmm_full_create_snapshot: Level,
+        /// Microseconds that the machine was halted for the last diff snapshot.
+        vmm_diff_create_snapshot: Level,
+    }
+}
+
+metrics! {
     /// What the panic device counts.
     pub struct PanicMetrics {
         /// Times that the guest's kernel said that it panicked.

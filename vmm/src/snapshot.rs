@@ -7,13 +7,18 @@
 //!
 //! The memory file is as long as RAM, without the hole below 4 GiB: byte n of it is byte n of the ranges
 //! of [`arch::layout::ram_ranges`] one behind the other. A restore maps it copy-on-write, so that it
-//! costs what the guest touches. The header says what there is for people and programs; what the machine
+//! costs what the guest touches. That of a diff has the pages that changed since another snapshot, its base;
+//! which ones those are is in its state. The header says what there is for people and programs; what the machine
 //! goes on from are the payloads, each with its owner, kind and version.
 
+mod aside;
 mod file;
+mod load;
 mod memory;
 mod overrides;
 mod store;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 
@@ -21,9 +26,10 @@ use devices::virtio::device::Payload;
 use serde::{Deserialize, Serialize};
 
 pub use self::file::{FORMAT, StateError, parse, read, sealed, write};
-pub use self::memory::{MemoryError, fingerprint, save as save_memory};
+pub use self::load::{LoadError, MergeError, load, merge};
+pub use self::memory::Progress;
 pub use self::overrides::Overrides;
-pub use self::store::{Files, StoreError, load, store};
+pub use self::store::{Diff, Files, StoreError, Taken, disks, remove, store};
 use crate::config::VmConfig;
 
 /// What stands in front of a state file, in JSON.
@@ -46,14 +52,41 @@ pub struct Header {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MemoryHeader {
+    /// Tells this snapshot from all others: letters and digits. A diff that was merged keeps it.
+    pub id: String,
+    /// Part of the name that the memory file has as long as it is not in its place: letters and digits.
+    pub aside: String,
     /// Length of the memory file, which is that of RAM, in bytes.
     pub size: u64,
     /// Bytes of it that are not holes.
     pub data: u64,
-    /// Pages by which it is known, by their offsets in bytes.
-    pub samples: Vec<u64>,
-    /// A hash of those pages (BLAKE3, in hexadecimal).
-    pub fingerprint: String,
+    /// Some pages by which memory is known.
+    pub samples: Vec<Sample>,
+    /// What the memory file is to be laid over, if it has only what changed since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Base>,
+}
+
+/// A page of memory as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Sample {
+    /// Its number.
+    pub page: u64,
+    /// The first half of its hash (BLAKE3, in hexadecimal).
+    pub hash: String,
+}
+
+/// The snapshot that another one is a diff to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Base {
+    /// Its id.
+    pub id: String,
+    /// Its state file; seen from the folder of the diff's if it is relative.
+    pub state: PathBuf,
+    /// Its memory file, likewise.
+    pub memory: PathBuf,
 }
 
 /// A disk as it was.
@@ -69,6 +102,11 @@ pub struct DiskHeader {
     /// When it was changed last, in nanoseconds since 1970.
     pub modified_ns: u64,
 }
+
+/// Whose the list of pages is that a diff has.
+const MEMORY: &str = "memory";
+/// The kind of that list.
+const PAGES: &str = "pages";
 
 /// A payload and whose it is.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,19 +5,19 @@
 
 mod common;
 
-use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Instant;
 
 use common::{Running, kvm, payload, piped};
+use vmm::config::VmConfig;
 use vmm::hypervisor::Hypervisor;
 use vmm::hypervisor::state::VcpuState;
 use vmm::machine::{
     Command, Ending, Frozen, Host, Machine, Observed, Origin, RunOptions, State as Is,
 };
 use vmm::seccomp::ThreadKind;
-use vmm::snapshot::{self, Header, State};
+use vmm::snapshot::{self, Base, Diff, Files, Header, State, Taken};
 use vmm::timings::Timings;
 
 fn freeze(machine: &Running) -> Frozen {
@@ -27,22 +27,48 @@ fn freeze(machine: &Running) -> Frozen {
     frozen.recv().unwrap()
 }
 
-/// What a file of it would hold, through the form that it has there.
-fn saved(config: &vmm::config::VmConfig, frozen: Frozen) -> (State, File) {
-    let memory = tempfile::tempfile().unwrap();
-    let header = Header {
-        hull: String::new(),
-        created_ms: 0,
-        config: config.clone(),
-        memory: snapshot::save_memory(&frozen.image, &memory, &|_| {}).unwrap(),
-        disks: Vec::new(),
-    };
-    let bytes = snapshot::write(&State { header, parts: frozen.parts }).unwrap();
-    (snapshot::parse(&bytes).unwrap(), memory)
+/// Has a machine that is frozen handed out once more, without a step in between.
+fn freeze_again(machine: &Running) -> Frozen {
+    assert_eq!(machine.handle.call(Command::Thaw { resume: false }), Ok(Is::Paused));
+    freeze(machine)
+}
+
+/// A snapshot in a folder that is gone afterwards.
+struct Kept {
+    folder: tempfile::TempDir,
+    header: Header,
+}
+
+impl Kept {
+    fn files(&self) -> Files {
+        Files::within(self.folder.path())
+    }
+
+    fn origin(&self) -> Origin {
+        snapshot::load(&self.files(), None).unwrap()
+    }
+
+    fn base(&self) -> Base {
+        let Files { state, memory } = self.files();
+        Base { id: self.header.memory.id.clone(), state, memory }
+    }
+}
+
+/// Saves a machine: all of it, or what changed since `base`.
+fn saved(config: &VmConfig, frozen: Frozen, base: Option<Base>) -> Kept {
+    let Frozen { parts, image, .. } = frozen;
+    image.freeze().unwrap();
+    let diff = base.map(|base| Diff { pages: image.changed(), base: Some(base) });
+    let (config, disks, contents) = (config.clone(), Vec::new(), image.contents());
+    let folder = tempfile::tempdir().unwrap();
+    let taken = Taken { id: None, parts, config, disks, contents, diff };
+    let header = snapshot::store(taken, &Files::within(folder.path()), &|_, _| {}).unwrap();
+    image.saved();
+    Kept { folder, header }
 }
 
 /// A machine that goes on from `origin`, and is paused.
-fn restored(config: vmm::config::VmConfig, origin: Origin) -> Running {
+fn restored(config: VmConfig, origin: Origin) -> Running {
     let (console, reader) = piped();
     let (sender, receiver) = mpsc::channel();
     let body = move || {
@@ -70,16 +96,12 @@ fn a_machine_goes_on_where_another_was_saved() {
     let mut first = Running::start(config.clone(), None);
     first.wait_for("hello");
     first.wait_for(".");
-    let (state, memory) = saved(&config, freeze(&first));
+    let kept = saved(&config, freeze(&first), None);
     // What is zero takes no room.
-    let data = state.header.memory.data;
+    let data = kept.header.memory.data;
     assert!((10 << 20..12 << 20).contains(&data), "{data}");
-    let again = |state: &State| {
-        let memory = memory.try_clone().unwrap();
-        restored(config.clone(), Origin { state: state.clone(), memory })
-    };
-    let mut second = again(&state);
-    let mut third = again(&state);
+    let mut second = restored(config.clone(), kept.origin());
+    let mut third = restored(config.clone(), kept.origin());
     for machine in [&mut second, &mut third] {
         assert_eq!(machine.handle.call(Command::Status), Ok(Is::Paused));
         assert_eq!(machine.handle.call(Command::Resume), Ok(Is::Running));
@@ -90,17 +112,16 @@ fn a_machine_goes_on_where_another_was_saved() {
     assert_eq!(first.handle.call(Command::Thaw { resume: true }), Ok(Is::Running));
     first.wait_for("..");
     // And so does a copy of a copy, which has the same state as long as it did not run.
-    let (fourth_state, fourth_memory) = saved(&config, freeze(&third));
-    let origin = Origin { state: fourth_state.clone(), memory: fourth_memory.try_clone().unwrap() };
-    let fourth = restored(config.clone(), origin);
-    let (again_state, _) = saved(&config, freeze(&fourth));
-    for (before, after) in fourth_state.parts.iter().zip(&again_state.parts) {
+    let before = saved(&config, freeze(&third), None);
+    let fourth = restored(config.clone(), before.origin());
+    let after = saved(&config, freeze(&fourth), None);
+    for (before, after) in before.origin().state.parts.iter().zip(&after.origin().state.parts) {
         // Clocks go on.
         if !matches!(before.payload.kind, "vm" | "vcpu" | "acpi") {
             assert_eq!(before, after);
         }
     }
-    assert_eq!(fourth_state.header.memory.data, again_state.header.memory.data);
+    assert_eq!(before.header.memory.data, after.header.memory.data);
     for machine in [first, second, third, fourth] {
         machine.handle.call(Command::Quit).unwrap();
         assert_eq!(machine.finish().0, Ok(Ending::Quit));
@@ -112,14 +133,13 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     let config = payload("spin say=1");
     let mut first = Running::start(config.clone(), None);
     first.wait_for("hello");
-    let (state, memory) = saved(&config, freeze(&first));
+    let kept = saved(&config, freeze(&first), None);
     let refused = |change: &dyn Fn(&mut State)| {
-        let mut state = state.clone();
-        change(&mut state);
+        let mut origin = kept.origin();
+        change(&mut origin.state);
         let (observed, kvm) = (Observed::default(), kvm());
         let timings = Arc::new(Timings::new(Instant::now()));
         let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
-        let origin = Origin { state, memory: memory.try_clone().unwrap() };
         match Machine::restore(&config, &origin, &host) {
             Ok(_) => panic!("it was taken"),
             Err(err) => common::chain(&err),
@@ -161,4 +181,48 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     }
     first.handle.call(Command::Quit).unwrap();
     assert_eq!(first.finish().0, Ok(Ending::Quit));
+}
+
+#[test]
+fn a_diff_has_what_changed() {
+    let config = payload("spin say=1 dirty=10485760");
+    let mut first = Running::start(config.clone(), None);
+    first.wait_for("hello");
+    first.wait_for(".");
+    let whole = saved(&config, freeze(&first), None);
+    let thaw = |machine: &mut Running| {
+        assert_eq!(machine.handle.call(Command::Thaw { resume: true }), Ok(Is::Running));
+        machine.wait_for("..");
+    };
+    thaw(&mut first);
+    let second = saved(&config, freeze(&first), Some(whole.base()));
+    thaw(&mut first);
+    let third = saved(&config, freeze(&first), Some(second.base()));
+    for diff in [&second, &third] {
+        let data = diff.header.memory.data;
+        // This guest has no business with memory.
+        assert!(data < 1 << 20, "{data}");
+    }
+    // Each goes on where it was, over what it is a diff to.
+    let mut copies: Vec<_> =
+        [&whole, &second, &third].map(|kept| restored(config.clone(), kept.origin())).into();
+    for machine in &mut copies {
+        assert_eq!(machine.handle.call(Command::Resume), Ok(Is::Running));
+        machine.wait_for("..");
+    }
+    // So does one that was merged, without them; and it is what the machine would have been saved as.
+    let target = tempfile::tempdir().unwrap();
+    let target = Files::within(target.path());
+    snapshot::merge(&third.files(), None, &target, &|_, _| {}).unwrap();
+    let now = saved(&config, freeze_again(&first), None);
+    let bytes = |files: &Files| std::fs::read(&files.memory).unwrap();
+    assert!(bytes(&now.files()) == bytes(&target), "the merged memory is another");
+    drop((whole, second, third));
+    let mut merged = restored(config.clone(), snapshot::load(&target, None).unwrap());
+    merged.handle.call(Command::Resume).unwrap();
+    merged.wait_for("..");
+    for machine in copies.into_iter().chain([first, merged]) {
+        machine.handle.call(Command::Quit).unwrap();
+        assert_eq!(machine.finish().0, Ok(Ending::Quit));
+    }
 }

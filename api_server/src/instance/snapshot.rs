@@ -1,62 +1,188 @@
 //! Saving the machine, and going on where one was saved.
+//!
+//! ```text
+//!   client          main                     a thread of its own
+//!     PUT ─────────> halt, states ─────────> freeze: what was written becomes a layer
+//!                    go on <──────────────── …
+//!                                            write, sync, move into place
+//!     204 <───────────────────────────────── …
+//! ```
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
 use vmm::config::VmConfig;
-use vmm::hypervisor::Hypervisor;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
-use vmm::machine::{Command, Origin};
-use vmm::snapshot::{self, Files};
+use vmm::hypervisor::{Hypervisor, HypervisorError};
+use vmm::journal::Happening;
+use vmm::machine::{Command, Frozen, Handle, Origin};
+use vmm::memory::Image;
+use vmm::snapshot::{self, Base, Diff, Files, StoreError, Taken};
 
-use super::{Instance, elsewhere, send};
+use super::{Instance, Shared, elsewhere, send};
 use crate::fault::{DONE, Done, Fault, chain};
 use crate::types::snapshot::{SnapshotCreateParams, SnapshotLoadParams, SnapshotType};
+
+/// Parts of the whole after which clients are told how far it is: twentieths.
+const STEPS: u64 = 20;
 
 fn failed(error: &dyn std::error::Error) -> Fault {
     Fault::bad(format!("Snapshot error: {}.", chain(error)))
 }
 
+/// Why a machine is not saved.
+#[derive(Debug, thiserror::Error)]
+enum SaveError {
+    #[error("cannot ask KVM what a vCPU's state is made of")]
+    Registers(#[source] HypervisorError),
+    #[error("cannot freeze the guest's memory")]
+    Freeze(#[source] io::Error),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Nobody else may save the machine as long as this lives.
+struct Saving(Shared);
+
+impl Saving {
+    fn begin(shared: &Shared) -> Result<Saving, Fault> {
+        let mut inner = shared.lock();
+        if std::mem::replace(&mut inner.saving, true) {
+            return Err(Fault::bad("Snapshot error: the machine is being saved already."));
+        }
+        Ok(Saving(Arc::clone(shared)))
+    }
+}
+
+impl Drop for Saving {
+    fn drop(&mut self) {
+        self.0.lock().saving = false;
+    }
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
 impl Instance {
-    /// Saves the machine. It goes on afterwards if it ran before.
+    /// Saves the machine. It is halted only until its memory is frozen, and goes on then if it ran before. It
+    /// is done to its end also if the client does not wait for it.
     ///
     /// # Errors
     /// The machine was not started, or is being saved already; a file cannot be written, and nothing new
     /// is left then.
-    pub async fn create_snapshot(&self, params: SnapshotCreateParams) -> Done {
-        let handle = self.handle()?;
-        if params.snapshot_type == SnapshotType::Diff {
-            return Err(Fault::bad("snapshot_type: Diff is not supported yet."));
-        }
+    pub async fn create_snapshot(shared: Shared, params: SnapshotCreateParams) -> Done {
+        let handle = shared.handle()?;
+        let saving = Saving::begin(&shared)?;
+        tokio::spawn(saving.save(handle, params)).await.map_err(|_| Fault::gone())?
+    }
+}
+
+impl Saving {
+    async fn save(self, handle: Handle, params: SnapshotCreateParams) -> Done {
+        let shared = &self.0;
+        let start = Instant::now();
         let msrs = elsewhere(|| Kvm::open(Path::new(DEVICE)).and_then(|kvm| kvm.msr_numbers()));
-        let msrs = Arc::new(msrs.await?.map_err(|error| failed(&error))?);
-        let config = self.config();
+        let msrs = msrs.await?.map_err(|error| failed(&SaveError::Registers(error)))?;
         let (answer, frozen) = mpsc::sync_channel(1);
-        send(&handle, Command::Freeze { msrs, answer }).await?;
+        let halted = Instant::now();
+        send(&handle, Command::Freeze { msrs: Arc::new(msrs), answer }).await?;
         let frozen = frozen.try_recv().map_err(|_| Fault::gone())?;
-        let resume = frozen.was_running;
-        let files = Files { state: params.snapshot_path, memory: params.mem_file_path };
-        let stored =
-            elsewhere(move || snapshot::store(frozen, &config, &files, &|_| {}).map(drop)).await;
+        let (resume, image) = (frozen.was_running, frozen.image.clone());
+        let (config, base) = {
+            let inner = shared.lock();
+            (inner.config.clone(), inner.base.clone())
+        };
+        let is_diff = params.snapshot_type == SnapshotType::Diff;
+        let taken = elsewhere(move || take(frozen, config, base, is_diff)).await;
         // Whatever became of it, the machine goes on.
         send(&handle, Command::Thaw { resume }).await?;
-        stored?.map(|()| DONE).map_err(|error| failed(&error))
+        let stood = micros(halted);
+        let taken = taken?.map_err(|error| failed(&error))?;
+        let journal = Arc::clone(&shared.observed.journal);
+        let base = elsewhere(move || {
+            let last = AtomicU64::new(0);
+            let base = store(taken, params, &|done, total| {
+                let step = done * STEPS / total.max(1);
+                if last.fetch_max(step, Ordering::Relaxed) < step {
+                    journal.note(Happening::Saving { done, total });
+                }
+            });
+            if let Ok(base) = &base {
+                journal.note(Happening::Saved { state: base.state.clone() });
+            }
+            base
+        });
+        let base = base.await?.map_err(|error| failed(&error))?;
+        image.saved();
+        shared.lock().base = Some(base);
+        let latencies = &shared.latencies;
+        let (whole, halted) = if is_diff {
+            (&latencies.diff_create_snapshot, &latencies.vmm_diff_create_snapshot)
+        } else {
+            (&latencies.full_create_snapshot, &latencies.vmm_full_create_snapshot)
+        };
+        whole.set(micros(start));
+        halted.set(stood);
+        Ok(DONE)
     }
+}
 
+/// Makes the memory of a halted machine a matter of layers.
+fn take(
+    frozen: Frozen,
+    config: VmConfig,
+    base: Option<Base>,
+    is_diff: bool,
+) -> Result<Taken, SaveError> {
+    let Frozen { parts, image, .. } = frozen;
+    image.freeze().map_err(SaveError::Freeze)?;
+    let diff = diff(&image, base).filter(|_| is_diff);
+    let (disks, contents) = (snapshot::disks(&config), image.contents());
+    Ok(Taken { id: None, parts, config, disks, contents, diff })
+}
+
+/// What changed since the last snapshot. All of it if there was none.
+fn diff(image: &Image, base: Option<Base>) -> Option<Diff> {
+    base.map(|base| Diff { pages: image.changed(), base: Some(base) })
+}
+
+/// Writes it out. Returns what the next one may be a diff to.
+fn store(
+    taken: Taken,
+    params: SnapshotCreateParams,
+    progress: snapshot::Progress<'_>,
+) -> Result<Base, StoreError> {
+    let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+    let files =
+        Files { state: absolute(params.snapshot_path), memory: absolute(params.mem_file_path) };
+    let header = snapshot::store(taken, &files, progress)?;
+    Ok(Base { id: header.memory.id, state: files.state, memory: files.memory })
+}
+
+impl Instance {
     /// Goes on where a machine was saved.
     ///
     /// # Errors
     /// This one was started or configured; the files are none of a snapshot, or the machine cannot be made
     /// from them. It can be configured or tried again then.
     pub async fn load_snapshot(&self, params: SnapshotLoadParams) -> Done {
+        let start = Instant::now();
         self.before_start()?;
         if self.lock().touched {
             return Err(Fault::bad(
                 "Loading a snapshot is not possible after the machine was configured.",
             ));
         }
-        let files = Files { state: params.snapshot_path.clone(), memory: params.memory()? };
-        let origin = elsewhere(move || snapshot::load(&files)).await?;
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        let files = Files {
+            state: absolute(params.snapshot_path.clone()),
+            memory: absolute(params.memory()?),
+        };
+        let origin = elsewhere(move || snapshot::load(&files, None)).await?;
         let origin = origin.map_err(|error| failed(&error))?;
         let config = self.overridden(&origin, &params)?;
         let wish = self.wish_for(config, Some(origin))?;
@@ -64,6 +190,7 @@ impl Instance {
         if params.resume_vm {
             send(&self.handle()?, Command::Resume).await?;
         }
+        self.latencies.load_snapshot.set(micros(start));
         Ok(DONE)
     }
 

@@ -31,7 +31,8 @@ pub struct EventData {
     pub sequence: u64,
     /// When, in milliseconds since 1970.
     pub time_ms: u64,
-    /// `created`, `started`, `ready`, `paused`, `resumed`, `panicked`, `device-error` or `stopped`.
+    /// `created`, `started`, `ready`, `paused`, `resumed`, `saving`, `saved`, `panicked`, `device-error`
+    /// or `stopped`.
     pub event: &'static str,
     /// Of `stopped`: `power-off`, `reset`, `crash`, `quit`, `signal` or `error`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -45,6 +46,15 @@ pub struct EventData {
     /// Of `device-error`: how many errors of the device just before are not in the stream.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unheard: Option<u64>,
+    /// Of `saving`: bytes of memory that are written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub done: Option<u64>,
+    /// Of `saving`: bytes of memory that are to be written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total: Option<u64>,
+    /// Of `saved`: the state file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
     /// What there is to be said about it, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
@@ -61,6 +71,9 @@ impl EventData {
             again: false,
             device: None,
             unheard: None,
+            done: None,
+            total: None,
+            path: None,
             message: None,
         };
         match &entry.what {
@@ -74,6 +87,10 @@ impl EventData {
                 data.message = Some(message.clone());
                 data.unheard = Some(*unheard).filter(|unheard| *unheard > 0);
             }
+            Happening::Saving { done, total } => {
+                (data.done, data.total) = (Some(*done), Some(*total));
+            }
+            Happening::Saved { state } => data.path = Some(state.display().to_string()),
             _ => {}
         }
         data

@@ -19,6 +19,9 @@ pub struct SnapshotArgs {
     /// Folder for the files `state` and `memory`, which is made if there is none
     #[arg(value_name = "DIR", required = true)]
     pub folder: Option<PathBuf>,
+    /// Save only what changed since it was saved last, or since it went on from a snapshot
+    #[arg(long)]
+    pub diff: bool,
     /// End the machine when it is saved
     #[arg(long)]
     pub stop: bool,
@@ -27,6 +30,36 @@ pub struct SnapshotArgs {
 /// What else there is to be done with snapshots.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
+    /// List the snapshots in a folder
+    Ls {
+        /// The folder that has their folders
+        #[arg(value_name = "DIR", default_value = ".")]
+        folder: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a whole snapshot of a diff and what it is a diff to
+    Merge {
+        /// Folder of the diff
+        #[arg(value_name = "DIFF")]
+        folder: PathBuf,
+        /// Where the result goes: a new folder, or that of the base [default: DIFF]
+        #[arg(long, value_name = "DIR")]
+        into: Option<PathBuf>,
+        /// Folder of what it is a diff to, if that was moved
+        #[arg(long, value_name = "DIR")]
+        base: Option<PathBuf>,
+    },
+    /// Remove snapshots. Machines that run from them go on
+    Rm {
+        /// Their folders
+        #[arg(value_name = "DIR", required = true)]
+        folders: Vec<PathBuf>,
+        /// Even if there are diffs to them
+        #[arg(short, long)]
+        force: bool,
+    },
     /// Print what a snapshot says of itself
     Show {
         /// Its state file, or its folder
@@ -50,6 +83,9 @@ pub struct RestoreArgs {
     /// Folder of the snapshot, with the files `state` and `memory`
     #[arg(value_name = "DIR")]
     pub folder: PathBuf,
+    /// Folder of what the snapshot is a diff to, if that was moved
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
     /// Name of the machine [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,

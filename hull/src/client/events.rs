@@ -2,12 +2,15 @@
 
 mod stream;
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use http_body_util::BodyExt;
+use hyper::body::Incoming;
 use serde_json::Value;
 use tokio::time::timeout;
 
+pub use self::stream::local_time;
 use self::stream::{Event, Parser};
 use super::error::ClientError;
 use super::http::{Api, PATIENCE};
@@ -27,40 +30,73 @@ pub fn events(args: &EventsArgs) -> Result {
 }
 
 async fn follow(machine: &Machine, args: &EventsArgs) -> Result {
-    let api = Api::connect(machine, PATIENCE).await?;
-    let mut body = api.stream("/events").await?;
     let who = || machine.name.clone();
-    let broken = |source| ClientError::Broken { who: who(), source };
-    let mut parser = Parser::default();
+    let mut follower = Follower::new(Api::connect(machine, PATIENCE).await?).await?;
     loop {
-        let Ok(frame) = timeout(SILENCE, body.frame()).await else {
-            return Err(ClientError::Silent { who: who(), seconds: SILENCE.as_secs_f32() }.into());
+        // Without the event that says that the machine stopped, or its process died.
+        let Some(event) = follower.next().await? else {
+            return Err(ClientError::Gone { who: who() }.into());
         };
-        let data = match frame {
-            // Without the event that says that the machine stopped, or its process died.
-            None => return Err(ClientError::Gone { who: who() }.into()),
-            Some(Err(_)) if parser.is_between() => {
-                return Err(ClientError::Gone { who: who() }.into());
+        if !streams::print_to_reader(&line(&event, args.json))? {
+            return Ok(Code::SUCCESS);
+        }
+        match &args.until {
+            Some(until) if *until == event.name => return Ok(Code::SUCCESS),
+            Some(until) if is_end(&event) => {
+                let (event, how) = (until.clone(), how(&event.data));
+                return Err(ClientError::Stopped { who: who(), event, how }.into());
             }
-            Some(frame) => frame.map_err(|error| broken(error.into()))?.into_data(),
-        };
-        for event in parser.read(&data.unwrap_or_default()).map_err(|err| broken(err.into()))? {
-            if !streams::print_to_reader(&line(&event, args.json))? {
-                return Ok(Code::SUCCESS);
-            }
-            match &args.until {
-                Some(until) if *until == event.name => return Ok(Code::SUCCESS),
-                Some(until) if is_end(&event) => {
-                    let (event, how) = (until.clone(), how(&event.data));
-                    return Err(ClientError::Stopped { who: who(), event, how }.into());
-                }
-                None if is_end(&event) => return Ok(Code::SUCCESS),
-                _ => {}
-            }
+            None if is_end(&event) => return Ok(Code::SUCCESS),
+            _ => {}
         }
         // Who waits for the next event would not notice.
-        if !streams::has_reader() {
+        if follower.came.is_empty() && !streams::has_reader() {
             return Ok(Code::SUCCESS);
+        }
+    }
+}
+
+/// Follows the events of a machine.
+pub struct Follower {
+    who: String,
+    body: Incoming,
+    parser: Parser,
+    /// Events that came and were not taken yet.
+    came: VecDeque<Event>,
+}
+
+impl Follower {
+    /// From the first event that is remembered.
+    ///
+    /// # Errors
+    /// Those of [`Api::stream`].
+    pub async fn new(api: Api) -> std::result::Result<Follower, ClientError> {
+        let who = api.who().to_owned();
+        let body = api.stream("/events").await?;
+        Ok(Follower { who, body, parser: Parser::default(), came: VecDeque::new() })
+    }
+
+    /// The next event; nothing if the machine is gone. Who stops waiting misses none.
+    ///
+    /// # Errors
+    /// Nothing comes, or no events.
+    pub async fn next(&mut self) -> std::result::Result<Option<Event>, ClientError> {
+        let broken = |who: &String, source| ClientError::Broken { who: who.clone(), source };
+        loop {
+            if let Some(event) = self.came.pop_front() {
+                return Ok(Some(event));
+            }
+            let Ok(frame) = timeout(SILENCE, self.body.frame()).await else {
+                let (who, seconds) = (self.who.clone(), SILENCE.as_secs_f32());
+                return Err(ClientError::Silent { who, seconds });
+            };
+            let data = match frame {
+                None => return Ok(None),
+                Some(Err(_)) if self.parser.is_between() => return Ok(None),
+                Some(frame) => frame.map_err(|error| broken(&self.who, error.into()))?.into_data(),
+            };
+            let events = self.parser.read(&data.unwrap_or_default());
+            self.came.extend(events.map_err(|error| broken(&self.who, error.into()))?);
         }
     }
 }

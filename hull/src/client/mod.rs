@@ -24,7 +24,7 @@ use crate::exit::Code;
 pub use balloon::balloon;
 pub use devices::{set_disk, set_net};
 pub use error::ClientError;
-pub use events::events;
+pub use events::{events, local_time};
 pub use http::{Api, PATIENCE};
 pub use machine::{Machine, is_socket};
 pub use show::{config, metrics};

@@ -1,113 +1,127 @@
-//! `hull snapshot`.
+//! `hull snapshot NAME DIR`: has a machine saved, and shows how far that is.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hyper::Method;
-use serde_json::json;
-use vmm::config::ByteSize;
-use vmm::snapshot::{self, Files, Header};
+use serde_json::{Value, json};
+use vmm::snapshot::Files;
 
-use super::{Api, ClientError, Machine, block_on};
-use crate::cli::{Result, SnapshotArgs, SnapshotCommand};
+use super::events::Follower;
+use super::{Api, ClientError, Machine, PATIENCE, block_on};
+use crate::cli::Result;
 use crate::exit::Code;
 use crate::spinner::Spinner;
-use crate::streams;
-use crate::table::Table;
 
 /// How long a machine may take to be saved: its memory goes to a disk.
-const PATIENCE: Duration = Duration::from_secs(600);
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Between two turns of the spinner.
+const TURN: Duration = Duration::from_millis(100);
 
 #[derive(Debug, thiserror::Error)]
-#[error("cannot make the folder {}", path.display())]
-struct Folder {
-    path: PathBuf,
-    source: io::Error,
+enum FolderError {
+    #[error("cannot make the folder {}", path.display())]
+    Make { path: PathBuf, source: io::Error },
+    #[error("the path {} is not UTF-8, so that a machine cannot be told of it", .0.display())]
+    Text(PathBuf),
 }
 
-#[derive(Debug, thiserror::Error)]
-#[error("cannot show {}", path.display())]
-struct Show {
-    path: PathBuf,
-    source: snapshot::StateError,
-}
-
-/// Saves a machine, or shows what was saved.
-pub fn snapshot(args: &SnapshotArgs) -> Result {
-    match (&args.command, &args.machine, &args.folder) {
-        (Some(SnapshotCommand::Show { path, json }), _, _) => show(path, *json),
-        (None, Some(machine), Some(folder)) => save(&Machine::find(machine)?, folder, args.stop),
-        // clap asks for both.
-        _ => Ok(Code::USAGE),
-    }
-}
-
-fn save(machine: &Machine, folder: &Path, stop: bool) -> Result {
-    let failed = |source| Folder { path: folder.to_owned(), source };
+/// Saves a machine, or what changed in it, and ends it if it is to `stop`.
+pub fn snapshot(machine: &Machine, folder: &Path, diff: bool, stop: bool) -> Result {
+    let failed = |source| FolderError::Make { path: folder.to_owned(), source };
+    let new = !folder.exists();
     fs::create_dir_all(folder).map_err(failed)?;
     // The machine may be somewhere else in the tree of folders.
-    let files = Files::within(&folder.canonicalize().map_err(failed)?);
-    let body = json!({ "snapshot_path": files.state, "mem_file_path": files.memory });
-    block_on(async {
-        let mut api = Api::connect(machine, PATIENCE).await?;
-        let mut spinner = Spinner::new();
-        let saving = async {
-            if stop {
-                // It does not go on in between.
-                let paused = json!({ "state": "Paused" });
-                api.send(Method::PATCH, "/vm", &paused).await?;
-            }
-            api.send(Method::PUT, "/snapshot/create", &body).await?;
-            if stop {
-                let quit = json!({ "action_type": "Quit" });
-                match api.send(Method::PUT, "/actions", &quit).await {
-                    // It went before it had answered.
-                    Err(ClientError::Broken { .. }) => {}
-                    answered => answered?,
-                }
-            }
-            Ok::<(), ClientError>(())
-        };
-        let mut saving = std::pin::pin!(saving);
-        loop {
-            if let Some(spinner) = &mut spinner {
-                spinner.turn(&format!("saving {}", machine.name));
-            }
-            let tick = tokio::time::timeout(Duration::from_millis(100), saving.as_mut());
-            if let Ok(done) = tick.await {
-                return done;
-            }
+    let whole = folder.canonicalize().map_err(failed)?;
+    if whole.to_str().is_none() {
+        return Err(FolderError::Text(whole).into());
+    }
+    let files = Files::within(&whole);
+    let saved = block_on(async {
+        let saving = save(machine, &files, diff, stop);
+        match Spinner::new() {
+            Some(spinner) => watched(machine, saving, spinner).await,
+            None => saving.await,
         }
-    })?;
-    Ok(Code::SUCCESS)
+    });
+    if saved.is_err() && new {
+        // It is empty, or not only ours by now.
+        let _ = fs::remove_dir(folder);
+    }
+    saved.map(|()| Code::SUCCESS)
 }
 
-fn show(path: &Path, json: bool) -> Result {
-    let path = if path.is_dir() { Files::within(path).state } else { path.to_owned() };
-    let state = snapshot::read(&path).map_err(|source| Show { path: path.clone(), source })?;
-    if json {
-        streams::print(&(serde_json::to_string_pretty(&state.header)? + "\n"))?;
-        return Ok(Code::SUCCESS);
+async fn save(
+    machine: &Machine,
+    files: &Files,
+    diff: bool,
+    stop: bool,
+) -> std::result::Result<(), ClientError> {
+    let mut api = Api::connect(machine, LONG).await?;
+    if stop {
+        // It does not go on in between.
+        api.send(Method::PATCH, "/vm", &json!({ "state": "Paused" })).await?;
     }
-    let Header { hull, created_ms, config, memory, disks } = &state.header;
-    let mut table = Table::new(["WHAT", "VALUE"]);
-    table.push(["format".into(), snapshot::FORMAT.to_string()]);
-    table.push(["written by".into(), format!("hull {hull}")]);
-    table.push(["created".into(), format!("{created_ms} ms since 1970")]);
-    table.push(["name".into(), config.name.clone().unwrap_or_default()]);
-    table.push(["cpus".into(), config.cpus.to_string()]);
-    table.push(["memory".into(), ByteSize(memory.size).to_string()]);
-    table.push(["memory written".into(), ByteSize(memory.data).to_string()]);
-    for disk in disks {
-        table.push([format!("disk {}", disk.name), disk.path.display().to_string()]);
+    let kind = if diff { "Diff" } else { "Full" };
+    let body = json!({
+        "snapshot_type": kind, "snapshot_path": files.state, "mem_file_path": files.memory,
+    });
+    let saved = api.send(Method::PUT, "/snapshot/create", &body).await;
+    if stop && saved.is_err() {
+        let _ = api.send(Method::PATCH, "/vm", &json!({ "state": "Resumed" })).await;
     }
-    for part in &state.parts {
-        let payload = &part.payload;
-        let (kind, version, len) = (payload.kind, payload.version, payload.bytes.len());
-        table.push([format!("state of {}", part.owner), format!("{kind} {version}, {len} bytes")]);
+    saved?;
+    if stop {
+        let quit = json!({ "action_type": "Quit" });
+        match api.send(Method::PUT, "/actions", &quit).await {
+            // It went before it had answered.
+            Err(ClientError::Broken { .. }) => {}
+            answered => answered?,
+        }
     }
-    streams::print(&table.to_string())?;
-    Ok(Code::SUCCESS)
+    Ok(())
+}
+
+/// Shows a person how far `saving` is, as the machine's events tell it.
+async fn watched(
+    machine: &Machine,
+    saving: impl Future<Output = std::result::Result<(), ClientError>>,
+    mut spinner: Spinner,
+) -> std::result::Result<(), ClientError> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+    // A machine that has none, as Firecracker's, is saved all the same.
+    let mut events = match Api::connect(machine, PATIENCE).await {
+        Ok(api) => Follower::new(api).await.ok(),
+        Err(_) => None,
+    };
+    let mut text = format!("saving {}", machine.name);
+    let mut saving = std::pin::pin!(saving);
+    loop {
+        spinner.turn(&text);
+        let next = async {
+            match &mut events {
+                Some(follower) => follower.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            saved = saving.as_mut() => return saved,
+            next = next => match next {
+                Ok(Some(event)) => {
+                    let number = |key| event.data.get(key).and_then(Value::as_u64);
+                    let recent = number("time_ms").is_some_and(|time| time >= now);
+                    if let (Some(done), Some(total), true) = (number("done"), number("total"), recent) {
+                        let (percent, mib) = (done * 100 / total.max(1), total >> 20);
+                        text = format!("saving {}: {percent} % of {mib} MiB", machine.name);
+                    }
+                }
+                _ => events = None,
+            },
+            () = tokio::time::sleep(TURN) => {}
+        }
+    }
 }

@@ -269,7 +269,7 @@ impl Loader<'_> {
             .collect();
         let initrd = self.place_initrd(header, &keep_free, extents)?;
         let large = elf.segments.iter().any(|segment| segment.file_size >= MAP_THRESHOLD);
-        let map = large && lease.is_some() && self.ram.maps_files();
+        let map = lease.as_ref().filter(|_| large && self.ram.maps_files());
         let mut mapped = Vec::new();
         for segment in &elf.segments {
             let range = (segment.file_offset, segment.gpa, segment.file_size);
@@ -356,24 +356,25 @@ impl Loader<'_> {
         Ok(Some(Initrd { address, size }))
     }
 
-    /// Puts `len` bytes of `file` at `gpa`: whole pages by mapping them if `map` says so and it
-    /// pays, the rest by copying. Mapped ranges are added to `mapped`.
+    /// Puts `len` bytes of `file` at `gpa`: whole pages by mapping them if it pays and `map`
+    /// says that nobody changes them, the rest by copying. Mapped ranges are added to `mapped`.
     fn load_segment(
         &mut self,
         file: &File,
         (offset, gpa, len): (u64, u64, u64),
-        map: bool,
+        map: Option<&Lease>,
         mapped: &mut Vec<(u64, u64)>,
     ) -> Result<(), LoadError> {
         let congruent = offset % PAGE_SIZE == gpa % PAGE_SIZE;
         let start = gpa.next_multiple_of(PAGE_SIZE);
         let end = (gpa + len) / PAGE_SIZE * PAGE_SIZE;
-        if !map || !congruent || end.saturating_sub(start) < MAP_THRESHOLD {
+        let pays = congruent && end.saturating_sub(start) >= MAP_THRESHOLD;
+        let Some(lease) = map.filter(|_| pays) else {
             return self.copy(file, offset, gpa, len, "kernel");
-        }
+        };
         let head = start - gpa;
         self.copy(file, offset, gpa, head, "kernel")?;
-        self.ram.map_file(file, offset + head, start, end - start)?;
+        self.ram.map_file(file, offset + head, start, end - start, lease.is_held())?;
         mapped.push((start, end - start));
         self.copy(file, offset + (end - gpa), end, gpa + len - end, "kernel")
     }

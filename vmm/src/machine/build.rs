@@ -43,6 +43,7 @@ use crate::journal::Journal;
 use crate::kernel::{self, Context, LoadError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::metrics::{Registry, Set, VcpuMetrics};
+use crate::random;
 use crate::seccomp;
 use crate::signals;
 use crate::timings::{Milestone, Timings};
@@ -448,17 +449,11 @@ fn describe(
 /// Writes the identity pages: each machine is another, also one that goes on where another was saved.
 fn write_identity(ram: &mut GuestRam) -> Result<(), BuildError> {
     let mut identity = [0u8; 16 + 8];
-    random(&mut identity).map_err(host("random numbers"))?;
+    random::fill(&mut identity).map_err(host("random numbers"))?;
     let (generation, marker) = identity.split_at(16);
     ram.write_id_page(layout::VMGENID_PAGE, generation)?;
     let marker = marker.iter().fold(0, |all, &byte| all << 8 | u64::from(byte));
     Ok(ram.write_id_page(layout::VMCLOCK_PAGE, VmClock::new(marker).as_slice())?)
-}
-
-fn random(bytes: &mut [u8]) -> io::Result<()> {
-    // SAFETY: the buffer is valid for its length. Requests of up to 256 bytes are not cut short.
-    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    if got == bytes.len() as isize { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn start_io_threads(threads: Vec<Options>, events: &Sender) -> Result<Vec<IoThread>, BuildError> {

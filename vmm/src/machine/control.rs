@@ -599,7 +599,7 @@ impl Control {
     /// in a short pause of its own. A pause under way comes by here when it is done.
     fn release_kernel_file_if_wanted(&mut self) {
         match self.state {
-            _ if !self.kernel_file_wanted || self.change.is_some() => {}
+            _ if !self.kernel_file_wanted || self.change.is_some() || self.frozen => {}
             State::Running => self.pause(Then::ReleaseKernelFile),
             State::Paused => self.release_kernel_file(),
             State::Configured | State::Stopped | State::Failed(_) => {}

@@ -164,7 +164,7 @@ mod tests {
         let mut ram = GuestRam::new(4 << 20, false).unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[3u8; 2 * 4096]).unwrap();
-        ram.map_file(&file, 0, 0x10_0000, 8192).unwrap();
+        ram.map_file(&file, 0, 0x10_0000, 8192, true).unwrap();
         fill(&ram, 0xf_f000, 4 * 4096);
         ram.discarder().discard(0xf_f000, 4 * 4096);
         let bytes = [0xf_f000, 0x10_0000, 0x10_1fff, 0x10_2000].map(|gpa| byte(&ram, gpa));

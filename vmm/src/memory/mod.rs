@@ -5,18 +5,24 @@
 //! copy-on-write, from the kernel file ([`GuestRam::map_file`]), so that starting does not cost
 //! what the kernel weighs, and machines share what the kernel does not patch.
 //!
+//! RAM is a list of immutable layers and what the guest wrote since ([`layers`]). A machine that goes on
+//! where another was saved maps that one's files; freezing makes a layer of what was written ([`freeze`]).
+//!
 //! What a balloon gives back goes through a [`Discarder`].
 //!
 //! Two pages that carry the machine's identity (VMGenID, VMClock) lie outside RAM in a slot of
 //! their own.
 
 mod discard;
+mod freeze;
+mod layers;
 mod mapping;
+mod runs;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::layout;
 use devices::memory::{GuestMemory, Memory};
@@ -26,7 +32,11 @@ use vm_memory::{Address, GuestAddress, GuestRegionMmap};
 
 use crate::hypervisor::{HypervisorError, Vm};
 pub use discard::Discarder;
+use freeze::Stack;
+pub use freeze::{Image, shared_out};
+pub use layers::{Contents, Extent, Layer, Piece};
 pub use mapping::Mapping;
+pub use runs::Runs;
 
 /// Size of a guest and host page in bytes.
 pub const PAGE_SIZE: u64 = layout::PAGE_SIZE;
@@ -75,8 +85,7 @@ pub struct GuestRam {
     huge_pages: bool,
     memory: Memory,
     ranges: Ranges,
-    /// Parts of RAM that files are mapped over: what is there need not have been touched.
-    overlays: Vec<std::ops::Range<u64>>,
+    stack: Arc<Mutex<Stack>>,
     id_pages: Mapping,
 }
 
@@ -102,8 +111,8 @@ impl GuestRam {
             MemoryError::Map { gpa: layout::VMGENID_PAGE, size: ID_PAGES_LEN, huge: "", source }
         })?;
         let memory = Memory::new(Arc::new(Self::guest_memory(&ranges)?));
-        let (ranges, overlays) = (Arc::new(ranges), Vec::new());
-        Ok(GuestRam { huge_pages, memory, ranges, overlays, id_pages })
+        let (ranges, stack) = (Arc::new(ranges), Arc::default());
+        Ok(GuestRam { huge_pages, memory, ranges, stack, id_pages })
     }
 
     /// The `vm-memory` view of `ranges`.
@@ -183,8 +192,8 @@ impl GuestRam {
     }
 
     /// Maps `len` bytes of `file` from `offset` copy-on-write over RAM at `gpa`. All three are
-    /// multiples of the page size. The file must not change while the machine lives: it is Hull's
-    /// own cache copy, or held under a lease.
+    /// multiples of the page size. The file must not change while the machine lives, unless it is
+    /// `leased`: whoever holds the lease calls [`GuestRam::detach_file`] before he gives it up.
     ///
     /// # Errors
     /// [`MemoryError::Load`]; RAM is then as before.
@@ -194,106 +203,129 @@ impl GuestRam {
         offset: u64,
         gpa: u64,
         len: u64,
+        leased: bool,
     ) -> Result<(), MemoryError> {
         let error = |source| MemoryError::Load { gpa, len, source };
         let ranges = self.ranges.iter().map(|(start, mapping)| (*start, mapping));
         let (start, mapping) = find(ranges, gpa, len)
             .ok_or_else(|| error(io::Error::from_raw_os_error(libc::EFAULT)))?;
         let at = gpa - start.raw_value();
+        let kept = file.try_clone().map_err(error)?;
         mapping.overlay_file(at, len, file, offset).map_err(error)?;
-        self.overlays.push(gpa..gpa + len);
+        let extent = Extent {
+            at: self.page(gpa).unwrap_or_default(),
+            len: len / PAGE_SIZE,
+            from: offset / PAGE_SIZE,
+        };
+        let layer = Layer { file: Arc::new(kept), extents: vec![extent], leased };
+        self.stack.lock().unwrap_or_else(PoisonError::into_inner).layers.push(layer);
         Ok(())
     }
 
-    /// Maps a memory file of a snapshot copy-on-write over RAM: byte n of the file is byte n of the
-    /// ranges of RAM one behind the other. What the file has no data for stays zeroed memory. Nobody
-    /// may change the file as long as the machine lives.
+    /// Number of the page of RAM at `gpa`, through all ranges.
+    fn page(&self, gpa: u64) -> Option<u64> {
+        let mut first = 0;
+        for (start, mapping) in self.ranges.iter() {
+            let len = mapping.len() as u64;
+            match gpa.checked_sub(start.raw_value()) {
+                Some(at) if at < len => return Some((first + at) / PAGE_SIZE),
+                _ => first += len,
+            }
+        }
+        None
+    }
+
+    /// Maps what `layers` come to, of which the first is the lowest, over RAM that nobody wrote yet. Nobody
+    /// may change their files as long as the machine lives. Small pieces are copied where there are very
+    /// many, and all of them where RAM is made of huge pages.
     ///
     /// # Errors
     /// [`MemoryError::Load`]; RAM may be partly mapped then.
-    pub fn map_snapshot(&mut self, file: &File) -> Result<(), MemoryError> {
-        let mut first = 0;
+    pub fn map_layers(&mut self, layers: Vec<Layer>) -> Result<(), MemoryError> {
+        let contents = Contents::new(self.size(), &layers);
+        let mut lens: Vec<u64> = contents.pieces().iter().map(|piece| piece.extent.len).collect();
+        let copied = if self.huge_pages {
+            u64::MAX
+        } else if lens.len() > MOST_PIECES {
+            let place = lens.len() - MOST_PIECES;
+            *lens.select_nth_unstable(place).1
+        } else {
+            0
+        };
+        let (mut first, mut to_copy) = (0, Vec::new());
         for (start, mapping) in self.ranges.iter() {
-            let gpa = start.raw_value();
-            let range = first..first + mapping.len() as u64;
-            let failed = |source| MemoryError::Load { gpa, len: mapping.len() as u64, source };
-            for extent in extents(file, range.clone()).map_err(failed)? {
-                let (at, len) = (extent.start - first, extent.end - extent.start);
-                mapping.overlay_file(at, len, file, extent.start).map_err(failed)?;
-                self.overlays.push(gpa + at..gpa + at + len);
+            let pages = mapping.len() as u64 / PAGE_SIZE;
+            for piece in contents.within(first..first + pages) {
+                let Extent { at, len, from } = piece.extent;
+                let (at, bytes) = ((at - first) * PAGE_SIZE, len * PAGE_SIZE);
+                if len < copied {
+                    to_copy.extend(parts(at, bytes).map(|(n, len)| {
+                        (mapping, n, len, Arc::clone(&piece.file), from * PAGE_SIZE + (n - at))
+                    }));
+                    continue;
+                }
+                mapping.overlay_file(at, bytes, &piece.file, from * PAGE_SIZE).map_err(
+                    |source| MemoryError::Load { gpa: start.raw_value() + at, len: bytes, source },
+                )?;
             }
-            first = range.end;
+            first += pages;
         }
+        shared_out(&to_copy, |(mapping, at, len, file, from)| {
+            let (at, len) = (*at as usize, *len as usize);
+            // SAFETY: the piece lies in the mapping, which no guest runs on yet; no two pieces have a
+            // byte in common.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(mapping.as_ptr().add(at), len) };
+            file.read_exact_at(bytes, *from)
+        })
+        .map_err(|source| MemoryError::Load { gpa: 0, len: self.size(), source })?;
+        self.stack.lock().unwrap_or_else(PoisonError::into_inner).layers = layers;
         Ok(())
     }
 
-    /// What is needed to write RAM out: the mappings, which stay as long as this is kept, and the
-    /// parts that files are mapped over.
+    /// What is needed to freeze RAM and to write it out. The mappings stay as long as this is kept.
     pub fn image(&self) -> Image {
-        Image { ranges: Arc::clone(&self.ranges), overlays: self.overlays.clone() }
+        let (ranges, stack) = (Arc::clone(&self.ranges), Arc::clone(&self.stack));
+        Image { ranges, stack, huge_pages: self.huge_pages }
     }
 
-    /// Copies `gpa..gpa + len` out of the file that it maps, so that the file may change, shrink
+    /// Copies `gpa..gpa + len` out of the leased file that it maps, so that the file may change, shrink
     /// even. (Private copies of the pages would not do: truncation takes them away as well.) The
-    /// machine must be paused. Blocks for as long as copying takes, about 0.3 s per GiB.
+    /// machine must be paused, and nobody may be freezing it. Blocks for as long as copying takes, about
+    /// 0.3 s per GiB.
     ///
     /// # Errors
     /// [`MemoryError::Load`] if the host has no memory for it.
     pub fn detach_file(&self, gpa: u64, len: u64) -> Result<(), MemoryError> {
         let error = |source| MemoryError::Load { gpa, len, source };
+        let mut stack = self.stack.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = self.page(gpa).unwrap_or_default();
+        let pages = first..first + len / PAGE_SIZE;
+        let maps =
+            |layer: &Layer| layer.leased && layer.pages().within(pages.clone()).next().is_some();
+        if !stack.layers.iter().any(maps) {
+            // It was frozen, and lies in a layer of the machine's own.
+            return Ok(());
+        }
         let (start, mapping) =
             find(self.ranges.iter().map(|(start, mapping)| (*start, mapping)), gpa, len)
                 .ok_or_else(|| error(io::Error::from_raw_os_error(libc::EFAULT)))?;
-        mapping.detach(gpa - start.raw_value(), len).map_err(error)
+        mapping.detach(gpa - start.raw_value(), len).map_err(error)?;
+        for layer in stack.layers.iter_mut().filter(|layer| layer.leased) {
+            layer.remove(pages.clone());
+        }
+        stack.layers.retain(|layer| !layer.extents.is_empty());
+        Ok(())
     }
 }
 
-/// RAM as it is to be written out. It is read while nothing writes it.
-#[derive(Clone, Debug)]
-pub struct Image {
-    /// The mappings.
-    pub ranges: Ranges,
-    /// Guest-physical ranges that files are mapped over.
-    pub overlays: Vec<std::ops::Range<u64>>,
-}
+/// Most pieces of layers that are mapped: each is a mapping, of which a process may have some ten
+/// thousand, and costs some microseconds.
+const MOST_PIECES: usize = 4096;
 
-/// Holes that are smaller than this are mapped like data: each mapping costs some microseconds.
-const SMALL_HOLE: u64 = 256 << 10;
-/// Most extents of one range; with more, what lies between is mapped as well.
-const MOST_EXTENTS: usize = 2048;
-
-/// The parts of `range` of `file` that have data, in whole pages, neighbours together.
-fn extents(file: &File, range: std::ops::Range<u64>) -> io::Result<Vec<std::ops::Range<u64>>> {
-    let seek = |from: u64, whence| -> io::Result<Option<u64>> {
-        let from = libc::off_t::try_from(from).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // SAFETY: lseek has no memory arguments.
-        let found = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
-        match u64::try_from(found) {
-            Ok(found) => Ok(Some(found)),
-            // There is no data behind this.
-            Err(_) => match io::Error::last_os_error() {
-                err if err.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                err => Err(err),
-            },
-        }
-    };
-    let mut extents: Vec<std::ops::Range<u64>> = Vec::new();
-    let mut at = range.start;
-    while at < range.end {
-        let Some(start) = seek(at, libc::SEEK_DATA)?.filter(|start| *start < range.end) else {
-            break;
-        };
-        let end = seek(start, libc::SEEK_HOLE)?.unwrap_or(range.end).min(range.end);
-        let start = start / PAGE_SIZE * PAGE_SIZE;
-        let end = end.next_multiple_of(PAGE_SIZE).min(range.end);
-        let full = extents.len() >= MOST_EXTENTS;
-        match extents.last_mut() {
-            Some(last) if full || start - last.end < SMALL_HOLE => last.end = end,
-            _ => extents.push(start..end),
-        }
-        at = end;
-    }
-    Ok(extents)
+/// `len` bytes from `at` in parts that threads can share out.
+fn parts(at: u64, len: u64) -> impl Iterator<Item = (u64, u64)> {
+    const PART: u64 = 4 << 20;
+    (0..len.div_ceil(PART)).map(move |n| (at + n * PART, PART.min(len - n * PART)))
 }
 
 /// True if the host backs anonymous memory with 2 MiB pages without being asked.
@@ -343,7 +375,7 @@ mod tests {
         let mut ram = GuestRam::new(4 << 20, false).unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[7u8; 3 * 4096]).unwrap();
-        ram.map_file(&file, 4096, 0x10_0000, 8192).unwrap();
+        ram.map_file(&file, 4096, 0x10_0000, 8192, true).unwrap();
         let guest = Arc::clone(ram.memory().guest());
         let read = |gpa| guest.read_obj::<u8>(GuestAddress(gpa)).unwrap();
         assert_eq!((read(0xf_ffff), read(0x10_0000), read(0x10_1fff)), (0, 7, 7));
@@ -358,8 +390,8 @@ mod tests {
     fn a_file_outside_ram_is_refused() {
         let mut ram = GuestRam::new(4 << 20, false).unwrap();
         let file = tempfile::tempfile().unwrap();
-        assert!(ram.map_file(&file, 0, (4 << 20) - 4096, 8192).is_err());
-        assert!(ram.map_file(&file, 0, !0xfff, 8192).is_err());
+        assert!(ram.map_file(&file, 0, (4 << 20) - 4096, 8192, false).is_err());
+        assert!(ram.map_file(&file, 0, !0xfff, 8192, false).is_err());
     }
 
     #[test]

@@ -173,7 +173,7 @@ const KINDS: [&str; 13] = [
     "virtio-rng",
     "virtio-balloon",
     "virtio-vsock",
-    "ids",
+    super::PAGES,
 ];
 
 struct Fields<'a>(&'a [u8]);
@@ -236,8 +236,10 @@ mod tests {
                 memory: MemoryHeader {
                     size: 4096,
                     data: 0,
+                    id: "a1".to_owned(),
+                    aside: "a1".to_owned(),
                     samples: Vec::new(),
-                    fingerprint: String::new(),
+                    base: None,
                 },
                 disks: Vec::new(),
             },

@@ -1,16 +1,24 @@
-//! Writing the two files of a snapshot so that nothing is ever half there, and reading them back.
+//! Writing the two files of a snapshot so that nothing is ever half there.
 
-use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{DiskHeader, Header, MemoryError, State, StateError, read, save_memory, write};
+use devices::virtio::device::Payload;
+
+use super::aside::Aside;
+use super::load::stands;
+use super::memory::{samples_of, samples_of_file, save};
+use super::{
+    Base, DiskHeader, Header, MEMORY, MemoryHeader, PAGES, Part, Progress, State, StateError, read,
+    write,
+};
 use crate::config::VmConfig;
-use crate::machine::{Frozen, Origin};
+use crate::memory::{Contents, Layer, PAGE_SIZE, Runs};
+use crate::random;
 
 /// Where a snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +36,7 @@ impl Files {
     }
 }
 
-/// Why a snapshot is not written, or cannot be read.
+/// Why a snapshot is not written.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// A file cannot be made, written or moved into its place.
@@ -41,15 +49,7 @@ pub enum StoreError {
         /// The system's reason.
         source: io::Error,
     },
-    /// The memory cannot be written.
-    #[error("{}", path.display())]
-    Memory {
-        /// Its file.
-        path: PathBuf,
-        /// Why.
-        source: MemoryError,
-    },
-    /// The state cannot be written or read.
+    /// The state cannot be written.
     #[error("{}", path.display())]
     State {
         /// Its file.
@@ -60,74 +60,124 @@ pub enum StoreError {
     /// Both files have one path.
     #[error("state and memory cannot be one file: {}", .0.display())]
     Same(PathBuf),
+    /// There is a folder, or a device.
+    #[error("{} is not a file", .0.display())]
+    NotAFile(PathBuf),
     /// The machine itself runs from this file.
     #[error("{} is in use by the machine itself", .0.display())]
     InUse(PathBuf),
+    /// A file that is there already has the memory of another guest.
+    #[error("{} is there already, and is {found} bytes long; the guest has {expected}", path.display())]
+    OtherSize {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        found: u64,
+        /// The guest's RAM in bytes.
+        expected: u64,
+    },
+    /// The host has no random numbers.
+    #[error("the host refused random numbers")]
+    Random(#[source] io::Error),
 }
 
-/// A file beside the one that it is to replace. Gone when dropped, unless it was put in its place.
-struct Aside {
-    file: File,
-    path: PathBuf,
-    target: PathBuf,
-    placed: bool,
+/// A machine at one moment.
+#[derive(Debug)]
+pub struct Taken {
+    /// Its id if it has one already: it was a diff, and becomes whole.
+    pub id: Option<String>,
+    /// Its states.
+    pub parts: Vec<Part>,
+    /// How it was configured.
+    pub config: VmConfig,
+    /// Its disks at that moment.
+    pub disks: Vec<DiskHeader>,
+    /// Its memory.
+    pub contents: Contents,
+    /// What changed since another snapshot, for one that holds nothing else.
+    pub diff: Option<Diff>,
 }
 
-impl Aside {
-    fn new(target: &Path) -> Result<Aside, StoreError> {
-        let mut name = OsString::from(".");
-        name.push(target.file_name().unwrap_or_default());
-        name.push(format!(".{}.new", std::process::id()));
-        let path = target.with_file_name(name);
-        let mut options = File::options();
-        // What a guest has in its memory is for nobody else.
-        let options = options.read(true).write(true).create(true).truncate(true).mode(0o600);
-        match options.open(&path) {
-            Ok(file) => Ok(Aside { file, path, target: target.to_owned(), placed: false }),
-            Err(source) => Err(StoreError::File { verb: "make", path, source }),
-        }
-    }
-
-    fn failed(&self, verb: &'static str) -> impl FnOnce(io::Error) -> StoreError + use<> {
-        let path = self.target.clone();
-        move |source| StoreError::File { verb, path, source }
-    }
-
-    fn sync(&self) -> Result<(), StoreError> {
-        self.file.sync_all().map_err(self.failed("write out"))
-    }
-
-    fn place(mut self) -> Result<(), StoreError> {
-        fs::rename(&self.path, &self.target).map_err(self.failed("move into its place"))?;
-        self.placed = true;
-        let folder = self.target.parent().filter(|folder| !folder.as_os_str().is_empty());
-        let folder = File::open(folder.unwrap_or(Path::new(".")));
-        folder.and_then(|folder| folder.sync_all()).map_err(self.failed("write out the folder of"))
-    }
+/// What changed since another snapshot.
+#[derive(Debug)]
+pub struct Diff {
+    /// The pages.
+    pub pages: Runs,
+    /// That one. Without one nothing is known of memory but these pages.
+    pub base: Option<Base>,
 }
 
-impl Drop for Aside {
-    fn drop(&mut self) {
-        if !self.placed {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Writes the snapshot of a machine that does not move. Both files are on the disk when this returns;
-/// until then, what was at these paths is as it was, but that the memory file may be the new one when
-/// the machine below loses its power just before the state file is.
+/// Writes a snapshot. Both files are on the disk when this returns; until then, and whatever happens, what
+/// was at these paths can be loaded as before, or this one already.
 ///
-/// `progress` is called with bytes of memory done, from several threads.
+/// A diff whose memory file is there already becomes a whole snapshot in its place.
 ///
 /// # Errors
 /// [`StoreError`]; nothing new is left then.
-pub fn store(
-    frozen: Frozen,
-    config: &VmConfig,
-    files: &Files,
-    progress: &(dyn Fn(u64) + Sync),
-) -> Result<Header, StoreError> {
+pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Header, StoreError> {
+    let Taken { id, mut parts, config, disks, contents, diff } = taken;
+    check(&config, files)?;
+    let size = contents.pages() * PAGE_SIZE;
+    let gone = |diff: &Diff| diff.base.as_ref().is_some_and(|base| !stands(base));
+    let diff = diff.filter(|diff| {
+        let gone = gone(diff);
+        if gone {
+            tracing::warn!("the last snapshot is not there any more; all of the memory is saved");
+        }
+        !gone
+    });
+    let (contents, diff) = match diff {
+        Some(diff) => laid_over(contents, diff, &files.memory)?,
+        None => (contents, None),
+    };
+    let aside = word().map_err(StoreError::Random)?;
+    let id = id.map_or_else(word, Ok).map_err(StoreError::Random)?;
+    let (mut state_file, mut memory_file) =
+        (Aside::new(&files.state, &aside)?, Aside::new(&files.memory, &aside)?);
+    let pages = diff.as_ref().map(|diff| &diff.pages);
+    let data =
+        save(&contents, pages, &memory_file.file, progress).map_err(memory_file.failed("write"))?;
+    let samples = match pages {
+        Some(pages) => samples_of(&contents, pages),
+        None => samples_of_file(&memory_file.file, size),
+    };
+    let samples = samples.map_err(memory_file.failed("read back"))?;
+    drop(contents);
+    let base = diff.and_then(|Diff { pages, base }| {
+        let payload = Payload { kind: PAGES, version: 1, bytes: pages.to_bytes() };
+        parts.push(Part { owner: MEMORY.to_owned(), payload });
+        base.map(|base| base.seen_from(&files.state))
+    });
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let header = Header {
+        hull: env!("CARGO_PKG_VERSION").to_owned(),
+        created_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+        disks,
+        config,
+        memory: MemoryHeader { id, aside, size, data, samples, base },
+    };
+    let state = State { header, parts };
+    let failed = |source| StoreError::State { path: files.state.clone(), source };
+    let bytes = write(&state).map_err(failed)?;
+    io::Write::write_all(&mut &state_file.file, &bytes).map_err(state_file.failed("write"))?;
+    memory_file.sync()?;
+    state_file.sync()?;
+    memory_file.sync_folder()?;
+    let alone = state_file.alone()?;
+    // With it the pair counts: it says where the memory is.
+    state_file.place()?;
+    let placed = memory_file.place();
+    if placed.is_err() {
+        memory_file.keep();
+    }
+    drop(alone);
+    placed?;
+    memory_file.clean();
+    state_file.clean();
+    Ok(state.header)
+}
+
+fn check(config: &VmConfig, files: &Files) -> Result<(), StoreError> {
     if files.state == files.memory {
         return Err(StoreError::Same(files.state.clone()));
     }
@@ -139,33 +189,72 @@ pub fn store(
             return Err(StoreError::InUse(path.clone()));
         }
     }
-    let (state_file, memory_file) = (Aside::new(&files.state)?, Aside::new(&files.memory)?);
-    let memory = save_memory(&frozen.image, &memory_file.file, progress)
-        .map_err(|source| StoreError::Memory { path: files.memory.clone(), source })?;
-    // The machine may go on being looked at, and ended; its memory is not needed any more.
-    drop(frozen.image);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let header = Header {
-        hull: env!("CARGO_PKG_VERSION").to_owned(),
-        created_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
-        config: config.clone(),
-        memory,
-        disks: disks(config),
-    };
-    let state = State { header, parts: frozen.parts };
-    let failed = |source| StoreError::State { path: files.state.clone(), source };
-    let bytes = write(&state).map_err(failed)?;
-    io::Write::write_all(&mut &state_file.file, &bytes).map_err(state_file.failed("write"))?;
-    memory_file.sync()?;
-    state_file.sync()?;
-    // The state last: with it the pair counts.
-    memory_file.place()?;
-    state_file.place()?;
-    Ok(state.header)
+    Ok(())
 }
 
-/// The disks as they are now.
-fn disks(config: &VmConfig) -> Vec<DiskHeader> {
+/// What a diff comes to with the memory file that is at its path already, if there is one.
+fn laid_over(
+    contents: Contents,
+    diff: Diff,
+    path: &Path,
+) -> Result<(Contents, Option<Diff>), StoreError> {
+    let failed = |source| StoreError::File { verb: "read", path: path.to_owned(), source };
+    let file = match fs::File::open(path) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok((contents, Some(diff))),
+        // All of it is known here, also what that file should say.
+        Ok(_) if diff.base.is_some() => return Ok((contents, None)),
+        file => file.map_err(failed)?,
+    };
+    let expected = contents.pages() * PAGE_SIZE;
+    let there = file.metadata().map_err(failed)?;
+    if !there.is_file() {
+        return Err(StoreError::NotAFile(path.to_owned()));
+    }
+    if there.len() != expected {
+        let path = path.to_owned();
+        return Err(StoreError::OtherSize { path, found: there.len(), expected });
+    }
+    let below = Layer::of_data(Arc::new(file)).map_err(failed)?;
+    Ok((contents.over(expected, &below), None))
+}
+
+/// Letters and digits that nobody else has.
+fn word() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    random::fill(&mut bytes)?;
+    Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
+}
+
+impl Base {
+    /// With paths as they are written into the state file of a diff: of neighbours relative, so that they
+    /// can be moved together.
+    fn seen_from(self, diff: &Path) -> Base {
+        let folder = |path: &Path| Some(path.parent()?.to_owned());
+        let shorten = |path: PathBuf| -> PathBuf {
+            let short = || {
+                let (own, other) = (folder(diff)?, folder(&path)?);
+                if own == other {
+                    return Some(PathBuf::from(path.file_name()?));
+                }
+                let neighbours = folder(&own).is_some() && folder(&own) == folder(&other);
+                neighbours.then(|| {
+                    Path::new("..").join(other.file_name()?).join(path.file_name()?).into()
+                })?
+            };
+            short().unwrap_or(path)
+        };
+        Base { id: self.id, state: shorten(self.state), memory: shorten(self.memory) }
+    }
+
+    /// Its files, for the diff with this state file.
+    pub fn files(&self, diff: &Path) -> Files {
+        let folder = diff.parent().unwrap_or(Path::new(""));
+        Files { state: folder.join(&self.state), memory: folder.join(&self.memory) }
+    }
+}
+
+/// The disks of a machine as they are now.
+pub fn disks(config: &VmConfig) -> Vec<DiskHeader> {
     let disk = |(n, disk): (usize, &crate::config::DiskConfig)| {
         let file = fs::metadata(&disk.path).ok();
         let modified = file.as_ref().map_or(0, |file| {
@@ -182,26 +271,21 @@ fn disks(config: &VmConfig) -> Vec<DiskHeader> {
     config.disk.iter().enumerate().map(disk).collect()
 }
 
-/// Reads what a machine goes on from. Disks that changed since are warned of.
+/// Removes a snapshot, the state first. Machines that run from it go on.
 ///
 /// # Errors
-/// [`StoreError`]. Whether the memory is the state's is seen when the machine is made.
-pub fn load(files: &Files) -> Result<Origin, StoreError> {
+/// There is none, or a file cannot be removed.
+pub fn remove(files: &Files) -> Result<(), StoreError> {
     let state = read(&files.state)
         .map_err(|source| StoreError::State { path: files.state.clone(), source })?;
-    let memory = File::open(&files.memory).map_err(|source| StoreError::File {
-        verb: "open",
-        path: files.memory.clone(),
-        source,
-    })?;
-    for (before, now) in state.header.disks.iter().zip(disks(&state.header.config)) {
-        if *before != now && before.path.as_os_str().as_bytes() == now.path.as_os_str().as_bytes() {
-            tracing::warn!(
-                disk = before.name,
-                path = %before.path.display(),
-                "the disk was changed since the snapshot; its guest does not know that"
-            );
+    let memory = super::aside::find(&files.memory, &state.header.memory.aside);
+    for path in [&files.state, &memory, &files.memory] {
+        match fs::remove_file(path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(StoreError::File { verb: "remove", path: path.clone(), source });
+            }
+            _ => {}
         }
     }
-    Ok(Origin { state, memory })
+    Ok(())
 }

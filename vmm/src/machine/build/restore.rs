@@ -1,8 +1,6 @@
 //! A machine from a snapshot: what differs from one that boots.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io;
 
 use devices::virtio::device::{Payload, RestoreError};
 
@@ -11,27 +9,31 @@ use super::super::slot::Slot;
 use super::BuildError;
 use crate::hypervisor::state::{VcpuState, VmState};
 use crate::hypervisor::{Vcpu, Vm};
-use crate::memory::GuestRam;
-use crate::snapshot::{self, State};
+use crate::memory::{GuestRam, Layer};
+use crate::snapshot::{Base, State};
 
 /// What a machine goes on from.
 #[derive(Debug)]
 pub struct Origin {
     /// Its state.
     pub state: State,
-    /// Its memory, which must not be changed as long as the machine lives.
-    pub memory: File,
+    /// Its memory, the lowest layer first; nobody may change their files as long as the machine lives.
+    pub layers: Vec<Layer>,
+    /// Where it is from, for what changes from here on.
+    pub base: Option<Base>,
 }
 
 /// Why a snapshot cannot be gone on from.
 #[derive(Debug, thiserror::Error)]
 pub enum OriginError {
-    /// The memory file is not the state's.
-    #[error("the memory file is not the one that was written with this state: {0}")]
-    Memory(String),
-    /// It cannot be read.
-    #[error("cannot read the memory file")]
-    Read(#[source] io::Error),
+    /// The machine is to have more memory than was saved, or less.
+    #[error("the guest had {saved} bytes of memory, and cannot have {wanted} here")]
+    MemorySize {
+        /// Its RAM in bytes.
+        saved: u64,
+        /// What the configuration says.
+        wanted: u64,
+    },
     /// The guest was shown features that this host has not: it may use them any time.
     #[error("this host's CPU lacks what the guest was shown: {0}")]
     Cpu(String),
@@ -90,17 +92,11 @@ fn taken<T>(owner: &str, result: Result<T, RestoreError>) -> Result<T, OriginErr
 
 /// Puts the memory of `origin` into `ram`.
 pub(super) fn memory(origin: &Origin, ram: &mut GuestRam) -> Result<(), BuildError> {
-    let header = &origin.state.header.memory;
-    let len = origin.memory.metadata().map_err(OriginError::Read)?.len();
-    if len != ram.size() || header.size != len {
-        let what = format!("it is {len} bytes long, the guest had {}", header.size);
-        return Err(OriginError::Memory(what).into());
+    let (saved, wanted) = (origin.state.header.memory.size, ram.size());
+    if saved != wanted {
+        return Err(OriginError::MemorySize { saved, wanted }.into());
     }
-    let found = snapshot::fingerprint(&origin.memory, &header.samples);
-    if found.map_err(OriginError::Read)? != header.fingerprint {
-        return Err(OriginError::Memory("its pages are others".to_owned()).into());
-    }
-    Ok(ram.map_snapshot(&origin.memory)?)
+    Ok(ram.map_layers(origin.layers.clone())?)
 }
 
 /// What has state beside memory.

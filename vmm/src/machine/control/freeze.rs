@@ -42,6 +42,7 @@ impl Control {
         if std::mem::take(&mut self.frozen) && resume && self.state == State::Paused {
             self.go_on();
         }
+        self.release_kernel_file_if_wanted();
         reply(Ok(self.state.clone()));
     }
 

@@ -1,0 +1,186 @@
+//! `hull snapshot show|ls|merge|rm`: what is done with the files of snapshots, without a machine.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use serde_json::json;
+use vmm::config::ByteSize;
+use vmm::snapshot::{self, Base, Files, Header};
+
+use crate::cli::{Result, SnapshotArgs, SnapshotCommand};
+use crate::client::{self, Machine, local_time};
+use crate::exit::Code;
+use crate::spinner::Spinner;
+use crate::streams;
+use crate::table::Table;
+
+#[derive(Debug, thiserror::Error)]
+enum SnapshotError {
+    #[error("cannot show {}", path.display())]
+    Show { path: PathBuf, source: snapshot::StateError },
+    #[error("cannot list {}", path.display())]
+    List { path: PathBuf, source: io::Error },
+    #[error("{} is what {} is a diff to", path.display(), diff.display())]
+    Needed { path: PathBuf, diff: PathBuf },
+    #[error("cannot make the folder {}", path.display())]
+    Folder { path: PathBuf, source: io::Error },
+}
+
+/// Saves a machine, or does something with what was saved.
+pub fn snapshot(args: &SnapshotArgs) -> Result {
+    match (&args.command, &args.machine, &args.folder) {
+        (Some(SnapshotCommand::Show { path, json }), _, _) => show(path, *json),
+        (Some(SnapshotCommand::Ls { folder, json }), _, _) => list(folder, *json),
+        (Some(SnapshotCommand::Merge { folder, into, base }), _, _) => {
+            merge(folder, into.as_deref().unwrap_or(folder), base.as_deref())
+        }
+        (Some(SnapshotCommand::Rm { folders, force }), _, _) => remove(folders, *force),
+        (None, Some(machine), Some(folder)) => {
+            client::snapshot(&Machine::find(machine)?, folder, args.diff, args.stop)
+        }
+        // clap asks for both.
+        _ => Ok(Code::USAGE),
+    }
+}
+
+fn show(path: &Path, json: bool) -> Result {
+    let path = if path.is_dir() { Files::within(path).state } else { path.to_owned() };
+    let state = snapshot::read(&path)
+        .map_err(|source| SnapshotError::Show { path: path.clone(), source })?;
+    if json {
+        streams::print(&(serde_json::to_string_pretty(&state.header)? + "\n"))?;
+        return Ok(Code::SUCCESS);
+    }
+    let Header { hull, created_ms, config, memory, disks } = &state.header;
+    let mut table = Table::new(["WHAT", "VALUE"]);
+    table.push(["format".into(), snapshot::FORMAT.to_string()]);
+    table.push(["written by".into(), format!("hull {hull}")]);
+    table.push(["created".into(), local_time(*created_ms)]);
+    table.push(["id".into(), memory.id.clone()]);
+    table.push(["diff to".into(), memory.base.as_ref().map_or("-".into(), base_text)]);
+    table.push(["name".into(), config.name.clone().unwrap_or_default()]);
+    table.push(["cpus".into(), config.cpus.to_string()]);
+    table.push(["memory".into(), ByteSize(memory.size).to_string()]);
+    table.push(["memory written".into(), ByteSize(memory.data).to_string()]);
+    for disk in disks {
+        table.push([format!("disk {}", disk.name), disk.path.display().to_string()]);
+    }
+    for part in &state.parts {
+        let payload = &part.payload;
+        let (kind, version, len) = (payload.kind, payload.version, payload.bytes.len());
+        table.push([format!("state of {}", part.owner), format!("{kind} {version}, {len} bytes")]);
+    }
+    streams::print(&table.to_string())?;
+    Ok(Code::SUCCESS)
+}
+
+fn base_text(base: &Base) -> String {
+    base.state.parent().unwrap_or(&base.state).display().to_string()
+}
+
+/// The snapshots in the folders below `folder`, and in itself, by their names.
+fn within(folder: &Path) -> std::result::Result<Vec<(PathBuf, Header)>, SnapshotError> {
+    let failed = |source| SnapshotError::List { path: folder.to_owned(), source };
+    let mut folders = vec![folder.to_owned()];
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        folders.push(entry.map_err(failed)?.path());
+    }
+    folders.sort();
+    let header = |folder: PathBuf| {
+        // What cannot be read is none, whoever named it so.
+        let state = snapshot::read(&Files::within(&folder).state).ok()?;
+        Some((folder, state.header))
+    };
+    Ok(folders.into_iter().filter_map(header).collect())
+}
+
+fn list(folder: &Path, json: bool) -> Result {
+    let all = within(folder)?;
+    if json {
+        let entry =
+            |(folder, header): &(PathBuf, Header)| json!({ "dir": folder, "header": header });
+        let all: Vec<_> = all.iter().map(entry).collect();
+        streams::print(&(serde_json::to_string_pretty(&all)? + "\n"))?;
+        return Ok(Code::SUCCESS);
+    }
+    let mut table = Table::new(["DIR", "CREATED", "MACHINE", "MEMORY", "WRITTEN", "DIFF TO"]);
+    for (folder, header) in &all {
+        let memory = &header.memory;
+        table.push([
+            folder.display().to_string(),
+            local_time(header.created_ms),
+            header.config.name.clone().unwrap_or_else(|| "-".to_owned()),
+            ByteSize(memory.size).to_string(),
+            ByteSize(memory.data).to_string(),
+            memory.base.as_ref().map_or("-".into(), base_text),
+        ]);
+    }
+    streams::print(&table.to_string())?;
+    Ok(Code::SUCCESS)
+}
+
+/// The files in `folder`, by paths that are good from anywhere.
+pub fn files(folder: &Path) -> io::Result<Files> {
+    Ok(Files::within(&std::path::absolute(folder)?))
+}
+
+fn merge(folder: &Path, into: &Path, base: Option<&Path>) -> Result {
+    let failed = |source| SnapshotError::Folder { path: into.to_owned(), source };
+    fs::create_dir_all(into).map_err(failed)?;
+    let (diff, target) = (files(folder)?, files(into)?);
+    let base = base.map(files).transpose()?;
+    let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
+    let progress = |now: u64, all: u64| {
+        done.fetch_max(now, Ordering::Relaxed);
+        total.store(all, Ordering::Relaxed);
+    };
+    let merged = std::thread::scope(|scope| {
+        // It ends when nobody can send any more.
+        let (over, ended) = mpsc::channel::<()>();
+        if let Some(mut spinner) = Spinner::new() {
+            let (done, total) = (&done, &total);
+            scope.spawn(move || {
+                let turn = Duration::from_millis(100);
+                while ended.recv_timeout(turn) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    let (done, total) =
+                        (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed));
+                    let percent = done * 100 / total.max(1);
+                    spinner.turn(&format!("merging: {percent} % of {} MiB", total >> 20));
+                }
+            });
+        }
+        let merged = snapshot::merge(&diff, base.as_ref(), &target, &progress);
+        drop(over);
+        merged
+    });
+    merged?;
+    Ok(Code::SUCCESS)
+}
+
+fn remove(folders: &[PathBuf], force: bool) -> Result {
+    for folder in folders {
+        let target = files(folder)?;
+        if !force && let Some(parent) = target.state.parent().and_then(Path::parent) {
+            for (other, header) in within(parent).unwrap_or_default() {
+                let names = |other: &PathBuf| {
+                    folders.iter().any(|one| files(one).ok() == files(other).ok())
+                };
+                if let Some(base) = &header.memory.base
+                    && base.files(&Files::within(&other).state).state.canonicalize().ok()
+                        == target.state.canonicalize().ok()
+                    && !names(&other)
+                {
+                    return Err(SnapshotError::Needed { path: folder.clone(), diff: other }.into());
+                }
+            }
+        }
+        snapshot::remove(&target)?;
+        // Unless somebody has other things in it.
+        let _ = fs::remove_dir(folder);
+    }
+    Ok(Code::SUCCESS)
+}

@@ -1,0 +1,280 @@
+//! Making a layer of what the guest wrote.
+//!
+//! Pages that are private to this process are copied into a memfd of the machine's own, which is then
+//! mapped copy-on-write in their place: the memory that they took is free, and what they held cannot
+//! change any more, whatever the guest writes next. It takes about as long as copying them.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::layers::{Contents, Layer};
+use super::runs::Runs;
+use super::{PAGE_SIZE, Ranges};
+
+/// Threads that copy.
+const COPIERS: usize = 2;
+/// Pages that one takes at a time.
+const PIECE: u64 = (2 << 20) / PAGE_SIZE;
+/// Most mappings that freezing leaves behind; with more, pages between are copied as well. The kernel
+/// allows a process 65,530.
+const MOST_MAPPINGS: usize = 4096;
+
+const PAGE: usize = PAGE_SIZE as usize;
+static ZEROES: [u8; PAGE] = [0; PAGE];
+
+/// Bits of an entry of /proc/PID/pagemap (Linux, Documentation/admin-guide/mm/pagemap.rst).
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const OF_A_FILE: u64 = 1 << 61;
+
+/// Layers of one machine's RAM.
+#[derive(Debug, Default)]
+pub(super) struct Stack {
+    /// From elsewhere; the first is the lowest.
+    pub(super) layers: Vec<Layer>,
+    /// What was frozen here, above them all. Only freezing writes it.
+    own: Option<Own>,
+    /// Pages that were frozen since the last snapshot that was written.
+    changed: Runs,
+}
+
+#[derive(Debug)]
+struct Own {
+    file: Arc<File>,
+    pages: Runs,
+}
+
+/// RAM of a machine as somebody else sees who writes it out. It keeps the mappings.
+#[derive(Clone, Debug)]
+pub struct Image {
+    pub(super) ranges: Ranges,
+    pub(super) stack: Arc<Mutex<Stack>>,
+    /// Pages cannot be replaced: they are from the host's pool of huge ones.
+    pub(super) huge_pages: bool,
+}
+
+/// A memfd of this many bytes that nothing can shorten or lengthen.
+fn memfd(size: u64) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a C string.
+    let fd = unsafe { libc::memfd_create(c"hull-ram".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is fresh.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(size)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+    // SAFETY: fcntl with integer arguments.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(file),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Does `work` for each of `items`, by [`COPIERS`] threads. Results come in no order.
+pub fn shared_out<I: Sync, T: Send>(
+    items: &[I],
+    work: impl Fn(&I) -> io::Result<T> + Sync,
+) -> io::Result<Vec<T>> {
+    let next = AtomicUsize::new(0);
+    let one = || -> io::Result<Vec<T>> {
+        let mut done = Vec::new();
+        while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+            done.push(work(item)?);
+        }
+        Ok(done)
+    };
+    if items.len() < 2 {
+        return one();
+    }
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..COPIERS).map(|_| scope.spawn(one)).collect();
+        let mut all = one();
+        for other in others {
+            let other = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            all = all.and_then(|mut all| {
+                all.extend(other?);
+                Ok(all)
+            });
+        }
+        all
+    })
+}
+
+impl Stack {
+    pub(super) fn all(&self) -> impl Iterator<Item = Layer> + '_ {
+        let own = self.own.as_ref().map(|own| Layer::new(Arc::clone(&own.file), &own.pages));
+        self.layers.iter().cloned().chain(own)
+    }
+
+    /// The pages that layers have.
+    fn covered(&self) -> Runs {
+        self.all().fold(Runs::default(), |covered, layer| covered.union(&layer.pages()))
+    }
+}
+
+impl Image {
+    fn stack(&self) -> MutexGuard<'_, Stack> {
+        // What a panic left behind is at most a layer that is mapped and not noted.
+        self.stack.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Size of RAM in bytes.
+    pub fn size(&self) -> u64 {
+        self.ranges.iter().map(|(_, mapping)| mapping.len() as u64).sum()
+    }
+
+    /// Where pages are mapped: their address, and how many of them are there behind one another.
+    fn host(&self, page: u64) -> Option<(*mut u8, u64)> {
+        let mut at = page * PAGE_SIZE;
+        for (_, mapping) in self.ranges.iter() {
+            let len = mapping.len() as u64;
+            if at < len {
+                return Some((mapping.as_ptr().wrapping_add(at as usize), (len - at) / PAGE_SIZE));
+            }
+            at -= len;
+        }
+        None
+    }
+
+    /// Makes all that RAM holds a matter of layers. The guest and its devices must be halted; afterwards
+    /// they may go on, and what they write is not seen in [`Image::contents`].
+    ///
+    /// # Errors
+    /// The host has no memory for it. RAM holds what it held, and what was done counts: it can be tried
+    /// again.
+    pub fn freeze(&self) -> io::Result<()> {
+        let mut stack = self.stack();
+        if self.huge_pages {
+            // They stay where they are, and so belong to the next layer too.
+            stack.own = None;
+        }
+        let covered = stack.covered();
+        let mut private = self.private(&covered)?;
+        for leased in stack.layers.iter().filter(|layer| layer.leased) {
+            // Nobody shall have to wait until all of it was written.
+            private = private.union(&leased.pages());
+        }
+        if private.is_empty() {
+            return Ok(());
+        }
+        let file = match &stack.own {
+            Some(own) => Arc::clone(&own.file),
+            None => Arc::new(memfd(self.size())?),
+        };
+        let private = private.coalesced(MOST_MAPPINGS);
+        let pieces = private.pieces(PIECE);
+        let done = Mutex::new(Vec::with_capacity(pieces.len()));
+        let moved = shared_out(&pieces, |piece| {
+            self.replace(piece.clone(), &file)?;
+            done.lock().unwrap_or_else(PoisonError::into_inner).push(piece.clone());
+            Ok(())
+        });
+        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        done.sort_unstable_by_key(|piece| piece.start);
+        let done = Runs::new(done);
+        let before = stack.own.take().map(|own| own.pages).unwrap_or_default();
+        stack.own = Some(Own { file, pages: before.union(&done) });
+        stack.changed = stack.changed.union(&done);
+        moved?;
+        stack.layers.retain(|layer| !layer.leased);
+        Ok(())
+    }
+
+    /// Pages that no layer has as they are: written here, and not zero where that goes without saying.
+    fn private(&self, covered: &Runs) -> io::Result<Runs> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let all = Runs::first(self.size() / PAGE_SIZE);
+        let found = shared_out(&all.pieces(PIECE), |piece| {
+            self.private_in(piece.clone(), &pagemap, covered)
+        })?;
+        let mut found: Vec<Range<u64>> = found.into_iter().flatten().collect();
+        found.sort_unstable_by_key(|run| run.start);
+        Ok(Runs::new(found))
+    }
+
+    fn private_in(
+        &self,
+        piece: Range<u64>,
+        pagemap: &File,
+        covered: &Runs,
+    ) -> io::Result<Vec<Range<u64>>> {
+        let mut found = Runs::default();
+        let mut entries = vec![0; (piece.end - piece.start) as usize * 8];
+        let mut at = piece.start;
+        while at < piece.end {
+            let Some((host, len)) = self.host(at) else { break };
+            let len = len.min(piece.end - at);
+            let entries = &mut entries[..len as usize * 8];
+            pagemap.read_exact_at(entries, host as u64 / PAGE_SIZE * 8)?;
+            for (page, entry) in (at..).zip(entries.chunks_exact(8)) {
+                let entry = entry.iter().rev().fold(0, |all, &byte| all << 8 | u64::from(byte));
+                if entry & (PRESENT | SWAPPED) == 0 || entry & OF_A_FILE != 0 {
+                    continue;
+                }
+                // SAFETY: a page of the mapping, and the guest is halted.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts(host.add((page - at) as usize * PAGE), PAGE)
+                };
+                if bytes != ZEROES || covered.contains(page) {
+                    found.push(page..page + 1);
+                }
+            }
+            at += len;
+        }
+        Ok(found.iter().collect())
+    }
+
+    /// Copies pages into `file` and maps them there.
+    fn replace(&self, piece: Range<u64>, file: &File) -> io::Result<()> {
+        let mut at = piece.start;
+        while at < piece.end {
+            let Some((host, len)) = self.host(at) else { break };
+            let len = len.min(piece.end - at);
+            let (bytes, offset) = ((len * PAGE_SIZE) as usize, at * PAGE_SIZE);
+            // SAFETY: pages of the mapping, and the guest is halted.
+            file.write_all_at(unsafe { std::slice::from_raw_parts(host, bytes) }, offset)?;
+            if !self.huge_pages {
+                let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+                let prot = libc::PROT_READ | libc::PROT_WRITE;
+                let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+                // SAFETY: pages of a mapping that this image keeps, which nobody looks at meanwhile;
+                // they hold afterwards what they held before.
+                let mapped = unsafe {
+                    libc::mmap(host.cast(), bytes, prot, flags, file.as_raw_fd(), offset)
+                };
+                if mapped == libc::MAP_FAILED {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// What RAM held when it was frozen last.
+    pub fn contents(&self) -> Contents {
+        let layers: Vec<Layer> = self.stack().all().collect();
+        Contents::new(self.size(), &layers)
+    }
+
+    /// Pages that were frozen since [`Image::saved`] said that all before is safe.
+    pub fn changed(&self) -> Runs {
+        self.stack().changed.clone()
+    }
+
+    /// What was frozen is in a snapshot: the next one may hold what changes from here on.
+    pub fn saved(&self) {
+        let mut stack = self.stack();
+        stack.changed = Runs::default();
+        if self.huge_pages {
+            stack.own = None;
+        }
+    }
+}

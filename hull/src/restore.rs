@@ -22,7 +22,12 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     logging::start(args.process.log);
     let overrides = overrides(args)?;
     let base = args.base.as_deref().map(files).transpose()?;
-    let origin = snapshot::load(&files(&args.folder)?, base.as_ref())?;
+    let from = files(&args.folder)?;
+    let mut origin = match &args.pager {
+        Some(socket) => snapshot::load_paged(&from.state, socket.clone())?,
+        None => snapshot::load(&from, base.as_ref())?,
+    };
+    origin.clock = args.clock.into();
     let mut config = VmConfig {
         name: args.name.clone(),
         seccomp: args.process.seccomp.map(Into::into).unwrap_or_default(),
@@ -70,5 +75,5 @@ fn overrides(args: &RestoreArgs) -> std::result::Result<Overrides, UsageError> {
         Ok((id, PathBuf::from(path)))
     });
     let disks = disks.collect::<std::result::Result<_, UsageError>>()?;
-    Ok(Overrides { nets: nets?, disks, vsock: args.vsock.clone() })
+    Ok(Overrides { nets: nets?, disks, vsock: args.vsock.clone(), cid: args.cid })
 }

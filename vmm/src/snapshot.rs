@@ -26,10 +26,10 @@ use devices::virtio::device::Payload;
 use serde::{Deserialize, Serialize};
 
 pub use self::file::{FORMAT, StateError, parse, read, sealed, write};
-pub use self::load::{LoadError, MergeError, load, merge};
+pub use self::load::{LoadError, MergeError, load, load_paged, merge};
 pub use self::memory::Progress;
 pub use self::overrides::Overrides;
-pub use self::store::{Diff, Files, StoreError, Taken, disks, remove, store};
+pub use self::store::{Diff, Files, StoreError, Taken, disks, now_ms, remove, store};
 use crate::config::VmConfig;
 
 /// What stands in front of a state file, in JSON.

@@ -61,7 +61,8 @@ fn saved(config: &VmConfig, frozen: Frozen, base: Option<Base>) -> Kept {
     let diff = base.map(|base| Diff { pages: image.changed(), base: Some(base) });
     let (config, disks, contents) = (config.clone(), Vec::new(), image.contents());
     let folder = tempfile::tempdir().unwrap();
-    let taken = Taken { id: None, parts, config, disks, contents, diff };
+    let taken =
+        Taken { id: None, created_ms: snapshot::now_ms(), parts, config, disks, contents, diff };
     let header = snapshot::store(taken, &Files::within(folder.path()), &|_, _| {}).unwrap();
     image.saved();
     Kept { folder, header }

@@ -18,13 +18,13 @@ use vmm::config::VmConfig;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::hypervisor::{Hypervisor, HypervisorError};
 use vmm::journal::Happening;
-use vmm::machine::{Command, Frozen, Handle, Origin};
+use vmm::machine::{Clock, Command, Frozen, Handle, Origin};
 use vmm::memory::Image;
 use vmm::snapshot::{self, Base, Diff, Files, StoreError, Taken};
 
 use super::{Instance, Shared, elsewhere, send};
 use crate::fault::{DONE, Done, Fault, chain};
-use crate::types::snapshot::{SnapshotCreateParams, SnapshotLoadParams, SnapshotType};
+use crate::types::snapshot::{BackendType, SnapshotCreateParams, SnapshotLoadParams, SnapshotType};
 
 /// Parts of the whole after which clients are told how far it is: twentieths.
 const STEPS: u64 = 20;
@@ -38,6 +38,8 @@ fn failed(error: &dyn std::error::Error) -> Fault {
 enum SaveError {
     #[error("cannot ask KVM what a vCPU's state is made of")]
     Registers(#[source] HypervisorError),
+    #[error("cannot fetch what the pager has")]
+    Fetch(#[source] io::Error),
     #[error("cannot freeze the guest's memory")]
     Freeze(#[source] io::Error),
     #[error(transparent)]
@@ -87,16 +89,27 @@ impl Saving {
         let start = Instant::now();
         let msrs = elsewhere(|| Kvm::open(Path::new(DEVICE)).and_then(|kvm| kvm.msr_numbers()));
         let msrs = msrs.await?.map_err(|error| failed(&SaveError::Registers(error)))?;
-        let (answer, frozen) = mpsc::sync_channel(1);
-        let halted = Instant::now();
-        send(&handle, Command::Freeze { msrs: Arc::new(msrs), answer }).await?;
-        let frozen = frozen.try_recv().map_err(|_| Fault::gone())?;
+        let msrs = Arc::new(msrs);
+        let is_diff = params.snapshot_type == SnapshotType::Diff;
+        let (frozen, halted) = loop {
+            let halted = Instant::now();
+            let (answer, frozen) = mpsc::sync_channel(1);
+            send(&handle, Command::Freeze { msrs: Arc::clone(&msrs), answer }).await?;
+            let frozen = frozen.try_recv().map_err(|_| Fault::gone())?;
+            if is_diff || !frozen.image.is_lazy() {
+                break (frozen, halted);
+            }
+            // What a pager still has is fetched first, while the machine goes on.
+            send(&handle, Command::Thaw { resume: frozen.was_running }).await?;
+            let image = frozen.image;
+            let fetched = elsewhere(move || image.populate()).await?;
+            fetched.map_err(|error| failed(&SaveError::Fetch(error)))?;
+        };
         let (resume, image) = (frozen.was_running, frozen.image.clone());
         let (config, base) = {
             let inner = shared.lock();
             (inner.config.clone(), inner.base.clone())
         };
-        let is_diff = params.snapshot_type == SnapshotType::Diff;
         let taken = elsewhere(move || take(frozen, config, base, is_diff)).await;
         // Whatever became of it, the machine goes on.
         send(&handle, Command::Thaw { resume }).await?;
@@ -139,15 +152,16 @@ fn take(
     is_diff: bool,
 ) -> Result<Taken, SaveError> {
     let Frozen { parts, image, .. } = frozen;
+    let created_ms = snapshot::now_ms();
     image.freeze().map_err(SaveError::Freeze)?;
     let diff = diff(&image, base).filter(|_| is_diff);
     let (disks, contents) = (snapshot::disks(&config), image.contents());
-    Ok(Taken { id: None, parts, config, disks, contents, diff })
+    Ok(Taken { id: None, created_ms, parts, config, disks, contents, diff })
 }
 
-/// What changed since the last snapshot. All of it if there was none.
+/// What changed since the last snapshot. All of it if there was none, unless a pager has the rest.
 fn diff(image: &Image, base: Option<Base>) -> Option<Diff> {
-    base.map(|base| Diff { pages: image.changed(), base: Some(base) })
+    (base.is_some() || image.is_lazy()).then(|| Diff { pages: image.changed(), base })
 }
 
 /// Writes it out. Returns what the next one may be a diff to.
@@ -178,12 +192,18 @@ impl Instance {
             ));
         }
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
-        let files = Files {
-            state: absolute(params.snapshot_path.clone()),
-            memory: absolute(params.memory()?),
-        };
-        let origin = elsewhere(move || snapshot::load(&files, None)).await?;
-        let origin = origin.map_err(|error| failed(&error))?;
+        let state = absolute(params.snapshot_path.clone());
+        let (backend, path) = params.memory()?;
+        let memory = absolute(path);
+        let origin = elsewhere(move || match backend {
+            BackendType::File => snapshot::load(&Files { state, memory }, None),
+            BackendType::Uffd => snapshot::load_paged(&state, memory),
+        });
+        let origin = origin.await?;
+        let mut origin = origin.map_err(|error| failed(&error))?;
+        if params.clock_realtime {
+            origin.clock = Clock::Advance;
+        }
         let config = self.overridden(&origin, &params)?;
         let wish = self.wish_for(config, Some(origin))?;
         self.fulfilled(wish).await?;
@@ -202,6 +222,9 @@ impl Instance {
         config.seccomp = own.seccomp;
         if config.console.device == own.console.device {
             config.console = own.console;
+        }
+        if let Some(serial) = &params.serial_override {
+            serial.clone().put_into(&mut config.console);
         }
         params.overrides().apply(&mut config).map_err(|error| Fault::bad(chain(&error)))?;
         Ok(config)

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 use vmm::snapshot::Overrides;
 
+use super::serial::SerialDevice;
 use crate::fault::Fault;
 
 /// Which memory is in a snapshot.
@@ -70,6 +71,9 @@ pub struct VsockOverride {
     /// Its socket here.
     #[schema(value_type = String)]
     pub uds_path: PathBuf,
+    /// The guest's address here, which it takes over when it is told that its connections are gone.
+    #[serde(default)]
+    pub guest_cid: Option<u64>,
 }
 
 /// Another file for a disk.
@@ -116,6 +120,12 @@ pub struct SnapshotLoadParams {
     /// Other files for disks.
     #[serde(default)]
     pub drive_overrides: Vec<DriveOverride>,
+    /// Another file for what the guest writes to its serial port.
+    #[serde(default)]
+    pub serial_override: Option<SerialDevice>,
+    /// Move the guest's clocks on by the time that passed.
+    #[serde(default)]
+    pub clock_realtime: bool,
 }
 
 impl SnapshotLoadParams {
@@ -127,22 +137,20 @@ impl SnapshotLoadParams {
             nets: self.network_overrides.iter().map(net).collect(),
             disks: self.drive_overrides.iter().map(disk).collect(),
             vsock: self.vsock_override.as_ref().map(|vsock| vsock.uds_path.clone()),
+            cid: self.vsock_override.as_ref().and_then(|vsock| vsock.guest_cid),
         }
     }
 
-    /// The memory file.
+    /// Where memory comes from: from a file, or from the process that listens on a socket.
     ///
     /// # Errors
-    /// There is none, or two; it is another back-end's.
-    pub fn memory(&self) -> Result<PathBuf, Fault> {
+    /// There is none, or two.
+    pub fn memory(&self) -> Result<(BackendType, PathBuf), Fault> {
         match (&self.mem_backend, &self.mem_file_path) {
-            (Some(MemoryBackend { backend_type: BackendType::File, backend_path }), None) => {
-                Ok(backend_path.clone())
+            (Some(MemoryBackend { backend_type, backend_path }), None) => {
+                Ok((*backend_type, backend_path.clone()))
             }
-            (Some(MemoryBackend { backend_type: BackendType::Uffd, .. }), None) => {
-                Err(Fault::bad("mem_backend.backend_type: Uffd is not supported yet."))
-            }
-            (None, Some(path)) => Ok(path.clone()),
+            (None, Some(path)) => Ok((BackendType::File, path.clone())),
             (Some(_), Some(_)) => {
                 Err(Fault::bad("mem_backend and mem_file_path cannot both be there."))
             }

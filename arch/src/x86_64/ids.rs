@@ -117,7 +117,8 @@ impl VmClock {
     /// The structure of a machine that boots: it tells of disruptions and generations, and gives
     /// no time, since no counter has been compared with one.
     ///
-    /// `marker` starts both `disruption_marker` and `vm_generation_counter`.
+    /// `marker` is both `disruption_marker` and `vm_generation_counter`, and `seq_count` as far as it fits: a
+    /// guest that was just reading when it was saved has to see that it read of two machines.
     pub fn new(marker: u64) -> Self {
         Self {
             magic: VMCLOCK_MAGIC,
@@ -125,7 +126,7 @@ impl VmClock {
             version: VMCLOCK_VERSION,
             counter_id: VMCLOCK_COUNTER_INVALID,
             time_type: VMCLOCK_TIME_UTC,
-            seq_count: 0,
+            seq_count: marker as u32 & !1,
             disruption_marker: marker,
             flags: VMCLOCK_FLAG_VM_GEN_COUNTER_PRESENT | VMCLOCK_FLAG_NOTIFICATION_PRESENT,
             pad: [0; 2],
@@ -161,6 +162,7 @@ mod tests {
         assert_eq!(bytes[4..8], 0x1000u32.to_le_bytes());
         assert_eq!(bytes[8..10], 1u16.to_le_bytes());
         assert_eq!(bytes[10], 0xFF);
+        assert_eq!(bytes[12..16], 0x5566_7788u32.to_le_bytes());
         assert_eq!(bytes[16..24], 0x1122_3344_5566_7788u64.to_le_bytes());
         assert_eq!(bytes[24..32], 0x300u64.to_le_bytes());
         assert_eq!(bytes[104..112], 0x1122_3344_5566_7788u64.to_le_bytes());

@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use vmm::machine::Clock;
 
 use super::{ProcessArgs, ReachArgs};
 
@@ -71,6 +72,22 @@ pub enum SnapshotCommand {
     },
 }
 
+/// What becomes of a guest's clocks.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ClockArg {
+    Resume,
+    Advance,
+}
+
+impl From<ClockArg> for Clock {
+    fn from(clock: ClockArg) -> Clock {
+        match clock {
+            ClockArg::Resume => Clock::Resume,
+            ClockArg::Advance => Clock::Advance,
+        }
+    }
+}
+
 const RESTORE_EXAMPLES: &str = "\
 Examples:
   hull snapshot web ./warm
@@ -86,6 +103,9 @@ pub struct RestoreArgs {
     /// Folder of what the snapshot is a diff to, if that was moved
     #[arg(long, value_name = "DIR")]
     pub base: Option<PathBuf>,
+    /// Socket of a process that brings the memory page by page (userfaultfd), instead of the file
+    #[arg(long, value_name = "SOCKET", conflicts_with = "base")]
+    pub pager: Option<PathBuf>,
     /// Name of the machine [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
@@ -98,6 +118,12 @@ pub struct RestoreArgs {
     /// Another socket for the vsock device
     #[arg(long, value_name = "PATH")]
     pub vsock: Option<PathBuf>,
+    /// Another address for the guest's vsock device
+    #[arg(long, value_name = "CID")]
+    pub cid: Option<u64>,
+    /// The guest's clocks: go on where they were, or move on by the time that passed
+    #[arg(long, value_name = "HOW", default_value = "resume")]
+    pub clock: ClockArg,
     /// The guest's console: tty, stdio, file=PATH or off [default: auto]
     #[arg(long, value_name = "OPTIONS")]
     pub console: Option<String>,

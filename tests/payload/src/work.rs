@@ -2,7 +2,7 @@
 //! meanwhile. A key on COM1 starts each part, so that what is measured lies between two of them.
 
 use crate::boot::Boot;
-use crate::machine::{self, ticks, write};
+use crate::machine::{self, read, ticks, write};
 use crate::{println, serial};
 
 /// What is dirtied and written to starts here, behind the image and the scratch memory.
@@ -30,13 +30,15 @@ pub fn dirty(boot: &Boot, start: u64, length: u64) -> bool {
 /// - `d` dirties `dirty=` bytes that were not touched before;
 /// - `s` writes a word to each line of a working set of `size=` bytes, `rounds=` times over, and
 ///   prints the ticks of a round;
+/// - `c` looks whether all that was dirtied so is as it was;
 /// - `p` prints the ticks of the longest pause between two looks at the clock since the last key;
 /// - `q` ends it.
 pub fn scenario(boot: &Boot) {
     let (size, rounds) = (boot.number("size", 1 << 20), boot.number("rounds", 1).max(1));
     let length = boot.number("dirty", 0);
     // Behind the working set, which has to be reachable from the beginning.
-    let mut next = FIRST + size.next_multiple_of(PAGE);
+    let first = FIRST + size.next_multiple_of(PAGE);
+    let mut next = first;
     if !dirty(boot, FIRST, size) {
         return;
     }
@@ -55,6 +57,10 @@ pub fn scenario(boot: &Boot) {
                 println!("dirty");
             }
             Some(b's') => println!("result work ticks={}", sweep(size, rounds)),
+            Some(b'c') => match lost(first, next) {
+                None => println!("result work pages={}", (next - first) / PAGE),
+                Some(page) => println!("result work lost={page:#x}"),
+            },
             Some(b'p') => println!("result work pause={longest}"),
             Some(b'd' | b'q') => return,
             _ => continue,
@@ -62,6 +68,11 @@ pub fn scenario(boot: &Boot) {
         longest = 0;
         last = ticks();
     }
+}
+
+/// A page from `start` to `end` that is not as [`dirty`] left it.
+fn lost(start: u64, end: u64) -> Option<u64> {
+    (start..end).step_by(PAGE as usize).find(|&page| read::<u64>(page) != page | 1)
 }
 
 /// Ticks of a round over the working set.

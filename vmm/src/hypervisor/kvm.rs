@@ -15,7 +15,7 @@ use kvm_ioctls::{Cap, IoEventAddress, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::state::{VcpuState, VmState};
+use super::state::{TSC, VcpuState, VmState};
 use super::{
     Capabilities, Exit, Failure, Hypervisor, HypervisorError, Result, Vcpu, Vm as VmTrait,
 };
@@ -356,8 +356,7 @@ impl KvmVcpu {
     }
 }
 
-/// IA32_TIME_STAMP_COUNTER and IA32_TSC_DEADLINE (Intel SDM volume 4).
-const TSC: u32 = 0x10;
+/// IA32_TSC_DEADLINE (Intel SDM volume 4).
 const TSC_DEADLINE: u32 = 0x6e0;
 
 /// Whether a guest may take one frequency of the TSC, in kHz, for the other: KVM measures the host's

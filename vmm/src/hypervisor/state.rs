@@ -4,10 +4,13 @@
 //! The structures are those of KVM's own interface, which does not change. As payloads they stand one
 //! behind the other, lists behind their lengths.
 
+use std::time::Duration;
+
 use devices::virtio::device::{Payload, RestoreError};
 use kvm_bindings::{
-    kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_CLOCK_REALTIME, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -56,7 +59,19 @@ const VERSION: u16 = 1;
 /// Most elements of a list: KVM has fewer CPUID leaves and registers.
 const LONGEST: usize = 4096;
 
+/// IA32_TIME_STAMP_COUNTER (Intel SDM volume 4).
+pub(super) const TSC: u32 = 0x10;
+
 impl VcpuState {
+    /// Has its TSC count as if it had run for so much longer.
+    pub fn advance(&mut self, time: Duration) {
+        let ticks = time.as_nanos() * u128::from(self.tsc_khz) / 1_000_000;
+        for msr in self.msrs.iter_mut().filter(|msr| msr.index == TSC) {
+            // It is 64 bits wide and wraps.
+            msr.data = msr.data.wrapping_add(ticks as u64);
+        }
+    }
+
     /// As a payload.
     pub fn save(&self) -> Payload {
         let mut bytes = Writer::default();
@@ -98,6 +113,18 @@ impl VcpuState {
 }
 
 impl VmState {
+    /// Has the guest's clock stand as if it had run for so much longer.
+    pub fn advance(&mut self, time: Duration) {
+        let time = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.clock.clock = self.clock.clock.saturating_add(time);
+    }
+
+    /// The host's time when the clock stood so, since 1970, if KVM said it.
+    pub fn host_time(&self) -> Option<Duration> {
+        let said = self.clock.flags & KVM_CLOCK_REALTIME != 0;
+        said.then(|| Duration::from_nanos(self.clock.realtime))
+    }
+
     /// As a payload.
     pub fn save(&self) -> Payload {
         let mut bytes = Writer::default();

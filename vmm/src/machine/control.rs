@@ -80,6 +80,7 @@ enum Source {
     LineTimer,
     Input,
     InputDrained,
+    Pager,
     Service(u32),
 }
 
@@ -94,7 +95,8 @@ impl Source {
             Source::Input => 5,
             Source::InputDrained => 6,
             Source::LineTimer => 7,
-            Source::Service(n) => 8 + n,
+            Source::Pager => 8,
+            Source::Service(n) => 9 + n,
         }
     }
 
@@ -108,7 +110,8 @@ impl Source {
             5 => Source::Input,
             6 => Source::InputDrained,
             7 => Source::LineTimer,
-            n => Source::Service(n - 8),
+            8 => Source::Pager,
+            n => Source::Service(n - 9),
         }
     }
 }
@@ -250,6 +253,8 @@ impl MutEventSubscriber for Control {
         for (n, service) in (0u32..).zip(&self.options.services) {
             fds.push((service.fd(), Source::Service(n), EventSet::IN));
         }
+        let pager = self.machine.ram.pager_fds();
+        fds.extend(pager.into_iter().map(|fd| (fd, Source::Pager, EventSet::IN)));
         for (fd, source, set) in fds {
             if let Err(err) = ops.add(Events::with_data_raw(fd, source.pack(), set)) {
                 self.end = Some(Err(host("cannot wait for an event")(system_error(err))));
@@ -272,6 +277,11 @@ impl MutEventSubscriber for Control {
             Source::Output | Source::SinkReady | Source::LineTimer => self.drain_output(ops),
             Source::Input => self.read_input(events.event_set(), ops),
             Source::InputDrained => self.feed_input(ops),
+            Source::Pager if self.machine.ram.has_lost_pager() => {
+                self.end.get_or_insert(Err(RunError::Pager));
+            }
+            // It closed its end, or only one of its processes is gone.
+            Source::Pager => drop(ops.remove(Events::empty_raw(events.fd()))),
             Source::Service(n) => {
                 let handle = self.machine.handle();
                 if let Some(service) = self.options.services.get_mut(n as usize) {
@@ -623,6 +633,8 @@ impl Control {
         for vcpu in &self.machine.vcpus {
             vcpu.end();
         }
+        // Nobody waits for a page any more.
+        self.machine.ram.release_pager();
         // vCPUs that wait for a device's reset are released when the senders go.
         let (_, nothing) = mpsc::channel();
         drop(std::mem::replace(&mut self.machine.control.events, nothing));

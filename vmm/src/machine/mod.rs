@@ -24,7 +24,7 @@ mod vcpu;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-pub use build::restore::{Origin, OriginError};
+pub use build::restore::{Clock, Origin, OriginError, Source};
 pub use build::{BuildError, Host, Observed, root_arguments};
 pub use devices::virtio::device::{BackEnd, Message, Status as DeviceStatus, Traffic};
 pub use event::{Command, Frozen, Handle, Reply, ReplyTo};
@@ -60,6 +60,9 @@ pub enum RunError {
         /// What happened.
         failure: Failure,
     },
+    /// Nobody brings the pages any more that the guest still needs.
+    #[error("the pager is gone, and with it memory that the guest still needs")]
+    Pager,
     /// `KVM_RUN` failed.
     #[error("vCPU {index} cannot run")]
     VcpuRun {

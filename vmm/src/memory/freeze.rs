@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::layers::{Contents, Layer};
+use super::pager::Slot;
 use super::runs::Runs;
 use super::{PAGE_SIZE, Ranges};
 
@@ -54,6 +55,7 @@ struct Own {
 pub struct Image {
     pub(super) ranges: Ranges,
     pub(super) stack: Arc<Mutex<Stack>>,
+    pub(super) pager: Slot,
     /// Pages cannot be replaced: they are from the host's pool of huge ones.
     pub(super) huge_pages: bool,
 }
@@ -131,7 +133,7 @@ impl Image {
     }
 
     /// Where pages are mapped: their address, and how many of them are there behind one another.
-    fn host(&self, page: u64) -> Option<(*mut u8, u64)> {
+    pub(super) fn host(&self, page: u64) -> Option<(*mut u8, u64)> {
         let mut at = page * PAGE_SIZE;
         for (_, mapping) in self.ranges.iter() {
             let len = mapping.len() as u64;

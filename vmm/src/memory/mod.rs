@@ -17,6 +17,7 @@ mod discard;
 mod freeze;
 mod layers;
 mod mapping;
+mod pager;
 mod runs;
 
 use std::fs::File;
@@ -36,6 +37,7 @@ use freeze::Stack;
 pub use freeze::{Image, shared_out};
 pub use layers::{Contents, Extent, Layer, Piece};
 pub use mapping::Mapping;
+pub use pager::{Check, PagerError};
 pub use runs::Runs;
 
 /// Size of a guest and host page in bytes.
@@ -86,6 +88,7 @@ pub struct GuestRam {
     memory: Memory,
     ranges: Ranges,
     stack: Arc<Mutex<Stack>>,
+    pager: pager::Slot,
     id_pages: Mapping,
 }
 
@@ -111,8 +114,8 @@ impl GuestRam {
             MemoryError::Map { gpa: layout::VMGENID_PAGE, size: ID_PAGES_LEN, huge: "", source }
         })?;
         let memory = Memory::new(Arc::new(Self::guest_memory(&ranges)?));
-        let (ranges, stack) = (Arc::new(ranges), Arc::default());
-        Ok(GuestRam { huge_pages, memory, ranges, stack, id_pages })
+        let (ranges, stack, pager) = (Arc::new(ranges), Arc::default(), Arc::default());
+        Ok(GuestRam { huge_pages, memory, ranges, stack, pager, id_pages })
     }
 
     /// The `vm-memory` view of `ranges`.
@@ -285,7 +288,7 @@ impl GuestRam {
     /// What is needed to freeze RAM and to write it out. The mappings stay as long as this is kept.
     pub fn image(&self) -> Image {
         let (ranges, stack) = (Arc::clone(&self.ranges), Arc::clone(&self.stack));
-        Image { ranges, stack, huge_pages: self.huge_pages }
+        Image { ranges, stack, pager: Arc::clone(&self.pager), huge_pages: self.huge_pages }
     }
 
     /// Copies `gpa..gpa + len` out of the leased file that it maps, so that the file may change, shrink

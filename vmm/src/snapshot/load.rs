@@ -13,7 +13,7 @@ use super::{
     Base, Files, Header, MEMORY, MemoryHeader, PAGES, Progress, State, StateError, StoreError,
     read, store,
 };
-use crate::machine::Origin;
+use crate::machine::{Clock, Origin, Source};
 use crate::memory::{Contents, Layer, PAGE_SIZE, Runs};
 
 /// Most snapshots that one can stand on.
@@ -54,6 +54,12 @@ pub enum LoadError {
     /// The base of a diff is another snapshot by now.
     #[error("{} is another snapshot than the one that this is a diff to", .0.display())]
     OtherBase(PathBuf),
+    /// It is a diff to what a pager has.
+    #[error(
+        "{} has only what changed since its guest went on from a pager; it has to be laid over the memory file \
+         of that first", .0.display()
+    )]
+    Part(PathBuf),
     /// Diffs stand on diffs without end.
     #[error("there are more than {DEEPEST} diffs, one over the other; merge some")]
     Deep,
@@ -73,7 +79,21 @@ pub fn load(files: &Files, base: Option<&Files>) -> Result<Origin, LoadError> {
         state: files.state.clone(),
         memory: files.memory.clone(),
     };
-    Ok(Origin { state, layers, base: Some(base) })
+    let memory = Source::Layers(layers);
+    Ok(Origin { state, memory, base: Some(base), clock: Clock::Resume })
+}
+
+/// Reads what a machine goes on from whose memory a process brings that listens at `pager`. Disks that
+/// changed since are warned of.
+///
+/// # Errors
+/// [`LoadError`]. Whether the memory is the state's is seen when the machine is made.
+pub fn load_paged(path: &Path, pager: PathBuf) -> Result<Origin, LoadError> {
+    let failed = |source| LoadError::State { path: path.to_owned(), source };
+    let mut state = read(path).map_err(failed)?;
+    diff_pages(&mut state.parts).map_err(failed)?;
+    warn_of_disks(&state.header);
+    Ok(Origin { state, memory: Source::Pager(pager), base: None, clock: Clock::Resume })
 }
 
 fn state(files: &Files) -> Result<State, LoadError> {
@@ -109,7 +129,8 @@ fn layers(
         return Ok(whole.into());
     }
     let others = || other("its pages are others".to_owned());
-    let (Some(pages), Some(base)) = (pages, &header.base) else { return Err(others()) };
+    let Some(pages) = pages else { return Err(others()) };
+    let base = header.base.as_ref().ok_or_else(|| LoadError::Part(path.clone()))?;
     if pages.end() > header.size / PAGE_SIZE {
         return Err(others());
     }
@@ -207,7 +228,8 @@ pub fn merge(
     let layers = layers(files, &mut state, base, DEEPEST)?;
     let State { header, parts } = state;
     let contents = Contents::new(header.memory.size, &layers);
-    let Header { config, disks, memory, .. } = header;
-    let taken = Taken { id: Some(memory.id), parts, config, disks, contents, diff: None };
+    let Header { created_ms, config, disks, memory, .. } = header;
+    let id = Some(memory.id);
+    let taken = Taken { id, created_ms, parts, config, disks, contents, diff: None };
     Ok(store(taken, target, progress)?)
 }

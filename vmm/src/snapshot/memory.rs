@@ -142,7 +142,7 @@ pub(super) fn has(contents: &Contents, samples: &[Sample]) -> io::Result<bool> {
             return Ok(false);
         }
         contents.read_page(sample.page, &mut bytes)?;
-        if Sample::new(sample.page, &bytes) != *sample {
+        if !sample.is(&bytes) {
             return Ok(false);
         }
     }
@@ -152,5 +152,10 @@ pub(super) fn has(contents: &Contents, samples: &[Sample]) -> io::Result<bool> {
 impl Sample {
     fn new(page: u64, bytes: &[u8; PAGE]) -> Sample {
         Sample { page, hash: blake3::hash(bytes).to_hex()[..32].to_owned() }
+    }
+
+    /// True if the page is as it was.
+    pub(crate) fn is(&self, bytes: &[u8; PAGE]) -> bool {
+        Sample::new(self.page, bytes) == *self
     }
 }

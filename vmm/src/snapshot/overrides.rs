@@ -13,6 +13,8 @@ pub struct Overrides {
     pub disks: Vec<(String, PathBuf)>,
     /// The socket of the socket device.
     pub vsock: Option<PathBuf>,
+    /// The guest's address (CID).
+    pub cid: Option<u64>,
 }
 
 impl Overrides {
@@ -41,16 +43,17 @@ impl Overrides {
             let place = place.ok_or_else(|| unknown("disk", name, all))?;
             config.disk[place].path.clone_from(path);
         }
-        match (&self.vsock, &mut config.vsock) {
-            (Some(path), Some(vsock)) => vsock.path.clone_from(path),
-            (Some(_), None) => {
-                return Err(ConfigError {
-                    field: "vsock".to_owned(),
-                    problem: "the snapshot has no vsock device".to_owned(),
-                });
-            }
-            (None, _) => {}
+        if self.vsock.is_none() && self.cid.is_none() {
+            return Ok(());
         }
+        let vsock = config.vsock.as_mut().ok_or_else(|| ConfigError {
+            field: "vsock".to_owned(),
+            problem: "the snapshot has no vsock device".to_owned(),
+        })?;
+        if let Some(path) = &self.vsock {
+            vsock.path.clone_from(path);
+        }
+        vsock.cid = self.cid.unwrap_or(vsock.cid);
         Ok(())
     }
 }

@@ -86,6 +86,8 @@ pub enum StoreError {
 pub struct Taken {
     /// Its id if it has one already: it was a diff, and becomes whole.
     pub id: Option<String>,
+    /// When that was, in milliseconds since 1970.
+    pub created_ms: u64,
     /// Its states.
     pub parts: Vec<Part>,
     /// How it was configured.
@@ -115,7 +117,7 @@ pub struct Diff {
 /// # Errors
 /// [`StoreError`]; nothing new is left then.
 pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Header, StoreError> {
-    let Taken { id, mut parts, config, disks, contents, diff } = taken;
+    let Taken { id, created_ms, mut parts, config, disks, contents, diff } = taken;
     check(&config, files)?;
     let size = contents.pages() * PAGE_SIZE;
     let gone = |diff: &Diff| diff.base.as_ref().is_some_and(|base| !stands(base));
@@ -148,10 +150,9 @@ pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Head
         parts.push(Part { owner: MEMORY.to_owned(), payload });
         base.map(|base| base.seen_from(&files.state))
     });
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let header = Header {
         hull: env!("CARGO_PKG_VERSION").to_owned(),
-        created_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+        created_ms,
         disks,
         config,
         memory: MemoryHeader { id, aside, size, data, samples, base },
@@ -251,6 +252,12 @@ impl Base {
         let folder = diff.parent().unwrap_or(Path::new(""));
         Files { state: folder.join(&self.state), memory: folder.join(&self.memory) }
     }
+}
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The disks of a machine as they are now.

@@ -8,7 +8,8 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::machine::Source;
+use crate::memory::{GuestRam, Layer, PAGE_SIZE};
 
 const PAGES: u64 = 64;
 const RAM: u64 = 1 << 20;
@@ -75,6 +76,13 @@ struct Run<'a> {
     folders: u32,
 }
 
+fn layers(files: &Files) -> Vec<Layer> {
+    match load(files, None).unwrap().memory {
+        Source::Layers(layers) => layers,
+        Source::Pager(_) => panic!("there is none"),
+    }
+}
+
 fn ram() -> GuestRam {
     GuestRam::new(RAM, false).unwrap()
 }
@@ -93,6 +101,7 @@ impl Run<'_> {
         let contents = image.contents();
         let taken = Taken {
             id: None,
+            created_ms: now_ms(),
             parts: Vec::new(),
             config: VmConfig::default(),
             disks: Vec::new(),
@@ -148,7 +157,7 @@ impl Run<'_> {
                 let origin = load(files, None).unwrap();
                 (self.now, self.below) = (*model, *model);
                 self.ram = ram();
-                self.ram.map_layers(origin.layers).unwrap();
+                self.ram.map_layers(layers(files)).unwrap();
                 self.base = origin.base;
             }
             Step::Merge { which } if !self.saved.is_empty() => {
@@ -172,7 +181,7 @@ impl Run<'_> {
         }
         for (files, model) in &self.saved {
             let mut ram = ram();
-            ram.map_layers(load(files, None).unwrap().layers).unwrap();
+            ram.map_layers(layers(files)).unwrap();
             for (n, byte) in model.iter().enumerate() {
                 assert_eq!(page(&ram, n), *byte, "page {n} of {files:?}");
             }

@@ -18,6 +18,8 @@ mod metrics;
 #[cfg(test)]
 mod mmds;
 #[cfg(test)]
+mod pager;
+#[cfg(test)]
 mod snapshot;
 #[cfg(test)]
 mod verbs;

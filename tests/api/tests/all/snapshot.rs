@@ -7,13 +7,13 @@ use std::path::Path;
 use api_tests::{Answer, Server};
 use serde_json::{Value, json};
 
-fn create(server: &Server, folder: &Path) -> Answer {
+pub fn create(server: &Server, folder: &Path) -> Answer {
     let files = json!({ "snapshot_path": folder.join("state"),
         "mem_file_path": folder.join("memory") });
     server.put("/snapshot/create", files)
 }
 
-fn load(folder: &Path, more: &Value) -> Value {
+pub fn load(folder: &Path, more: &Value) -> Value {
     let mut params = json!({ "snapshot_path": folder.join("state"),
         "mem_backend": { "backend_type": "File", "backend_path": folder.join("memory") } });
     for (key, value) in more.as_object().unwrap() {
@@ -22,7 +22,7 @@ fn load(folder: &Path, more: &Value) -> Value {
     params
 }
 
-fn state(server: &Server) -> Value {
+pub fn state(server: &Server) -> Value {
     server.get("/").json()["state"].clone()
 }
 
@@ -116,7 +116,7 @@ fn what_cannot_be_gone_on_from_is_refused_and_leaves_a_machine_to_be_configured(
     fs::remove_file(&memory_path).unwrap();
     refused(&["memory", "No such file"]);
     for (more, words) in [
-        (json!({ "mem_backend": { "backend_type": "Uffd", "backend_path": "/x" } }), "Uffd"),
+        (json!({ "mem_backend": { "backend_type": "Uffd", "backend_path": "/x" } }), "pager at /x"),
         (json!({ "mem_file_path": "/x" }), "both"),
         (json!({ "network_overrides": [{ "iface_id": "e", "host_dev_name": "t" }] }), "the id e"),
         (json!({ "vsock_override": { "uds_path": "/x" } }), "no vsock"),

@@ -1,6 +1,8 @@
 //! A machine from a snapshot: what differs from one that boots.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use devices::virtio::device::{Payload, RestoreError};
 
@@ -9,7 +11,7 @@ use super::super::slot::Slot;
 use super::BuildError;
 use crate::hypervisor::state::{VcpuState, VmState};
 use crate::hypervisor::{Vcpu, Vm};
-use crate::memory::{GuestRam, Layer};
+use crate::memory::{Check, GuestRam, Layer, PagerError};
 use crate::snapshot::{Base, State};
 
 /// What a machine goes on from.
@@ -17,10 +19,31 @@ use crate::snapshot::{Base, State};
 pub struct Origin {
     /// Its state.
     pub state: State,
-    /// Its memory, the lowest layer first; nobody may change their files as long as the machine lives.
-    pub layers: Vec<Layer>,
+    /// Its memory.
+    pub memory: Source,
     /// Where it is from, for what changes from here on.
     pub base: Option<Base>,
+    /// What becomes of its clocks.
+    pub clock: Clock,
+}
+
+/// Where the memory of a machine comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// From files, the lowest layer first; nobody may change them as long as the machine lives.
+    Layers(Vec<Layer>),
+    /// From a process that listens on this socket, page by page.
+    Pager(PathBuf),
+}
+
+/// What becomes of a guest's clocks when it goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Clock {
+    /// TSC and kvmclock go on from where they were.
+    #[default]
+    Resume,
+    /// Both are moved on by the time that passed.
+    Advance,
 }
 
 /// Why a snapshot cannot be gone on from.
@@ -34,6 +57,9 @@ pub enum OriginError {
         /// What the configuration says.
         wanted: u64,
     },
+    /// Its memory cannot be had.
+    #[error("the guest's memory cannot be had")]
+    Pager(#[source] PagerError),
     /// The guest was shown features that this host has not: it may use them any time.
     #[error("this host's CPU lacks what the guest was shown: {0}")]
     Cpu(String),
@@ -90,13 +116,28 @@ fn taken<T>(owner: &str, result: Result<T, RestoreError>) -> Result<T, OriginErr
     result.map_err(|source| OriginError::State { owner: owner.to_owned(), source })
 }
 
+/// Pages that a pager is asked for before it is trusted.
+const LOOKS: usize = 4;
+
 /// Puts the memory of `origin` into `ram`.
 pub(super) fn memory(origin: &Origin, ram: &mut GuestRam) -> Result<(), BuildError> {
     let (saved, wanted) = (origin.state.header.memory.size, ram.size());
     if saved != wanted {
         return Err(OriginError::MemorySize { saved, wanted }.into());
     }
-    Ok(ram.map_layers(origin.layers.clone())?)
+    match &origin.memory {
+        Source::Layers(layers) => Ok(ram.map_layers(layers.clone())?),
+        Source::Pager(path) => {
+            let samples = origin.state.header.memory.samples.iter().take(LOOKS).cloned();
+            let known = samples.map(|sample| {
+                let page = sample.page;
+                let check: Check = Box::new(move |bytes| sample.is(bytes));
+                (page, check)
+            });
+            let known = known.collect();
+            Ok(ram.page_from(path, known).map_err(OriginError::Pager)?)
+        }
+    }
 }
 
 /// What has state beside memory.
@@ -112,12 +153,20 @@ pub(super) struct Restored<'a> {
 /// Gives everything its state. What is left over is an error, as is what is missing.
 pub(super) fn states(origin: &Origin, machine: Restored<'_>) -> Result<(), BuildError> {
     let mut parts = Parts::new(&origin.state);
+    let saved = Duration::from_millis(origin.state.header.created_ms);
     let vm = parts.take("vm", Some("vm"))?;
-    machine.vm.restore(&taken("vm", VmState::restore(&vm))?)?;
+    let mut vm = taken("vm", VmState::restore(&vm))?;
+    let passed = match origin.clock {
+        Clock::Resume => Duration::ZERO,
+        Clock::Advance => since(vm.host_time().unwrap_or(saved)),
+    };
+    vm.advance(passed);
+    machine.vm.restore(&vm)?;
     for (index, vcpu) in machine.vcpus.iter().enumerate() {
         let owner = vcpu_name(index);
         let state = parts.take(&owner, Some("vcpu"))?;
-        let state = taken(&owner, VcpuState::restore(&state))?;
+        let mut state = taken(&owner, VcpuState::restore(&state))?;
+        state.advance(passed);
         // Made for this host, and not changed yet.
         let missing = arch::cpuid::missing(&state.cpuid, &vcpu.cpuid()?);
         if !missing.is_empty() {
@@ -140,6 +189,12 @@ pub(super) fn states(origin: &Origin, machine: Restored<'_>) -> Result<(), Build
         taken(&name, slot.restore(&transport, &device))?;
     }
     Ok(parts.end()?)
+}
+
+/// Time that passed since the host's clock stood at `then`, since 1970: nothing if it went back.
+fn since(then: Duration) -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.saturating_sub(then)
 }
 
 /// Whose the state of a vCPU is.

@@ -1,0 +1,173 @@
+//! Machines whose memory another process brings.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use api_tests::{Answer, Server};
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::snapshot::{create, load, state};
+
+/// A process that brings memory; it ends with the test.
+struct Pager {
+    process: Child,
+    socket: PathBuf,
+    _folder: TempDir,
+}
+
+impl Pager {
+    fn new(saved: &Path, behaviour: &str) -> Pager {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("pager.sock");
+        let mut process = Command::new(env!("CARGO_BIN_EXE_pager"))
+            .args([&socket, &saved.join("memory")])
+            .arg(behaviour)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "listening\n");
+        Pager { process, socket, _folder: folder }
+    }
+
+    fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    fn load(&self, server: &Server, saved: &Path) -> Answer {
+        let uffd = json!({ "backend_type": "Uffd", "backend_path": self.socket });
+        server
+            .put("/snapshot/load", load(saved, &json!({ "mem_backend": uffd, "resume_vm": true })))
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Room for a snapshot of a guest with 2,048 pages that it knows.
+fn saved() -> TempDir {
+    let mut first = Server::hull();
+    let folder = tempfile::tempdir().unwrap();
+    first.put("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 48 })).done();
+    first.boot("work dirty=8388608 size=65536");
+    first.process.wait_for("ready");
+    first.process.write("d");
+    first.process.wait_for("dirty");
+    create(&first, folder.path()).done();
+    folder
+}
+
+fn is_intact(server: &mut Server, pages: u32) {
+    server.process.write("c");
+    server.process.wait_for(&format!("pages={pages}"));
+}
+
+#[test]
+fn memory_comes_when_it_is_touched() {
+    let saved = saved();
+    for behaviour in ["good", "closes"] {
+        let pager = Pager::new(saved.path(), behaviour);
+        let mut machine = Server::firecracker();
+        pager.load(&machine, saved.path()).done();
+        machine.process.write("p");
+        machine.process.wait_for("pause=");
+        let little = machine.process.kilobytes("RssAnon");
+        is_intact(&mut machine, 2048);
+        let all = machine.process.kilobytes("RssAnon");
+        assert!(all >= little + 7000, "{little} kB, {all} kB");
+    }
+}
+
+#[test]
+fn one_that_lives_on_a_pager_can_be_saved() {
+    let saved = saved();
+    let mut pager = Pager::new(saved.path(), "good");
+    let mut machine = Server::firecracker();
+    pager.load(&machine, saved.path()).done();
+    machine.process.write("d");
+    machine.process.wait_for("dirty");
+    let diff = |folder: &Path| {
+        json!({ "snapshot_type": "Diff", "snapshot_path": folder.join("state"),
+            "mem_file_path": folder.join("memory") })
+    };
+    // What changed is a part of something that is not here, until it is laid over that.
+    let part = tempfile::tempdir().unwrap();
+    machine.put("/snapshot/create", diff(part.path())).done();
+    let refused = Server::hull();
+    refused
+        .put("/snapshot/load", load(part.path(), &json!({})))
+        .refused(400, &["went on from a pager"]);
+    let over = tempfile::tempdir().unwrap();
+    fs::copy(saved.path().join("memory"), over.path().join("memory")).unwrap();
+    machine.put("/snapshot/create", diff(over.path())).done();
+    // All of it is fetched first; then nobody needs the pager any more.
+    let whole = tempfile::tempdir().unwrap();
+    create(&machine, whole.path()).done();
+    pager.kill();
+    is_intact(&mut machine, 4096);
+    assert_eq!(state(&machine), "Running");
+    let later = tempfile::tempdir().unwrap();
+    machine.process.write("d");
+    machine.process.wait_for("dirty");
+    machine.put("/snapshot/create", diff(later.path())).done();
+    for (folder, pages) in [(&whole, 4096), (&later, 6144)] {
+        let mut copy = Server::hull();
+        copy.put("/snapshot/load", load(folder.path(), &json!({ "resume_vm": true }))).done();
+        is_intact(&mut copy, pages);
+    }
+}
+
+#[test]
+fn a_pager_that_does_not_do_its_work_is_refused() {
+    let saved = saved();
+    let mut machine = Server::firecracker();
+    for (behaviour, words) in [
+        ("deaf", "brings no pages"),
+        ("silent", "brings no pages"),
+        ("wrong", "other pages"),
+        ("dies=0", "pages"),
+    ] {
+        let pager = Pager::new(saved.path(), behaviour);
+        pager.load(&machine, saved.path()).refused(400, &["pager", words]);
+        assert_eq!(state(&machine), "Not started");
+    }
+    // It goes on from the file instead.
+    machine.put("/snapshot/load", load(saved.path(), &json!({ "resume_vm": true }))).done();
+    is_intact(&mut machine, 2048);
+}
+
+#[test]
+fn a_machine_ends_when_its_pager_dies() {
+    let saved = saved();
+    let mut pager = Pager::new(saved.path(), "good");
+    let mut machine = Server::firecracker();
+    pager.load(&machine, saved.path()).done();
+    pager.kill();
+    // Whether the guest waits for a page by now or not.
+    let _ = machine.process.write("c");
+    let outcome = machine.process.finish();
+    outcome.failed(&["pager is gone"]);
+}
+
+#[test]
+fn a_machine_whose_pager_hangs_can_be_ended() {
+    let saved = saved();
+    let pager = Pager::new(saved.path(), "hangs=60");
+    let mut machine = Server::firecracker();
+    pager.load(&machine, saved.path()).done();
+    machine.process.write("c");
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(state(&machine), "Running");
+    machine.put("/actions", json!({ "action_type": "Quit" })).done();
+    assert_eq!(machine.process.finish().code(), 0);
+}

@@ -15,7 +15,7 @@ use crate::logging::Level;
 use crate::session::ApiSocket;
 
 pub use manual::{CompletionsArgs, completions, man};
-pub use run::{Format, RunArgs, UsageError, console};
+pub use run::{Format, RunArgs, UsageError, console, leading_path, read_option};
 pub use snapshot::{RestoreArgs, SnapshotArgs, SnapshotCommand};
 pub use verbs::{
     BalloonArgs, EventsArgs, MachineArgs, MetricsArgs, PsArgs, SetDiskArgs, SetNetArgs, ShowArgs,

@@ -11,7 +11,7 @@ use vmm::snapshot::{self, Overrides};
 use vmm::timings::Timings;
 
 use crate::api::HULL;
-use crate::cli::{RestoreArgs, Result, UsageError, console};
+use crate::cli::{RestoreArgs, Result, UsageError, console, leading_path, read_option};
 use crate::logging;
 use crate::run;
 use crate::session::{Session, Wanted};
@@ -28,6 +28,12 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
         None => snapshot::load(&from, base.as_ref())?,
     };
     origin.clock = args.clock.into();
+    let record = args.record.as_deref();
+    origin.record =
+        record.map(|text| read_option("record", text, leading_path(text))).transpose()?;
+    let prefetch = args.prefetch.as_deref();
+    origin.prefetch =
+        prefetch.map(|text| read_option("prefetch", text, leading_path(text))).transpose()?;
     let mut config = VmConfig {
         name: args.name.clone(),
         seccomp: args.process.seccomp.map(Into::into).unwrap_or_default(),

@@ -19,6 +19,7 @@ mod overrides;
 mod store;
 #[cfg(test)]
 mod tests;
+mod working_set;
 
 use std::path::PathBuf;
 
@@ -30,6 +31,8 @@ pub use self::load::{LoadError, MergeError, load, load_paged, merge};
 pub use self::memory::Progress;
 pub use self::overrides::Overrides;
 pub use self::store::{Diff, Files, StoreError, Taken, disks, now_ms, remove, store};
+pub(crate) use self::working_set::Companion;
+pub use self::working_set::{Prefetch, Record, WorkingSetError};
 use crate::config::VmConfig;
 
 /// What stands in front of a state file, in JSON.

@@ -256,7 +256,7 @@ fn set<T>(field: &mut T, value: Option<T>) {
     }
 }
 
-fn read_option<T: DeserializeOwned>(
+pub fn read_option<T: DeserializeOwned>(
     option: &'static str,
     text: &str,
     pairs: Vec<keyvalue::Pair>,
@@ -299,7 +299,7 @@ fn vsock(text: &str) -> std::result::Result<VsockConfig, UsageError> {
 }
 
 /// Options of which the first is a path if it has no key.
-fn leading_path(text: &str) -> Vec<keyvalue::Pair> {
+pub fn leading_path(text: &str) -> Vec<keyvalue::Pair> {
     let mut pairs = keyvalue::split(text);
     if let Some(first) = pairs.first_mut().filter(|first| first.value.is_none()) {
         let path = std::mem::replace(&mut first.key, "path".to_owned());

@@ -127,6 +127,12 @@ pub struct RestoreArgs {
     /// The guest's console: tty, stdio, file=PATH or off [default: auto]
     #[arg(long, value_name = "OPTIONS")]
     pub console: Option<String>,
+    /// Write down which memory the guest touches, until it ends or for so many seconds
+    #[arg(long, value_name = "FILE[,after=SECONDS]")]
+    pub record: Option<String>,
+    /// Fetch what was written down before the guest touches it, so many bytes a second [default: 256M]
+    #[arg(long, value_name = "FILE[,rate=BYTES]")]
+    pub prefetch: Option<String>,
     /// Leave it paused
     #[arg(long)]
     pub paused: bool,

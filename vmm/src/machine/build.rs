@@ -255,6 +255,10 @@ impl Machine {
                     .map_err(host("a vCPU thread"))?;
             threads.push(thread);
         }
+        let companions = match origin {
+            Some(origin) => restore::companions(origin, &ram, config.seccomp)?,
+            None => Vec::new(),
+        };
         let counted = Counted::default();
         metrics.add_of_machine(None, ("vmm", Arc::clone(&counted.control) as _));
         metrics.add_of_machine(None, ("latencies_us", Arc::clone(&counted.latencies) as _));
@@ -277,6 +281,7 @@ impl Machine {
             },
             leased,
             restored: origin.is_some(),
+            companions,
             vm,
             ram,
             seccomp: config.seccomp,

@@ -641,6 +641,7 @@ impl Control {
         for slot in &mut self.machine.slots {
             slot.stopping = None;
         }
+        self.machine.companions.clear();
         self.machine.vcpus.clear();
         self.machine.io.clear();
         for slot in &mut self.machine.slots {

@@ -37,6 +37,7 @@ use crate::io::IoThread;
 use crate::kernel::Lease;
 use crate::memory::GuestRam;
 use crate::seccomp;
+use crate::snapshot::Companion;
 use crate::timings::Timings;
 
 /// Why a running machine ended although nobody wanted it to.
@@ -96,6 +97,7 @@ pub struct Machine {
     leased: Option<(Lease, Vec<(u64, u64)>)>,
     /// It goes on from a snapshot: paused.
     restored: bool,
+    companions: Vec<Companion>,
     // Slots, irqfds and ioeventfds live in it.
     vm: Box<dyn Vm>,
     ram: GuestRam,

@@ -189,6 +189,69 @@ impl Image {
         Ok(())
     }
 
+    /// Pages that are mapped: of what lies in files or with a pager, those that were touched.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn touched(&self) -> io::Result<Runs> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let mut touched = Runs::default();
+        for piece in Runs::first(self.size() / PAGE_SIZE).pieces(PIECE) {
+            self.look(piece, &pagemap, |page, entry, _| {
+                if entry & (PRESENT | SWAPPED) != 0 {
+                    touched.push(page..page + 1);
+                }
+            })?;
+        }
+        Ok(touched)
+    }
+
+    /// Has pages mapped as if the guest had read them. What is not RAM is left out.
+    ///
+    /// # Errors
+    /// The host has no memory for it, or cannot read it.
+    pub fn fetch(&self, pages: Range<u64>) -> io::Result<()> {
+        let mut at = pages.start;
+        while at < pages.end {
+            let Some((host, len)) = self.host(at) else { break };
+            let len = len.min(pages.end - at);
+            // SAFETY: pages of a mapping that this image keeps, which are read and not changed.
+            let result = unsafe {
+                libc::madvise(host.cast(), (len * PAGE_SIZE) as usize, libc::MADV_POPULATE_READ)
+            };
+            match (result, io::Error::last_os_error()) {
+                (0, _) => at += len,
+                (_, err) if err.kind() == io::ErrorKind::Interrupted => {}
+                (_, err) => return Err(err),
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells `see` of each page of `piece`: its number, its entry in `pagemap`, and where it is mapped.
+    fn look(
+        &self,
+        piece: Range<u64>,
+        pagemap: &File,
+        mut see: impl FnMut(u64, u64, *mut u8),
+    ) -> io::Result<()> {
+        let mut entries = vec![0; (piece.end - piece.start) as usize * 8];
+        let mut at = piece.start;
+        while at < piece.end {
+            let Some((host, len)) = self.host(at) else { break };
+            let len = len.min(piece.end - at);
+            let entries = &mut entries[..len as usize * 8];
+            pagemap.read_exact_at(entries, host as u64 / PAGE_SIZE * 8)?;
+            for (n, entry) in entries.chunks_exact(8).enumerate() {
+                let mut bytes = [0; 8];
+                bytes.copy_from_slice(entry);
+                see(at + n as u64, u64::from_le_bytes(bytes), host.wrapping_add(n * PAGE));
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
     /// Pages that no layer has as they are: written here, and not zero where that goes without saying.
     fn private(&self, covered: &Runs) -> io::Result<Runs> {
         let pagemap = File::open("/proc/self/pagemap")?;
@@ -208,28 +271,16 @@ impl Image {
         covered: &Runs,
     ) -> io::Result<Vec<Range<u64>>> {
         let mut found = Runs::default();
-        let mut entries = vec![0; (piece.end - piece.start) as usize * 8];
-        let mut at = piece.start;
-        while at < piece.end {
-            let Some((host, len)) = self.host(at) else { break };
-            let len = len.min(piece.end - at);
-            let entries = &mut entries[..len as usize * 8];
-            pagemap.read_exact_at(entries, host as u64 / PAGE_SIZE * 8)?;
-            for (page, entry) in (at..).zip(entries.chunks_exact(8)) {
-                let entry = entry.iter().rev().fold(0, |all, &byte| all << 8 | u64::from(byte));
-                if entry & (PRESENT | SWAPPED) == 0 || entry & OF_A_FILE != 0 {
-                    continue;
-                }
-                // SAFETY: a page of the mapping, and the guest is halted.
-                let bytes = unsafe {
-                    std::slice::from_raw_parts(host.add((page - at) as usize * PAGE), PAGE)
-                };
-                if bytes != ZEROES || covered.contains(page) {
-                    found.push(page..page + 1);
-                }
+        self.look(piece, pagemap, |page, entry, host| {
+            if entry & (PRESENT | SWAPPED) == 0 || entry & OF_A_FILE != 0 {
+                return;
             }
-            at += len;
-        }
+            // SAFETY: a page of the mapping, and the guest is halted.
+            let bytes = unsafe { std::slice::from_raw_parts(host, PAGE) };
+            if bytes != ZEROES || covered.contains(page) {
+                found.push(page..page + 1);
+            }
+        })?;
         Ok(found.iter().collect())
     }
 

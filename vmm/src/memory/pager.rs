@@ -26,6 +26,7 @@ use serde_json::json;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::freeze::Image;
+use super::runs::Runs;
 use super::{GuestRam, PAGE_SIZE, Ranges};
 use crate::files::SocketPath;
 
@@ -33,8 +34,8 @@ use crate::files::SocketPath;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Between two tries to connect to one that has too many connections waiting.
 const AGAIN: Duration = Duration::from_millis(5);
-/// Bytes that are asked for at a time when all of memory is wanted.
-const PIECE: usize = 2 << 20;
+/// Pages that are asked for at a time when all of memory is wanted.
+const PIECE: u64 = (2 << 20) / PAGE_SIZE;
 /// Bytes of a page that is from the host's pool.
 const HUGE_PAGE: u64 = 2 << 20;
 
@@ -337,19 +338,8 @@ impl Image {
         if !self.is_lazy() {
             return Ok(());
         }
-        for (_, mapping) in self.ranges.iter() {
-            let mut at = 0;
-            while at < mapping.len() {
-                let len = PIECE.min(mapping.len() - at);
-                let start = mapping.as_ptr().wrapping_add(at);
-                // SAFETY: a part of the mapping, which is read and not changed.
-                let result = unsafe { libc::madvise(start.cast(), len, libc::MADV_POPULATE_READ) };
-                match (result, io::Error::last_os_error()) {
-                    (0, _) => at += len,
-                    (_, err) if err.kind() == io::ErrorKind::Interrupted => {}
-                    (_, err) => return Err(err),
-                }
-            }
+        for piece in Runs::first(self.size() / PAGE_SIZE).pieces(PIECE) {
+            self.fetch(piece)?;
         }
         drop(lock(&self.pager).take());
         Ok(())

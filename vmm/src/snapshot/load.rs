@@ -13,7 +13,7 @@ use super::{
     Base, Files, Header, MEMORY, MemoryHeader, PAGES, Progress, State, StateError, StoreError,
     read, store,
 };
-use crate::machine::{Clock, Origin, Source};
+use crate::machine::{Origin, Source};
 use crate::memory::{Contents, Layer, PAGE_SIZE, Runs};
 
 /// Most snapshots that one can stand on.
@@ -80,7 +80,7 @@ pub fn load(files: &Files, base: Option<&Files>) -> Result<Origin, LoadError> {
         memory: files.memory.clone(),
     };
     let memory = Source::Layers(layers);
-    Ok(Origin { state, memory, base: Some(base), clock: Clock::Resume })
+    Ok(Origin::new(state, memory, Some(base)))
 }
 
 /// Reads what a machine goes on from whose memory a process brings that listens at `pager`. Disks that
@@ -93,7 +93,7 @@ pub fn load_paged(path: &Path, pager: PathBuf) -> Result<Origin, LoadError> {
     let mut state = read(path).map_err(failed)?;
     diff_pages(&mut state.parts).map_err(failed)?;
     warn_of_disks(&state.header);
-    Ok(Origin { state, memory: Source::Pager(pager), base: None, clock: Clock::Resume })
+    Ok(Origin::new(state, Source::Pager(pager), None))
 }
 
 fn state(files: &Files) -> Result<State, LoadError> {

@@ -220,7 +220,7 @@ fn laid_over(
 }
 
 /// Letters and digits that nobody else has.
-fn word() -> io::Result<String> {
+pub(super) fn word() -> io::Result<String> {
     let mut bytes = [0; 16];
     random::fill(&mut bytes)?;
     Ok(format!("{:032x}", u128::from_le_bytes(bytes)))

@@ -84,7 +84,7 @@ fn main() -> io::Result<()> {
         let mut poll = libc::pollfd { fd: uffd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one structure, as is said.
         unsafe { libc::poll(&raw mut poll, 1, 100) };
-        if stream.as_ref().is_some_and(|stream| is_over(stream)) {
+        if stream.as_ref().is_some_and(is_over) {
             return Ok(());
         }
         let mut message = [0u8; MESSAGE];

@@ -117,8 +117,8 @@ fn one_that_lives_on_a_pager_can_be_saved() {
     is_intact(&mut machine, 4096);
     assert_eq!(state(&machine), "Running");
     let later = tempfile::tempdir().unwrap();
-    machine.process.write("d");
-    machine.process.wait_for("dirty");
+    machine.process.write("dc");
+    machine.process.wait_for("pages=6144");
     machine.put("/snapshot/create", diff(later.path())).done();
     for (folder, pages) in [(&whole, 4096), (&later, 6144)] {
         let mut copy = Server::hull();
@@ -154,7 +154,7 @@ fn a_machine_ends_when_its_pager_dies() {
     pager.load(&machine, saved.path()).done();
     pager.kill();
     // Whether the guest waits for a page by now or not.
-    let _ = machine.process.write("c");
+    machine.process.write("c");
     let outcome = machine.process.finish();
     outcome.failed(&["pager is gone"]);
 }

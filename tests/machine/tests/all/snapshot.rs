@@ -73,3 +73,99 @@ fn what_cannot_be_saved_or_restored_is_named() {
     let nobody = Guest::hull("snapshot").flag("nobody").flag(folder.path().to_str().unwrap());
     nobody.run().failed(&["no machine named \"nobody\""]);
 }
+
+/// A guest with 2,048 pages that it knows, and a snapshot of it.
+fn working(saved: &str) -> Running {
+    let mut guest = Guest::new("work dirty=8388608 size=65536").option("--name", "first").start();
+    guest.wait_for("ready");
+    guest.write("d");
+    guest.wait_for("dirty");
+    assert_eq!(beside(&guest, "snapshot").flag("first").flag(saved).run().ok(), "");
+    guest
+}
+
+fn stop(guest: &Running, name: &str) {
+    assert_eq!(beside(guest, "stop").flag("--now").flag(name).run().code(), 0);
+}
+
+#[test]
+fn diffs_are_listed_merged_and_removed() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let mut guest = working(&at("base"));
+    for (name, pages) in [("one", 4096), ("two", 6144)] {
+        guest.write("dc");
+        guest.wait_for(&format!("pages={pages}"));
+        let snapshot = beside(&guest, "snapshot").flag("--diff").flag("first").flag(&at(name));
+        assert_eq!(snapshot.run().ok(), "");
+        let written = fs::metadata(folder.path().join(name).join("memory")).unwrap();
+        let written = std::os::unix::fs::MetadataExt::blocks(&written) * 512;
+        assert!((8 << 20..9 << 20).contains(&written), "{written}");
+    }
+    let snapshot = |words: &[&str]| {
+        words.iter().fold(Guest::hull("snapshot"), |guest, word| guest.flag(word)).run()
+    };
+    let list = snapshot(&["ls", folder.path().to_str().unwrap()]);
+    for words in ["base", "../base", "one", "../one", "two", "first", "MEMORY"] {
+        assert!(list.ok().contains(words), "{words}: {}", list.stdout);
+    }
+    let json = snapshot(&["ls", "--json", folder.path().to_str().unwrap()]);
+    assert_eq!(json.ok().matches("\"dir\"").count(), 3);
+    snapshot(&["rm", &at("base")]).failed(&["base", "one", "diff to"]);
+    let restored = |guest: &Running, name: &str, pages: u32| {
+        let mut copy = beside(guest, "restore").flag(&at(name)).option("--name", "copy").start();
+        copy.write("c");
+        copy.wait_for(&format!("pages={pages}"));
+        stop(guest, "copy");
+        assert_eq!(copy.finish().code(), 0);
+    };
+    restored(&guest, "two", 6144);
+    // Into what it stands on, which takes what is above with it.
+    snapshot(&["merge", &at("one"), "--into", &at("base")]).ok();
+    restored(&guest, "base", 4096);
+    restored(&guest, "two", 6144);
+    snapshot(&["merge", &at("two")]).ok();
+    snapshot(&["rm", &at("base"), &at("one")]).ok();
+    restored(&guest, "two", 6144);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    // What the next one would be a diff to is gone, or is not: nothing is lost.
+    fs::remove_dir_all(folder.path().join("two")).unwrap();
+    guest.write("dc");
+    guest.wait_for("pages=8192");
+    beside(&guest, "snapshot").flag("--diff").flag("first").flag(&at("three")).run().ok();
+    restored(&guest, "three", 8192);
+    snapshot(&["merge", &at("nothing")]).failed(&["nothing/state", "No such file"]);
+    stop(&guest, "first");
+    assert_eq!(guest.finish().code(), 0);
+}
+
+#[test]
+fn what_is_touched_is_written_down_and_fetched() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let guest = working(&at("base"));
+    let copy = || beside(&guest, "restore").flag(&at("base")).option("--name", "copy");
+    let mut one = copy().option("--record", at("set")).start();
+    one.write("c");
+    one.wait_for("pages=2048");
+    stop(&guest, "copy");
+    assert_eq!(one.finish().code(), 0);
+    let set = fs::read_to_string(at("set")).unwrap();
+    assert!(set.contains("\"pages\""), "{set}");
+    // It does not run, and has its memory all the same.
+    let other = copy().flag("--paused").option("--prefetch", at("set")).start();
+    let there = || other.kilobytes("RssFile") > 9000;
+    while !there() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    stop(&guest, "copy");
+    assert_eq!(other.finish().code(), 0);
+    let refused = |options: &str| copy().option("--prefetch", options).run();
+    refused(&at("nothing")).failed(&["working set", "nothing", "No such file"]);
+    refused(&at("base/memory")).failed(&["not a working set"]);
+    refused(&(at("set") + ",rate=x")).misused(&["--prefetch", "rate"]);
+    fs::write(at("set"), r#"{ "id": "x", "pages": [] }"#).unwrap();
+    refused(&at("set")).failed(&["another snapshot's"]);
+    stop(&guest, "first");
+    assert_eq!(guest.finish().code(), 0);
+}

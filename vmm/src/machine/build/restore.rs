@@ -12,7 +12,8 @@ use super::BuildError;
 use crate::hypervisor::state::{VcpuState, VmState};
 use crate::hypervisor::{Vcpu, Vm};
 use crate::memory::{Check, GuestRam, Layer, PagerError};
-use crate::snapshot::{Base, State};
+use crate::seccomp;
+use crate::snapshot::{Base, Companion, Prefetch, Record, State, WorkingSetError};
 
 /// What a machine goes on from.
 #[derive(Debug)]
@@ -25,6 +26,17 @@ pub struct Origin {
     pub base: Option<Base>,
     /// What becomes of its clocks.
     pub clock: Clock,
+    /// Where to write down what the guest touches.
+    pub record: Option<Record>,
+    /// What to fetch before the guest touches it.
+    pub prefetch: Option<Prefetch>,
+}
+
+impl Origin {
+    pub(crate) fn new(state: State, memory: Source, base: Option<Base>) -> Origin {
+        let clock = Clock::default();
+        Origin { state, memory, base, clock, record: None, prefetch: None }
+    }
 }
 
 /// Where the memory of a machine comes from.
@@ -60,6 +72,9 @@ pub enum OriginError {
     /// Its memory cannot be had.
     #[error("the guest's memory cannot be had")]
     Pager(#[source] PagerError),
+    /// What its guest touches cannot be written down, or fetched.
+    #[error(transparent)]
+    WorkingSet(#[from] WorkingSetError),
     /// The guest was shown features that this host has not: it may use them any time.
     #[error("this host's CPU lacks what the guest was shown: {0}")]
     Cpu(String),
@@ -138,6 +153,20 @@ pub(super) fn memory(origin: &Origin, ram: &mut GuestRam) -> Result<(), BuildErr
             Ok(ram.page_from(path, known).map_err(OriginError::Pager)?)
         }
     }
+}
+
+/// Starts what looks after the working set, if somebody wants that.
+pub(super) fn companions(
+    origin: &Origin,
+    ram: &GuestRam,
+    filter: seccomp::Mode,
+) -> Result<Vec<Companion>, OriginError> {
+    let id = &origin.state.header.memory.id;
+    let prefetch = origin.prefetch.as_ref();
+    let prefetch = prefetch.map(|wish| Companion::prefetch(wish, ram.image(), id, filter));
+    let record = origin.record.as_ref();
+    let record = record.map(|wish| Companion::record(wish, ram.image(), id, filter));
+    Ok(prefetch.into_iter().chain(record).collect::<Result<_, _>>()?)
 }
 
 /// What has state beside memory.

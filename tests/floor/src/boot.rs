@@ -1,60 +1,15 @@
 //! From nothing to the first port write of a payload, by the 64-bit Linux boot protocol.
 
 use crate::Result;
-use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_regs, kvm_segment, kvm_userspace_memory_region,
-};
-use kvm_ioctls::{Kvm, VcpuExit};
+use crate::machine::{Machine, Memory, pass_on};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
+use kvm_ioctls::Kvm;
 use std::fs::File;
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 const BOOT_PARAMS: u64 = 0x7000;
 const PAGE_TABLES: u64 = 0x9000;
 const COMMAND_LINE: u64 = 0x20000;
-/// Where KVM keeps the TSS it needs on Intel processors without unrestricted guests.
-const KVM_TSS: usize = 0xfffb_d000;
-
-/// Guest memory: one anonymous mapping, never unmapped.
-struct Memory {
-    host: *mut u8,
-    length: usize,
-}
-
-impl Memory {
-    fn new(length: usize) -> Result<Self> {
-        // SAFETY: a new mapping of the kernel's choosing.
-        let host = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if host == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error().into());
-        }
-        Ok(Memory { host: host.cast(), length })
-    }
-
-    /// Guest memory before the guest runs, so before anyone else writes to it.
-    fn slice(&mut self, address: u64, length: usize) -> Result<&mut [u8]> {
-        let end = usize::try_from(address)?.checked_add(length).ok_or("address overflow")?;
-        if end > self.length {
-            return Err(format!("{address:#x} is outside of memory").into());
-        }
-        // SAFETY: inside the mapping, which no one else uses while `self` is borrowed.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.host.add(address as usize), length) })
-    }
-
-    fn put(&mut self, address: u64, bytes: &[u8]) -> Result<()> {
-        self.slice(address, bytes.len())?.copy_from_slice(bytes);
-        Ok(())
-    }
-}
 
 fn number<const N: usize>(bytes: &[u8], at: usize) -> Result<u64> {
     let mut value = [0; 8];
@@ -83,8 +38,10 @@ fn load_elf(memory: &mut Memory, path: &str) -> Result<u64> {
 fn write_boot_params(memory: &mut Memory, command_line: &str) -> Result<()> {
     memory.put(COMMAND_LINE, command_line.as_bytes())?;
     memory.put(BOOT_PARAMS + 0x228, &(COMMAND_LINE as u32).to_le_bytes())?;
-    memory.put(BOOT_PARAMS + 0x1e8, &[2])?;
-    let ranges = [(0, 0x9fc00), (0x10_0000, memory.length as u64 - 0x10_0000)];
+    let mut ranges = memory.ranges();
+    let low = ranges.remove(0).1;
+    ranges.splice(0..0, [(0, 0x9fc00), (0x10_0000, low - 0x10_0000)]);
+    memory.put(BOOT_PARAMS + 0x1e8, &[ranges.len() as u8])?;
     for (index, (start, length)) in ranges.into_iter().enumerate() {
         let at = BOOT_PARAMS + 0x2d0 + 20 * index as u64;
         memory.put(at, &u64::to_le_bytes(start))?;
@@ -104,30 +61,19 @@ fn write_page_tables(memory: &mut Memory) -> Result<()> {
     Ok(())
 }
 
-/// Makes the machine, runs it to its first port write, passes that byte on to stdout.
-pub fn run(payload: &str, mib: &str, command_line: &str) -> Result<()> {
-    let kvm = Kvm::new()?;
+/// Makes a machine whose next instruction is the payload's first.
+pub fn machine(
+    kvm: &Kvm,
+    memory: &mut Memory,
+    payload: &str,
+    command_line: &str,
+) -> Result<Machine> {
     let vm = kvm.create_vm()?;
-    let mut memory = Memory::new(mib.parse::<usize>()? << 20)?;
-    let entry = load_elf(&mut memory, payload)?;
-    write_boot_params(&mut memory, command_line)?;
-    write_page_tables(&mut memory)?;
-
-    // The slot first: KVM takes milliseconds for it once there is a vCPU.
-    let slot = kvm_userspace_memory_region {
-        slot: 0,
-        flags: 0,
-        guest_phys_addr: 0,
-        memory_size: memory.length as u64,
-        userspace_addr: memory.host as u64,
-    };
-    // SAFETY: the mapping stays until the process ends.
-    unsafe { vm.set_user_memory_region(slot)? };
-    vm.set_tss_address(KVM_TSS)?;
-    vm.create_irq_chip()?;
-    vm.create_pit2(kvm_pit_config { flags: 1, ..Default::default() })?;
-
-    let mut vcpu = vm.create_vcpu(0)?;
+    let entry = load_elf(memory, payload)?;
+    write_boot_params(memory, command_line)?;
+    write_page_tables(memory)?;
+    let machine = Machine::new(vm, memory)?;
+    let vcpu = &machine.vcpu;
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
     let mut sregs = vcpu.get_sregs()?;
     let flat = |selector, type_, db, l| kvm_segment {
@@ -158,14 +104,13 @@ pub fn run(payload: &str, mib: &str, command_line: &str) -> Result<()> {
         rflags: 2,
         ..Default::default()
     })?;
+    Ok(machine)
+}
 
-    match vcpu.run()? {
-        VcpuExit::IoOut(_, data) => {
-            let mut output = std::io::stdout();
-            output.write_all(data)?;
-            output.flush()?;
-            Ok(())
-        }
-        exit => Err(format!("the payload ended with {exit:?} before it wrote anything").into()),
-    }
+/// Makes the machine, runs it to its first port write, passes that byte on to stdout.
+pub fn run(payload: &str, mib: &str, command_line: &str) -> Result<()> {
+    let kvm = Kvm::new()?;
+    let mut memory = Memory::new(mib.parse::<usize>()? << 20)?;
+    let mut machine = machine(&kvm, &mut memory, payload, command_line)?;
+    pass_on(machine.written()?)
 }

@@ -4,6 +4,9 @@
 //!
 //! - `floor boot PAYLOAD MIB COMMAND-LINE` makes a VM, runs the payload to its first write to a
 //!   port, and exits.
+//! - `floor save PAYLOAD MIB COMMAND-LINE FOLDER` runs the payload until it prints a dot, and leaves its
+//!   memory and its state in two files of the folder.
+//! - `floor restore FOLDER` makes a VM that goes on from there, and passes on the first byte it writes.
 //! - `floor pread FILE SIZE COUNT BUFFERS [direct]` reads at random offsets, into each of that many
 //!   buffers in turn, and prints ticks per read.
 //! - `floor pwrite FILE SIZE COUNT FLUSH [direct]` writes likewise, with an fdatasync every FLUSH.
@@ -11,6 +14,8 @@
 
 mod boot;
 mod io;
+mod machine;
+mod saved;
 
 use std::process::ExitCode;
 
@@ -22,6 +27,10 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match arguments.as_slice() {
         ["boot", payload, mib, command_line] => boot::run(payload, mib, command_line),
+        ["save", payload, mib, command_line, folder] => {
+            saved::save(payload, mib, command_line, folder)
+        }
+        ["restore", folder] => saved::restore(folder),
         ["pread", file, size, count, buffers] => {
             io::read_at_random(file, size, count, buffers, false)
         }
@@ -35,9 +44,12 @@ fn main() -> ExitCode {
             io::write_at_random(file, size, count, flush, true)
         }
         ["tapwrite", name, size, count] => io::send_frames(name, size, count),
-        _ => Err("usage: floor boot PAYLOAD MIB COMMAND-LINE | pread FILE SIZE COUNT BUFFERS [direct] | \
+        _ => Err(
+            "usage: floor boot PAYLOAD MIB COMMAND-LINE | save PAYLOAD MIB COMMAND-LINE FOLDER | \
+                  restore FOLDER | pread FILE SIZE COUNT BUFFERS [direct] | \
                   pwrite FILE SIZE COUNT FLUSH [direct] | tapwrite NAME SIZE COUNT"
-            .into()),
+                .into(),
+        ),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -38,15 +38,10 @@ pub fn cpu_time(
     for (place, system) in systems.iter().enumerate() {
         report.add("boot to output", system.name(), "ms", std::mem::take(&mut first[place]));
     }
-    let ratio = |system: &str| {
-        report
-            .median("boot cpu", "hull")
-            .zip(report.median("boot cpu", system))
-            .map(|(hull, other)| hull / other)
-    };
-    let (floor, firecracker) = (ratio("floor"), ratio("firecracker"));
-    report.target("boot cpu", "hull ÷ floor", floor, Bound::AtMost(1.5));
-    report.target("boot cpu", "hull ÷ firecracker", firecracker, Bound::AtMost(1.0));
+    for (other, limit) in [("floor", 1.5), ("firecracker", 1.0)] {
+        let ratio = report.ratio("boot cpu", "hull", other);
+        report.target("boot cpu", &format!("hull ÷ {other}"), ratio, Bound::AtMost(limit));
+    }
     Ok(())
 }
 

@@ -78,6 +78,13 @@ pub fn undisturbed<T>(mut sample: impl FnMut() -> Result<T>) -> Result<T> {
     best.map(|(_, value)| value).ok_or_else(|| "no sample".into())
 }
 
+/// Has everything written to the disk that waits for it: pages of a new file count as dirty until
+/// then, and writing them disturbs what is measured.
+pub fn sync() {
+    // SAFETY: takes nothing and returns nothing.
+    unsafe { libc::sync() };
+}
+
 /// Describes this host.
 pub fn describe(programs: &Programs) -> Host {
     let cpuinfo = read("/proc/cpuinfo");

@@ -78,11 +78,7 @@ pub fn run(
     runs: usize,
     report: &mut Report,
 ) -> Result<()> {
-    let systems: Vec<System> = systems
-        .iter()
-        .copied()
-        .filter(|system| matches!(system, System::Hull | System::Firecracker))
-        .collect();
+    let systems = System::like_firecracker(systems);
     eprintln!("limits: {runs} runs each");
     let image = programs.scratch.join("limits.img");
     File::create(&image)?.set_len(64 << 20)?;

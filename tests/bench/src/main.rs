@@ -8,6 +8,7 @@ mod api;
 mod block;
 mod boot;
 mod compare;
+mod counter;
 mod host;
 mod limits;
 mod memory;
@@ -17,6 +18,7 @@ mod peers;
 mod report;
 mod sample;
 mod system;
+mod turns;
 mod vsock;
 
 use clap::{Args, Parser, Subcommand};

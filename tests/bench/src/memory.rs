@@ -1,6 +1,7 @@
 //! What a guest that does nothing costs in memory.
 
 use crate::Result;
+use crate::host::sync;
 use crate::report::{Bound, Report};
 use crate::sample::Running;
 use crate::system::{Guest, Programs, System};
@@ -23,8 +24,7 @@ pub fn private_dirty(
     for system in systems.iter().filter(|system| **system != System::Floor) {
         Running::start(programs, *system, &guest)?.wait_for("hello")?;
     }
-    // SAFETY: takes nothing and returns nothing.
-    unsafe { libc::sync() };
+    sync();
     for _ in 0..runs {
         for (place, system) in systems.iter().enumerate() {
             // The floor ends at its first output.
@@ -40,10 +40,7 @@ pub fn private_dirty(
     for (system, values) in systems.iter().zip(seen) {
         report.add(BENCH, system.name(), "kB", values);
     }
-    let ratio = report
-        .median(BENCH, "hull")
-        .zip(report.median(BENCH, "firecracker"))
-        .map(|(hull, other)| hull / other);
+    let ratio = report.ratio(BENCH, "hull", "firecracker");
     report.target(BENCH, "hull ÷ firecracker", ratio, Bound::AtMost(1.0));
     Ok(())
 }

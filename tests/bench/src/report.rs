@@ -60,6 +60,11 @@ impl Report {
         Some(row.median)
     }
 
+    /// The median of one system divided by that of another.
+    pub fn ratio(&self, bench: &str, system: &str, by: &str) -> Option<f64> {
+        self.median(bench, system).zip(self.median(bench, by)).map(|(one, other)| one / other)
+    }
+
     /// The least of the medians of some systems.
     pub fn best(&self, bench: &str, systems: &[&str]) -> Option<f64> {
         systems.iter().filter_map(|system| self.median(bench, system)).min_by(f64::total_cmp)

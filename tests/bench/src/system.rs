@@ -24,6 +24,12 @@ impl System {
             .find(|system| system.name() == name)
     }
 
+    /// Those of `systems` that have Firecracker's API, and its devices without help of the host's kernel.
+    pub fn like_firecracker(systems: &[System]) -> Vec<System> {
+        let like = |system: &System| matches!(system, System::Hull | System::Firecracker);
+        systems.iter().copied().filter(like).collect()
+    }
+
     /// Its name in tables and files.
     pub fn name(self) -> &'static str {
         match self {
@@ -96,6 +102,7 @@ pub struct Guest {
     pub vsock: Option<PathBuf>,
 }
 
+/// RAM of a guest of which nothing else is said.
 const MEMORY_MIB: u32 = 128;
 const MAC: &str = "02:00:00:00:00:01";
 
@@ -130,7 +137,7 @@ impl Guest {
         // In memory, as /run is on any host with systemd; a test machine may have it on a disk.
         command.env("XDG_RUNTIME_DIR", "/dev/shm");
         command.args(["run", "--cpus", "1", "--console", "stdio"]);
-        command.arg("--memory").arg(format!("{MEMORY_MIB}M"));
+        command.arg("--memory").arg(format!("{}M", MEMORY_MIB));
         command.arg("--kernel").arg(kernel).arg("--cmdline").arg(&self.command_line);
         if let Some(disk) = &self.disk {
             let direct = if disk.direct { ",direct" } else { "" };

@@ -34,11 +34,7 @@ pub fn run(
     runs: usize,
     report: &mut Report,
 ) -> Result<()> {
-    let systems: Vec<System> = systems
-        .iter()
-        .copied()
-        .filter(|system| matches!(system, System::Hull | System::Firecracker))
-        .collect();
+    let systems = System::like_firecracker(systems);
     // A socket's path is short, and not every temporary folder's is.
     let folder = tempfile::tempdir_in("/dev/shm")?;
     for (way, name) in [(Way::ToGuest, "to guest"), (Way::ToHost, "to host")] {
@@ -56,8 +52,7 @@ pub fn run(
             for (system, values) in systems.iter().zip(seen) {
                 report.add(&bench, system.name(), "ticks/KiB", values);
             }
-            let medians = (report.median(&bench, "firecracker"), report.median(&bench, "hull"));
-            let ratio = medians.0.zip(medians.1).map(|(firecracker, hull)| firecracker / hull);
+            let ratio = report.ratio(&bench, "firecracker", "hull");
             report.target(&bench, "firecracker ÷ hull", ratio, Bound::AtLeast(1.2));
         }
     }

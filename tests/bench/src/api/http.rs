@@ -4,10 +4,12 @@ use crate::Result;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long an answer is waited for. Who takes longer has not answered.
 pub const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a process may take until it listens.
+const START: Duration = Duration::from_secs(10);
 /// Most bytes of an answer: a server that goes wrong shall not take the bench with it.
 const LONGEST: usize = 4 << 20;
 
@@ -22,6 +24,19 @@ pub struct Client {
 pub struct Answer {
     pub status: u16,
     pub bytes: usize,
+}
+
+/// Connects as soon as a server listens. That is tried without a pause: the other processor is the
+/// server's.
+pub fn connected(socket: &Path) -> Result<UnixStream> {
+    let begun = Instant::now();
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if begun.elapsed() > START => return Err(error.into()),
+            Err(_) => std::hint::spin_loop(),
+        }
+    }
 }
 
 /// The bytes of a request.
@@ -50,7 +65,17 @@ impl Client {
 
     /// Sends a request and waits for its answer; `None` if there is none in [`PATIENCE`].
     pub fn ask(&mut self, request: &[u8]) -> Result<Option<Answer>> {
-        self.stream.write_all(request)?;
+        self.send(request)?;
+        self.answer()
+    }
+
+    /// Sends a request.
+    pub fn send(&mut self, request: &[u8]) -> Result<()> {
+        Ok(self.stream.write_all(request)?)
+    }
+
+    /// Waits for the answer to the request that was sent; `None` if there is none in [`PATIENCE`].
+    pub fn answer(&mut self) -> Result<Option<Answer>> {
         let mut filled = 0;
         loop {
             if let Some(answer) = parse(&self.buffer[..filled])?
@@ -76,9 +101,19 @@ impl Client {
 
     /// Sends a request whose answer has to have this status.
     pub fn expect(&mut self, status: u16, method: &str, path: &str, body: &str) -> Result<()> {
-        match self.ask(&request(method, path, body))? {
+        self.send(&request(method, path, body))?;
+        self.expected(status).map_err(|error| format!("{method} {path}: {error}").into())
+    }
+
+    /// Waits for the answer to the request that was sent, which has to have this status.
+    pub fn expected(&mut self, status: u16) -> Result<()> {
+        match self.answer()? {
             Some(answer) if answer.status == status => Ok(()),
-            answer => Err(format!("{method} {path}: {answer:?} instead of {status}").into()),
+            Some(answer) => {
+                let text = String::from_utf8_lossy(&self.buffer[..answer.bytes]);
+                Err(format!("not {status} but {text}").into())
+            }
+            None => Err("no answer".into()),
         }
     }
 

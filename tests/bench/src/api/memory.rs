@@ -2,6 +2,7 @@
 
 use super::http::Client;
 use crate::Result;
+use crate::host::sync;
 use crate::memory::private_dirty_of;
 use crate::report::{Bound, Report};
 use crate::sample::Running;
@@ -95,8 +96,7 @@ fn measure(
                 let values = [with, without, with - without];
                 seen[place].iter_mut().zip(values).for_each(|(all, value)| all.push(value));
             } else {
-                // SAFETY: takes nothing and returns nothing.
-                unsafe { libc::sync() };
+                sync();
             }
         }
     }

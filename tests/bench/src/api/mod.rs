@@ -1,8 +1,7 @@
 //! The REST API: what it costs to have one, and how fast it answers while the machine is busy.
 
-mod counter;
 mod hang;
-mod http;
+pub mod http;
 mod latency;
 mod memory;
 mod start;
@@ -21,11 +20,7 @@ pub fn run(
     options: &RunOptions,
     report: &mut Report,
 ) -> Result<()> {
-    let systems: Vec<System> = systems
-        .iter()
-        .copied()
-        .filter(|system| matches!(system, System::Hull | System::Firecracker))
-        .collect();
+    let systems = System::like_firecracker(systems);
     if options.wants("api-start") {
         start::run(programs, &systems, options.runs, report)?;
     }
@@ -39,22 +34,16 @@ pub fn run(
 }
 
 /// A folder for sockets: its path is short, and it is in memory as `/run` is.
-fn folder() -> Result<TempDir> {
+pub fn folder() -> Result<TempDir> {
     Ok(tempfile::tempdir_in("/dev/shm")?)
 }
 
 /// The command that serves the API on `socket`, as an orchestrator gives it.
-fn command(programs: &Programs, system: System, socket: &Path) -> Command {
+pub fn command(programs: &Programs, system: System, socket: &Path) -> Command {
     let mut command = Command::new(programs.program(system));
     if system == System::Hull {
         command.env("XDG_RUNTIME_DIR", "/dev/shm").arg("firecracker");
     }
     command.arg("--api-sock").arg(socket);
     command
-}
-
-/// Hull's median divided by Firecracker's.
-fn ratio(report: &Report, bench: &str) -> Option<f64> {
-    let medians = (report.median(bench, "hull"), report.median(bench, "firecracker"));
-    medians.0.zip(medians.1).map(|(hull, firecracker)| hull / firecracker)
 }

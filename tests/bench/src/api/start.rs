@@ -1,17 +1,13 @@
 //! From the start of a process to its first answer.
 
-use super::counter::Counter;
-use super::http::{Client, request};
+use super::http::{Client, connected, request};
 use crate::Result;
-use crate::host::undisturbed;
+use crate::counter::Counter;
 use crate::report::{Bound, Report};
 use crate::sample::Running;
 use crate::system::{Programs, System};
-use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
-
-/// How long a process may take until it listens.
-const PATIENCE: Duration = Duration::from_secs(10);
+use crate::turns::Turns;
+use std::time::Instant;
 
 /// The four figures of a start, and the names of their benches.
 const BENCHES: [(&str, &str); 4] = [
@@ -28,25 +24,10 @@ pub fn run(
     runs: usize,
     report: &mut Report,
 ) -> Result<()> {
-    eprintln!("API start: {runs} runs each");
-    let mut seen = vec![[const { Vec::new() }; BENCHES.len()]; systems.len()];
-    for run_number in 0..=runs {
-        for (place, system) in systems.iter().enumerate() {
-            let values = undisturbed(|| one(programs, *system))
-                .map_err(|error| format!("API start, {}: {error}", system.name()))?;
-            // The first run warms the caches.
-            if run_number > 0 {
-                seen[place].iter_mut().zip(values).for_each(|(all, value)| all.push(value));
-            }
-        }
-    }
-    for (index, (bench, unit)) in BENCHES.iter().enumerate() {
-        for (system, values) in systems.iter().zip(&mut seen) {
-            report.add(bench, system.name(), unit, std::mem::take(&mut values[index]));
-        }
-    }
+    let turns = Turns { systems, runs };
+    turns.take(report, BENCHES, |_, system| one(programs, system))?;
     for (bench, _) in BENCHES.iter().filter(|(bench, _)| bench.ends_with("cpu")) {
-        let ratio = super::ratio(report, bench);
+        let ratio = report.ratio(bench, "hull", "firecracker");
         report.target(bench, "hull ÷ firecracker", ratio, Bound::AtMost(1.0));
     }
     Ok(())
@@ -61,14 +42,7 @@ fn one(programs: &Programs, system: System) -> Result<[f64; BENCHES.len()]> {
     let mut counter = Counter::open()?;
     let begun = Instant::now();
     let _running = Running::spawn(command, folder)?;
-    // Without a pause: the other processor is the process's.
-    let stream = loop {
-        match UnixStream::connect(&socket) {
-            Ok(stream) => break stream,
-            Err(error) if begun.elapsed() > PATIENCE => return Err(error.into()),
-            Err(_) => std::hint::spin_loop(),
-        }
-    };
+    let stream = connected(&socket)?;
     let accepted = (counter.read()?, begun.elapsed());
     let answer = Client::of(stream)?.ask(&question)?;
     let answered = (counter.read()?, begun.elapsed());

@@ -17,6 +17,7 @@ mod peer;
 mod peers;
 mod report;
 mod sample;
+mod snapshot;
 mod system;
 mod turns;
 mod vsock;
@@ -62,7 +63,9 @@ enum Action {
 #[derive(Args)]
 pub struct RunOptions {
     /// Benches to run: boot, kernel50, memory, blk, vsock, limits, net (or its parts net-send,
-    /// net-receive, net-echo), api (or api-start, api-memory, api-latency). All if none is named.
+    /// net-receive, net-echo), api (or api-start, api-memory, api-latency), snapshot (or
+    /// snapshot-load, snapshot-restore, snapshot-full, snapshot-diff, snapshot-speed). All if none is
+    /// named.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Systems to run: hull, firecracker, qemu, floor.
@@ -80,12 +83,12 @@ pub struct RunOptions {
     /// A payload already built; by default tests/payload/build makes one.
     #[arg(long)]
     payload: Option<PathBuf>,
-    /// Where disk images go: a real file system, not tmpfs.
+    /// Where disk images and snapshots go: a real file system, not tmpfs.
     #[arg(long)]
     scratch: Option<PathBuf>,
 }
 
-const BENCHES: [&str; 14] = [
+const BENCHES: [&str; 20] = [
     "boot",
     "kernel50",
     "memory",
@@ -100,6 +103,12 @@ const BENCHES: [&str; 14] = [
     "api-start",
     "api-memory",
     "api-latency",
+    "snapshot",
+    "snapshot-load",
+    "snapshot-restore",
+    "snapshot-full",
+    "snapshot-diff",
+    "snapshot-speed",
 ];
 
 impl RunOptions {
@@ -163,6 +172,7 @@ fn run(options: &RunOptions) -> Result<()> {
         limits::run(&programs, &systems, options.runs.div_ceil(20), &mut report)?;
     }
     api::run(&programs, &systems, options, &mut report)?;
+    snapshot::run(&programs, &systems, options, &mut report)?;
 
     report.host.stolen = start.stolen();
     report.print();

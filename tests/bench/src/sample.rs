@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::system::{Guest, Programs, System};
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -23,15 +23,19 @@ pub struct Sample {
 impl Sample {
     /// The number after `key=` in the payload's result line.
     pub fn result(&self, key: &str) -> Result<f64> {
-        self.output
-            .lines()
-            .filter(|line| line.contains("result "))
-            .flat_map(str::split_ascii_whitespace)
-            .filter_map(|word| word.split_once('='))
-            .find(|(name, _)| *name == key)
-            .and_then(|(_, value)| value.parse().ok())
-            .ok_or_else(|| format!("no {key}= in the payload's output: {}", self.output).into())
+        result(&self.output, key)
     }
+}
+
+fn result(output: &str, key: &str) -> Result<f64> {
+    output
+        .lines()
+        .filter(|line| line.contains("result "))
+        .flat_map(str::split_ascii_whitespace)
+        .filter_map(|word| word.split_once('='))
+        .find(|(name, _)| *name == key)
+        .and_then(|(_, value)| value.parse().ok())
+        .ok_or_else(|| format!("no {key}= in the payload's output: {output}").into())
 }
 
 /// A guest that runs; killed when dropped.
@@ -52,8 +56,17 @@ impl Running {
     }
 
     /// Starts any command.
-    pub fn spawn(mut command: Command, folder: tempfile::TempDir) -> Result<Running> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    pub fn spawn(command: Command, folder: tempfile::TempDir) -> Result<Running> {
+        Running::fed(command, folder, Stdio::null())
+    }
+
+    /// Starts any command, to whose guest something will be typed.
+    pub fn spawn_for_typing(command: Command, folder: tempfile::TempDir) -> Result<Running> {
+        Running::fed(command, folder, Stdio::piped())
+    }
+
+    fn fed(mut command: Command, folder: tempfile::TempDir, stdin: Stdio) -> Result<Running> {
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let started = Instant::now();
         let mut child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
         let stdout = child.stdout.take().ok_or("no pipe")?;
@@ -73,6 +86,16 @@ impl Running {
         Ok(self.started.elapsed())
     }
 
+    /// Reads the first output, which has to begin with this byte: a monitor's own words are none of
+    /// its guest's. Returns the time since the start.
+    pub fn wait_for_first(&mut self, byte: u8) -> Result<Duration> {
+        let (_, time) = self.wait_for_bytes(1)?;
+        match self.output.first() {
+            Some(first) if *first == byte => Ok(time),
+            _ => Err(self.fail("was not the first to say something")),
+        }
+    }
+
     /// Reads output until there is this much of it, or some more; returns how much, and the time since
     /// the start.
     pub fn wait_for_bytes(&mut self, count: usize) -> Result<(usize, Duration)> {
@@ -80,6 +103,26 @@ impl Running {
             self.read_more(&format!("ended before it printed {count} bytes"))?;
         }
         Ok((self.output.len(), self.started.elapsed()))
+    }
+
+    /// Types a key to the guest, and returns the line that it answers. All that it said before has to
+    /// be read, line end included.
+    pub fn typed(&mut self, key: &str) -> Result<String> {
+        let before = self.output.len();
+        let stdin = self.child.as_mut().and_then(|child| child.stdin.as_mut());
+        stdin.ok_or("nobody listens to keys")?.write_all(key.as_bytes())?;
+        loop {
+            let new = &self.output[before..];
+            if let Some(end) = new.iter().position(|byte| *byte == b'\n') {
+                return Ok(String::from_utf8_lossy(&new[..end]).into_owned());
+            }
+            self.read_more(&format!("ended before it answered to {key}"))?;
+        }
+    }
+
+    /// The same, where the line is a result with `key=` in it.
+    pub fn result_typed(&mut self, typed: &str, key: &str) -> Result<f64> {
+        result(&self.typed(typed)?, key)
     }
 
     fn read_more(&mut self, or_else: &str) -> Result<()> {
@@ -199,6 +242,27 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
         assert_eq!(median(&[]), None);
+    }
+
+    fn shell(script: &str) -> Running {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Running::spawn_for_typing(command, tempfile::tempdir().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_answer_to_a_key_is_the_line_behind_it() {
+        let mut running = shell("echo ready; while read key; do echo \"result key=$key\"; done");
+        running.wait_for("ready\n").unwrap();
+        assert_eq!(running.typed("1\n").unwrap(), "result key=1");
+        assert_eq!(running.result_typed("2\n", "key").unwrap(), 2.0);
+        assert!(shell("read key").typed("x\n").is_err());
+    }
+
+    #[test]
+    fn the_first_output_is_the_guests_or_an_error() {
+        assert!(shell("echo ...").wait_for_first(b'.').is_ok());
+        assert!(shell("echo log; echo ...").wait_for_first(b'.').is_err());
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub struct Programs {
     pub floor: PathBuf,
     /// The payload guest.
     pub payload: PathBuf,
-    /// A folder for disk images.
+    /// A folder for disk images and snapshots.
     pub scratch: PathBuf,
 }
 
@@ -94,6 +94,8 @@ pub struct Disk {
 pub struct Guest {
     /// In place of the ordinary payload.
     pub kernel: Option<PathBuf>,
+    /// RAM in MiB, in place of [`MEMORY_MIB`].
+    pub mib: Option<u32>,
     pub command_line: String,
     pub disk: Option<Disk>,
     /// Name of an existing TAP.
@@ -112,6 +114,11 @@ impl Guest {
         Guest { command_line: command_line.to_owned(), ..Guest::default() }
     }
 
+    /// Its RAM in MiB.
+    pub fn mib(&self) -> u32 {
+        self.mib.unwrap_or(MEMORY_MIB)
+    }
+
     /// The command that runs this guest on a system. `folder` is for files that it needs, and has
     /// to outlive it.
     pub fn command(&self, programs: &Programs, system: System, folder: &Path) -> Result<Command> {
@@ -127,7 +134,7 @@ impl Guest {
             System::Qemu => self.qemu(&mut command, kernel),
             System::Floor => {
                 command.arg("boot").arg(kernel);
-                command.arg(MEMORY_MIB.to_string()).arg(&self.command_line);
+                command.arg(self.mib().to_string()).arg(&self.command_line);
             }
         }
         Ok(command)
@@ -137,7 +144,7 @@ impl Guest {
         // In memory, as /run is on any host with systemd; a test machine may have it on a disk.
         command.env("XDG_RUNTIME_DIR", "/dev/shm");
         command.args(["run", "--cpus", "1", "--console", "stdio"]);
-        command.arg("--memory").arg(format!("{}M", MEMORY_MIB));
+        command.arg("--memory").arg(format!("{}M", self.mib()));
         command.arg("--kernel").arg(kernel).arg("--cmdline").arg(&self.command_line);
         if let Some(disk) = &self.disk {
             let direct = if disk.direct { ",direct" } else { "" };
@@ -176,7 +183,7 @@ impl Guest {
             .collect();
         let mut config = json!({
             "boot-source": { "kernel_image_path": kernel, "boot_args": self.command_line },
-            "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": self.mib() },
             "drives": drives,
             "network-interfaces": interfaces,
         });
@@ -196,7 +203,7 @@ impl Guest {
             "-cpu",
             "host,-arch-capabilities",
         ]);
-        command.args(["-smp", "1", "-m", &MEMORY_MIB.to_string(), "-device", "i8042"]);
+        command.args(["-smp", "1", "-m", &self.mib().to_string(), "-device", "i8042"]);
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-nographic"]);
         command.args(["-serial", "stdio", "-global", "virtio-mmio.force-legacy=false"]);
         command.arg("-kernel").arg(kernel).arg("-append").arg(&self.command_line);

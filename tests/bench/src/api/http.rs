@@ -63,6 +63,12 @@ impl Client {
         Ok(Client { stream, buffer: vec![0; 64 << 10] })
     }
 
+    /// The same client, which waits longer than [`PATIENCE`] for an answer.
+    pub fn patient(self, patience: Duration) -> Result<Client> {
+        self.stream.set_read_timeout(Some(patience))?;
+        Ok(self)
+    }
+
     /// Sends a request and waits for its answer; `None` if there is none in [`PATIENCE`].
     pub fn ask(&mut self, request: &[u8]) -> Result<Option<Answer>> {
         self.send(request)?;

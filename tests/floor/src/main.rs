@@ -4,8 +4,8 @@
 //!
 //! - `floor boot PAYLOAD MIB COMMAND-LINE` makes a VM, runs the payload to its first write to a
 //!   port, and exits.
-//! - `floor save PAYLOAD MIB COMMAND-LINE FOLDER` runs the payload until it prints a dot, and leaves its
-//!   memory and its state in two files of the folder.
+//! - `floor save PAYLOAD MIB COMMAND-LINE FOLDER` runs the payload to the end of its first line, and
+//!   leaves its memory and its state in two files of the folder.
 //! - `floor restore FOLDER` makes a VM that goes on from there, and passes on the first byte it writes.
 //! - `floor pread FILE SIZE COUNT BUFFERS [direct]` reads at random offsets, into each of that many
 //!   buffers in turn, and prints ticks per read.

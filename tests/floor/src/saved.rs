@@ -1,5 +1,5 @@
 //! A machine that was saved: its memory is one file, its state another. The payload itself is saved
-//! by the floor, at the first dot that it prints.
+//! by the floor, at the end of the first line that it prints.
 
 use crate::Result;
 use crate::boot;
@@ -15,7 +15,7 @@ use std::path::Path;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// What the guest prints when it is to be saved.
-const SIGN: &[u8] = b".";
+const SIGN: &[u8] = b"\n";
 /// The files.
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
@@ -40,8 +40,8 @@ struct State {
     msrs: u64,
 }
 
-/// Boots the payload in a memory of `mib` MiB that is a file in `folder`, runs it until it prints a dot,
-/// and writes the state beside it.
+/// Boots the payload in a memory of `mib` MiB that is a file in `folder`, runs it to the end of its
+/// first line, and writes the state beside it.
 pub fn save(payload: &str, mib: &str, command_line: &str, folder: &str) -> Result<()> {
     let folder = Path::new(folder);
     let kvm = Kvm::new()?;

@@ -24,18 +24,19 @@ pub fn hello(boot: &Boot) {
 }
 
 /// Says hello, dirties `dirty=` bytes of memory from 16 MiB on, and loops for ever; with `say=1`
-/// prints a dot each `every=` ticks.
+/// prints a dot, or the character of number `byte=`, each `every=` ticks.
 pub fn spin(boot: &Boot) {
     if !work::dirty(boot, work::FIRST, boot.number("dirty", 0)) {
         return;
     }
     serial::put_all(b"hello\n");
     let (say, every) = (boot.flag("say"), boot.number("every", 1 << 30));
+    let byte = boot.number("byte", u64::from(b'.')) as u8;
     let mut next = ticks() + every;
     loop {
         if ticks() > next {
             if say {
-                serial::put(b'.');
+                serial::put(byte);
             }
             next = ticks() + every;
         }

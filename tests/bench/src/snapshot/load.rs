@@ -1,7 +1,7 @@
 //! Going on as an orchestrator has it: a new process, its API, one request.
 
 use super::machine::Machine;
-use super::{DOT, TALKER, TALKS};
+use super::{LINE_END, TALKER, TALKS};
 use crate::Result;
 use crate::api::http::request;
 use crate::counter::Counter;
@@ -24,7 +24,7 @@ pub fn run(programs: &Programs, turns: Turns<'_>, report: &mut Report) -> Result
         let mut counter = Counter::open()?;
         let mut machine = Machine::idle(programs, system)?;
         machine.client.send(&request)?;
-        let wall = machine.running.wait_for_first(DOT)?;
+        let wall = machine.running.wait_for_first(LINE_END)?;
         let cpu = counter.read()?;
         machine.client.expected(204)?;
         Ok([wall, cpu].map(|time| time.as_secs_f64() * 1e3))

@@ -13,13 +13,14 @@ use crate::turns::Turns;
 use crate::{Result, RunOptions};
 use machine::Saved;
 
-/// A guest that prints without end. As soon as it goes on it is heard; the ticks between two dots are
-/// few for that, and enough for a pipe to hold what it prints until it is paused.
-const TALKER: &str = "payload=spin say=1 every=20000";
+/// A guest that prints line ends without end: it is heard as soon as it goes on, and a monitor that
+/// waits for whole lines does not. The ticks between two are few for that, and enough for a pipe to
+/// hold what it prints until it is paused.
+const TALKER: &str = "payload=spin say=1 byte=10 every=20000";
 /// What it prints first.
-const TALKS: &str = "hello\n.";
+const TALKS: &str = "hello\n";
 /// What it prints from then on.
-const DOT: u8 = b'.';
+const LINE_END: u8 = b'\n';
 /// What a guest prints that does what is typed from then on.
 const READY: &str = "ready\n";
 

@@ -1,6 +1,6 @@
 //! Going on from the command line, against the least that it takes.
 
-use super::{DOT, TALKER, TALKS};
+use super::{LINE_END, TALKER, TALKS};
 use crate::Result;
 use crate::counter::Counter;
 use crate::report::{Bound, Report};
@@ -29,7 +29,7 @@ pub fn run(programs: &Programs, turns: Turns<'_>, report: &mut Report) -> Result
             let command = command(programs, system, saved[place].folder(), &folder);
             let mut counter = Counter::open()?;
             let mut running = Running::spawn(command, folder)?;
-            let wall = running.wait_for_first(DOT)?;
+            let wall = running.wait_for_first(LINE_END)?;
             let cpu = counter.read()?;
             Ok([wall, cpu].map(|time| time.as_secs_f64() * 1e3))
         })?;

@@ -34,23 +34,25 @@ async fn follow(machine: &Machine, args: &EventsArgs) -> Result {
     let mut follower = Follower::new(Api::connect(machine, PATIENCE).await?).await?;
     loop {
         // Without the event that says that the machine stopped, or its process died.
-        let Some(event) = follower.next().await? else {
+        if !follower.wait().await? {
             return Err(ClientError::Gone { who: who() }.into());
-        };
-        if !streams::print_to_reader(&line(&event, args.json))? {
-            return Ok(Code::SUCCESS);
         }
-        match &args.until {
-            Some(until) if *until == event.name => return Ok(Code::SUCCESS),
-            Some(until) if is_end(&event) => {
-                let (event, how) = (until.clone(), how(&event.data));
-                return Err(ClientError::Stopped { who: who(), event, how }.into());
+        while let Some(event) = follower.take() {
+            if !streams::print_to_reader(&line(&event, args.json))? {
+                return Ok(Code::SUCCESS);
             }
-            None if is_end(&event) => return Ok(Code::SUCCESS),
-            _ => {}
+            match &args.until {
+                Some(until) if *until == event.name => return Ok(Code::SUCCESS),
+                Some(until) if is_end(&event) => {
+                    let (event, how) = (until.clone(), how(&event.data));
+                    return Err(ClientError::Stopped { who: who(), event, how }.into());
+                }
+                None if is_end(&event) => return Ok(Code::SUCCESS),
+                _ => {}
+            }
         }
         // Who waits for the next event would not notice.
-        if follower.came.is_empty() && !streams::has_reader() {
+        if !streams::has_reader() {
             return Ok(Code::SUCCESS);
         }
     }
@@ -76,28 +78,30 @@ impl Follower {
         Ok(Follower { who, body, parser: Parser::default(), came: VecDeque::new() })
     }
 
-    /// The next event; nothing if the machine is gone. Who stops waiting misses none.
+    /// Waits until something comes, which need not be an event. False if the machine is gone. Who stops
+    /// waiting misses nothing.
     ///
     /// # Errors
     /// Nothing comes, or no events.
-    pub async fn next(&mut self) -> std::result::Result<Option<Event>, ClientError> {
+    pub async fn wait(&mut self) -> std::result::Result<bool, ClientError> {
         let broken = |who: &String, source| ClientError::Broken { who: who.clone(), source };
-        loop {
-            if let Some(event) = self.came.pop_front() {
-                return Ok(Some(event));
-            }
-            let Ok(frame) = timeout(SILENCE, self.body.frame()).await else {
-                let (who, seconds) = (self.who.clone(), SILENCE.as_secs_f32());
-                return Err(ClientError::Silent { who, seconds });
-            };
-            let data = match frame {
-                None => return Ok(None),
-                Some(Err(_)) if self.parser.is_between() => return Ok(None),
-                Some(frame) => frame.map_err(|error| broken(&self.who, error.into()))?.into_data(),
-            };
-            let events = self.parser.read(&data.unwrap_or_default());
-            self.came.extend(events.map_err(|error| broken(&self.who, error.into()))?);
-        }
+        let Ok(frame) = timeout(SILENCE, self.body.frame()).await else {
+            let (who, seconds) = (self.who.clone(), SILENCE.as_secs_f32());
+            return Err(ClientError::Silent { who, seconds });
+        };
+        let data = match frame {
+            None => return Ok(false),
+            Some(Err(_)) if self.parser.is_between() => return Ok(false),
+            Some(frame) => frame.map_err(|error| broken(&self.who, error.into()))?.into_data(),
+        };
+        let events = self.parser.read(&data.unwrap_or_default());
+        self.came.extend(events.map_err(|error| broken(&self.who, error.into()))?);
+        Ok(true)
+    }
+
+    /// The next event of those that came.
+    pub fn take(&mut self) -> Option<Event> {
+        self.came.pop_front()
     }
 }
 

@@ -102,16 +102,16 @@ async fn watched(
     let mut saving = std::pin::pin!(saving);
     loop {
         spinner.turn(&text);
-        let next = async {
+        let more = async {
             match &mut events {
-                Some(follower) => follower.next().await,
+                Some(follower) => follower.wait().await.unwrap_or(false),
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
             saved = saving.as_mut() => return saved,
-            next = next => match next {
-                Ok(Some(event)) => {
+            more = more => {
+                while let Some(event) = events.as_mut().and_then(Follower::take) {
                     let number = |key| event.data.get(key).and_then(Value::as_u64);
                     let recent = number("time_ms").is_some_and(|time| time >= now);
                     if let (Some(done), Some(total), true) = (number("done"), number("total"), recent) {
@@ -119,8 +119,10 @@ async fn watched(
                         text = format!("saving {}: {percent} % of {mib} MiB", machine.name);
                     }
                 }
-                _ => events = None,
-            },
+                if !more {
+                    events = None;
+                }
+            }
             () = tokio::time::sleep(TURN) => {}
         }
     }

@@ -12,6 +12,8 @@ mod console;
 #[cfg(test)]
 mod cpu;
 #[cfg(test)]
+mod crash;
+#[cfg(test)]
 mod endings;
 #[cfg(test)]
 mod filters;

@@ -9,6 +9,8 @@
 
 pub mod acpi;
 pub mod bus;
+#[cfg(test)]
+mod golden;
 pub mod i8042;
 pub mod memory;
 pub mod metrics;

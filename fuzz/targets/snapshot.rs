@@ -45,9 +45,11 @@ fuzz_target!(|data: &[u8]| {
         if acpi.restore(payload).is_ok() {
             assert_eq!(acpi.save(), *payload);
         }
-        if let Ok(interrupt) = registers.restore(payload) {
+        if let Ok(interrupt) = registers.restore(payload, vec![0; 8]) {
             let saved = registers.save(interrupt);
-            assert!(Registers::new(2, 0, &[256], vec![0; 8]).restore(&saved).is_ok());
+            let mut again = Registers::new(2, 0, &[256], Vec::new());
+            assert_eq!(again.restore(&saved, vec![0; 8]), Ok(interrupt));
+            assert_eq!(again, registers);
         }
         let _ = VcpuState::restore(payload).map(|state| assert_eq!(state.save(), *payload));
         let _ = VmState::restore(payload).map(|state| assert_eq!(state.save(), *payload));

@@ -6,12 +6,10 @@
 //! lock. The configuration space is bytes with a generation: the device publishes it, the driver
 //! reads it from here.
 
-use super::device::{Payload, RestoreError};
+mod saved;
+
 use super::features;
 use super::queue::QueueState;
-
-const STATE: &str = "transport";
-const STATE_VERSION: u16 = 1;
 
 /// Register offsets (virtio 1.3 § 4.2.2).
 pub mod reg {
@@ -56,6 +54,13 @@ pub mod status {
     pub const NEEDS_RESET: u32 = 64;
     pub const FAILED: u32 = 128;
 }
+
+/// Status bits, and those that have to be set before each (§ 3.1.1).
+const ORDER: [(u32, u32); 3] = [
+    (status::DRIVER, status::ACKNOWLEDGE),
+    (status::FEATURES_OK, status::ACKNOWLEDGE | status::DRIVER),
+    (status::DRIVER_OK, status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK),
+];
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -169,89 +174,6 @@ impl Registers {
         for queue in &mut self.queues {
             *queue = Self::fresh_queue(queue.max_size);
         }
-    }
-
-    /// The registers, with `interrupt`, the interrupt status, as a payload. No queue runs.
-    pub fn save(&self, interrupt: u32) -> Payload {
-        let mut bytes = Vec::new();
-        for word in [
-            self.device_id,
-            self.device_features_sel,
-            self.driver_features_sel,
-            self.queue_sel,
-            self.status,
-            self.generation,
-            interrupt,
-            self.queues.len() as u32,
-        ] {
-            bytes.extend(word.to_le_bytes());
-        }
-        bytes.extend(self.device_features.to_le_bytes());
-        bytes.extend(self.driver_features.to_le_bytes());
-        for queue in &self.queues {
-            for word in [queue.max_size, queue.size, queue.next_avail, queue.next_used] {
-                bytes.extend(word.to_le_bytes());
-            }
-            bytes.extend(u64::from(queue.ready).to_le_bytes());
-            for address in [queue.desc_table, queue.avail_ring, queue.used_ring] {
-                bytes.extend(address.to_le_bytes());
-            }
-        }
-        Payload { kind: STATE, version: STATE_VERSION, bytes }
-    }
-
-    /// Takes a saved state of this device's registers. The configuration space is the device's to
-    /// publish. Returns the interrupt status.
-    ///
-    /// # Errors
-    /// [`RestoreError`]: it is another device's, or one with other features or queues than this one
-    /// offers; nothing is changed then.
-    pub fn restore(&mut self, payload: &Payload) -> Result<u32, RestoreError> {
-        let invalid = |reason| RestoreError::Invalid { kind: STATE, reason };
-        let bytes = payload.expect(STATE, STATE_VERSION)?;
-        let mut at = 0;
-        let mut take = |len: usize| -> Result<u64, RestoreError> {
-            let field = bytes.get(at..at + len).ok_or_else(|| invalid("it is too short"))?;
-            at += len;
-            Ok(field.iter().rev().fold(0, |all, &byte| all << 8 | u64::from(byte)))
-        };
-        let mut new = self.clone();
-        if take(4)? as u32 != self.device_id {
-            return Err(invalid("it is of another kind of device"));
-        }
-        new.device_features_sel = take(4)? as u32;
-        new.driver_features_sel = take(4)? as u32;
-        new.queue_sel = take(4)? as u32;
-        new.status = take(4)? as u32;
-        new.generation = take(4)? as u32;
-        let interrupt = take(4)? as u32;
-        if take(4)? != self.queues.len() as u64 {
-            return Err(invalid("the device had another number of queues"));
-        }
-        take(8)?;
-        new.driver_features = take(8)?;
-        // The driver relies on what it agreed on, and on nothing else of what was offered.
-        if new.driver_features & !self.device_features != 0 {
-            return Err(invalid("its driver uses features that the device does not have here"));
-        }
-        for queue in &mut new.queues {
-            let max_size = take(2)? as u16;
-            queue.size = take(2)? as u16;
-            queue.next_avail = take(2)? as u16;
-            queue.next_used = take(2)? as u16;
-            queue.ready = take(8)? == 1;
-            queue.desc_table = take(8)?;
-            queue.avail_ring = take(8)?;
-            queue.used_ring = take(8)?;
-            if max_size != queue.max_size || queue.size > max_size {
-                return Err(invalid("a queue had another size"));
-            }
-        }
-        if at != bytes.len() {
-            return Err(invalid("it is too long"));
-        }
-        *self = new;
-        Ok(interrupt)
     }
 
     /// Sets DEVICE_NEEDS_RESET. Returns true if the driver is to be told by a configuration
@@ -379,8 +301,11 @@ impl Registers {
         let low = |old: u64| old & !0xffff_ffff | u64::from(value);
         let high = |old: u64| old & 0xffff_ffff | u64::from(value) << 32;
         match offset {
-            // A size that does not fit is stored as 0, which no queue can start with.
-            reg::QUEUE_SIZE => queue.size = u16::try_from(value).unwrap_or(0),
+            // A size above the maximum is stored as 0, which no queue can start with.
+            reg::QUEUE_SIZE => {
+                let size = u16::try_from(value).ok().filter(|&size| size <= queue.max_size);
+                queue.size = size.unwrap_or(0);
+            }
             reg::QUEUE_DESC_LOW => queue.desc_table = low(queue.desc_table),
             reg::QUEUE_DESC_HIGH => queue.desc_table = high(queue.desc_table),
             reg::QUEUE_DRIVER_LOW => queue.avail_ring = low(queue.avail_ring),
@@ -401,13 +326,7 @@ impl Registers {
             return Effect::Ignored("status bits cleared without a reset");
         }
         let set = new & !self.status;
-        // Each step needs the ones before it (§ 3.1.1).
-        let order = [
-            (status::DRIVER, status::ACKNOWLEDGE),
-            (status::FEATURES_OK, status::ACKNOWLEDGE | status::DRIVER),
-            (status::DRIVER_OK, status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK),
-        ];
-        for (bit, needs) in order {
+        for (bit, needs) in ORDER {
             if set & bit != 0 && new & needs != needs {
                 return Effect::Ignored("status bits set out of order");
             }

@@ -154,8 +154,7 @@ impl Slot {
     ) -> Result<(), RestoreError> {
         self.device.restore(device)?;
         let mut registers = self.transport.registers();
-        let interrupt = registers.restore(transport)?;
-        registers.publish_config(self.device.config());
+        let interrupt = registers.restore(transport, self.device.config())?;
         self.active = registers.status() & status::DRIVER_OK != 0;
         drop(registers);
         // The driver is told when the machine goes on.

@@ -13,6 +13,7 @@ pub mod checks;
 mod driver;
 mod fuzzing;
 mod reactor;
+pub mod saved;
 
 use std::sync::Arc;
 
@@ -83,6 +84,10 @@ impl<D: Device> Harness<D> {
     pub fn new(device: D) -> Harness<D> {
         let ranges = [(GuestAddress(0), RAM as usize), (GuestAddress(RINGS), RINGS_LEN as usize)];
         let memory = Memory::new(Arc::new(GuestMemory::from_ranges(&ranges).unwrap()));
+        Harness::with_memory(device, memory)
+    }
+
+    fn with_memory(device: D, memory: Memory) -> Harness<D> {
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt::new(irq.try_clone().unwrap());
         let registers = Registers::new(
@@ -236,11 +241,12 @@ impl<D: Device> Harness<D> {
         states
     }
 
-    /// Goes on after [`Harness::pause`].
+    /// Goes on after [`Harness::pause`] or [`Harness::restored`].
     pub fn resume(&mut self) {
-        if self.registers.status() & status::DRIVER_OK != 0 {
+        if self.registers.status() & status::DRIVER_OK != 0 && !self.registers.is_broken() {
             self.start();
         }
+        self.interrupt.refresh();
     }
 
     /// Whether the device asked for a reset since the last one, and why.
@@ -477,21 +483,22 @@ macro_rules! conformance {
     };
     ($make:expr, $probe:expr) => {
         $crate::virtio::conformance::conformance!(@each $make, $probe,
-            negotiates_what_it_offers, refuses_features_it_did_not_offer,
+            checks: negotiates_what_it_offers, refuses_features_it_did_not_offer,
             works_once_activated, works_after_a_reset, stops_and_goes_on,
-            stops_with_work_half_done, saves_what_it_restores, refuses_foreign_state,
-            survives_malformed_chains, survives_random_rings, survives_a_random_driver,
-            takes_any_configuration_access);
+            stops_with_work_half_done, survives_malformed_chains, survives_random_rings,
+            survives_a_random_driver, takes_any_configuration_access;
+            saved: goes_on_in_another_machine, is_saved_at_any_stage, refuses_foreign_state,
+            survives_a_damaged_state;);
     };
-    (@each $make:expr, $probe:expr, $($name:ident),*) => {
+    (@each $make:expr, $probe:expr, $($module:ident: $($name:ident),*;)*) => {
         mod conformance {
             use super::*;
-            $(
+            $($(
                 #[test]
                 fn $name() {
-                    $crate::virtio::conformance::checks::$name($make, $probe);
+                    $crate::virtio::conformance::$module::$name($make, $probe);
                 }
-            )*
+            )*)*
         }
     };
 }

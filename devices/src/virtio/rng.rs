@@ -197,6 +197,7 @@ fn fill(buf: &mut IoBuf) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::golden;
     use crate::rate::{Bucket, Limits};
     use crate::virtio::conformance::{Harness, conformance};
 
@@ -212,6 +213,14 @@ mod tests {
         let bytes = harness.read(gpa, len);
         assert!(bytes[..32].iter().any(|&b| b != 0));
         assert!(bytes[32..].iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn the_payload_is_as_it_was() {
+        golden::check(&Rng::default().save(), "virtio-rng", 1, "", |payload| {
+            let mut rng = Rng::default();
+            rng.restore(payload).map(|()| rng.save())
+        });
     }
 
     #[test]

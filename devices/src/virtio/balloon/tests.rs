@@ -3,6 +3,7 @@ use std::sync::Mutex;
 use proptest::prelude::*;
 
 use super::*;
+use crate::golden;
 use crate::virtio::conformance::{Harness, Probe, RAM, RINGS, conformance};
 use crate::virtio::features::{EVENT_IDX, VERSION_1};
 use crate::virtio::mmio::reg;
@@ -354,4 +355,46 @@ proptest! {
         all.dedup();
         prop_assert_eq!(all, expected);
     }
+}
+
+#[test]
+fn what_is_half_done_is_done_by_another_machine() {
+    let mut harness = started();
+    let held = give(&mut harness, &entries(&[(4, 1000)]));
+    // More than is worked off in one turn, in pages that are no neighbours.
+    let pages: Vec<u32> = (0..3000).map(|n| n * 2).collect();
+    let (gpa, len) = harness.readable(&numbers(&pages));
+    let long = harness.offer(INFLATE, &[(gpa, len, false)]);
+    harness.kick(INFLATE);
+    harness.turn();
+    let begun = harness.device().1.guest().len();
+    assert!((1..pages.len()).contains(&begun), "{begun}");
+    harness.write_register(reg::CONFIG + 4, 70);
+    harness.pause();
+
+    let mut other = harness.moved_to(balloon());
+    assert_eq!(status(&other).actual, 70);
+    other.resume();
+    other.run();
+    let discarded = other.device().1.guest();
+    assert_eq!(discarded, pages.iter().map(|&n| (u64::from(n) * PAGE, PAGE)).collect::<Vec<_>>());
+    assert_eq!(other.used(INFLATE), Some((long, 0)));
+    assert_eq!(other.used(INFLATE), None);
+    // The buffer of statistics is read again, and asked for when it is time.
+    assert_eq!(status(&other).named().collect::<Vec<_>>(), [("free_memory", 1000)]);
+    assert_eq!(other.used(THIRD), None);
+    assert!(other.expire_timers());
+    assert_eq!(other.used(THIRD), Some((held, 0)));
+    assert_eq!(other.used(THIRD), None);
+}
+
+#[test]
+fn the_payload_is_as_it_was() {
+    let (mut balloon, _) = balloon();
+    balloon.write_config(ACTUAL_OFFSET, &70u32.to_le_bytes());
+    golden::check(&balloon.save(), "virtio-balloon", 1, "10000000 46000000", |payload| {
+        let (mut other, _) = made(None, false);
+        other.update(&Message::BalloonTarget(3));
+        other.restore(payload).map(|()| other.save())
+    });
 }

@@ -10,6 +10,7 @@ use tempfile::NamedTempFile;
 
 use super::request::{self, Disk};
 use super::*;
+use crate::golden;
 use crate::virtio::conformance::{Buffer, Harness, Probe, conformance};
 use crate::virtio::device::{Action, Fault};
 use crate::virtio::features::{EVENT_IDX, VERSION_1};
@@ -1031,4 +1032,24 @@ fn a_limited_disk_stops_resets_and_goes_on() {
     harness.run();
     assert_eq!(answered(&mut harness, &[0]), 1);
     assert_eq!(served(&mut harness, &[0; 30], IN, &[], 512), 30);
+}
+
+#[test]
+fn the_payload_is_as_it_was() {
+    for (writeback, text) in [(0, "00"), (1, "01")] {
+        let (mut block, _image) = disk();
+        block.write_config(WRITEBACK_OFFSET as u64, &[writeback]);
+        golden::check(&block.save(), "virtio-blk", 1, text, |payload| {
+            // The machine that goes on was told something else, and its driver has not heard of that.
+            for cache in [Cache::Writeback, Cache::Writethrough, Cache::Unsafe] {
+                let (mut other, _image) = disk_with(cache, false, 1);
+                other.restore(payload)?;
+                assert_eq!(other.config()[WRITEBACK_OFFSET], writeback);
+                assert_eq!(other.save(), *payload);
+            }
+            Ok(payload.clone())
+        });
+        let wrong = Payload { bytes: vec![2], ..block.save() };
+        assert!(block.restore(&wrong).is_err());
+    }
 }

@@ -2,15 +2,15 @@
 //! makes a test of each.
 
 use super::{Buffer, Harness, INDIRECT, NEXT, Probe, RAM, RINGS, RINGS_LEN, WRITE};
-use crate::virtio::device::{Device, Fault, Payload, RestoreError};
+use crate::virtio::device::{Device, Fault};
 use crate::virtio::features;
 use crate::virtio::mmio::{reg, status};
 use crate::virtio::queue::{INTERRUPT_CONFIG, MAX_SIZE, QueueError};
 
 /// Requests that are under way when a device is stopped.
-const IN_FLIGHT: usize = 8;
+pub(super) const IN_FLIGHT: usize = 8;
 
-fn works<D: Device>(harness: &mut Harness<D>, probe: &Probe<D>) {
+pub(super) fn works<D: Device>(harness: &mut Harness<D>, probe: &Probe<D>) {
     let buffers = (probe.request)(harness);
     let written = harness.request(probe.queue, &buffers).expect("a valid request was not served");
     (probe.check)(harness, written);
@@ -82,7 +82,11 @@ pub fn works_after_a_reset<D: Device>(make: impl Fn() -> D, probe: Probe<D>) {
     works(&mut harness, &probe);
 }
 
-fn start_requests<D: Device>(harness: &mut Harness<D>, probe: &Probe<D>, count: usize) -> Vec<u16> {
+pub(super) fn start_requests<D: Device>(
+    harness: &mut Harness<D>,
+    probe: &Probe<D>,
+    count: usize,
+) -> Vec<u16> {
     (0..count)
         .map(|_| {
             let buffers = (probe.request)(harness);
@@ -137,49 +141,6 @@ pub fn stops_with_work_half_done<D: Device>(make: impl Fn() -> D, probe: Probe<D
         assert_eq!(used, heads);
         works(&mut harness, &probe);
     }
-}
-
-/// State that was saved, restored into a new device and saved again is the same, and the new
-/// device goes on where the old one stood.
-pub fn saves_what_it_restores<D: Device>(make: impl Fn() -> D, probe: Probe<D>) {
-    let mut old = Harness::new(make());
-    old.activate();
-    works(&mut old, &probe);
-    old.pause();
-    let payload = old.device().save();
-    let mut device = make();
-    device.restore(&payload).expect("a device refused its own state");
-    assert_eq!(device.save(), payload);
-    let config = device.config();
-    assert_eq!(config, old.device().config());
-    // The new device takes the place of the old one, registers and memory as they were.
-    *old.device_mut() = device;
-    old.resume();
-    old.run();
-    works(&mut old, &probe);
-}
-
-/// State of another device or version is refused, and so is one that cannot have been saved;
-/// nothing changes then.
-pub fn refuses_foreign_state<D: Device>(make: impl Fn() -> D, _probe: Probe<D>) {
-    let mut device = make();
-    let own = device.save();
-    let foreign = Payload { kind: "virtio-nothing", ..own.clone() };
-    let newer = Payload { version: own.version + 1, ..own.clone() };
-    for payload in [foreign, newer] {
-        let err = device.restore(&payload).expect_err("foreign state was accepted");
-        assert!(matches!(err, RestoreError::Mismatch { .. }), "{err}");
-        assert_eq!(device.save(), own);
-    }
-    for len in 0..own.bytes.len() {
-        let short = Payload { bytes: own.bytes[..len].to_vec(), ..own.clone() };
-        assert!(device.restore(&short).is_err(), "{len} bytes of state were accepted");
-        assert_eq!(device.save(), own);
-    }
-    let mut long = own.clone();
-    long.bytes.push(0);
-    assert!(device.restore(&long).is_err(), "trailing bytes were accepted");
-    assert_eq!(device.save(), own);
 }
 
 /// A way to break the rules of the ring.

@@ -187,6 +187,14 @@ impl<D: Device> Harness<D> {
         self.write(at, &flags.to_le_bytes());
     }
 
+    /// Asks for an interrupt when the used entry with this index is published (with EVENT_IDX);
+    /// [`Harness::used`] asks for the next one.
+    pub fn set_used_event(&mut self, queue: u16, index: u16) {
+        let ring = &self.rings[usize::from(queue)];
+        let at = ring.base + AVAIL + 4 + 2 * u64::from(ring.size);
+        self.write(at, &index.to_le_bytes());
+    }
+
     /// Makes a chain of `buffers` available in queue `queue` without a notification. Returns its
     /// head.
     ///
@@ -257,13 +265,11 @@ impl<D: Device> Harness<D> {
         let (head, written) = (entry as u32 as u16, (entry >> 32) as u32);
         let ring = &mut self.rings[usize::from(queue)];
         ring.used = ring.used.wrapping_add(1);
-        // With EVENT_IDX: interrupt when the next one is used.
-        let event_at = ring.base + AVAIL + 4 + 2 * u64::from(ring.size);
-        let event = ring.used;
+        let next = ring.used;
         let chain = std::mem::take(&mut ring.chains[usize::from(head)]);
         assert!(!chain.is_empty(), "head {head} was used but is not available");
         ring.free.extend(chain);
-        self.write(event_at, &event.to_le_bytes());
+        self.set_used_event(queue, next);
         Some((head, written))
     }
 

@@ -137,6 +137,7 @@ pub fn fuzz<D: Device>(device: D, data: &[u8]) {
             }
             13 => {
                 harness.pause();
+                harness.registers_can_be_moved();
                 harness.resume();
             }
             14 => {

@@ -10,6 +10,7 @@ use crate::virtio::mmio::reg;
 
 mod interface;
 mod limits;
+mod saved;
 mod service;
 
 const RX: u16 = 0;

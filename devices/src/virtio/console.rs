@@ -48,7 +48,8 @@ pub type OutputFactory = Box<dyn FnMut() -> Box<dyn ConsoleOutput> + Send>;
 /// The device.
 pub struct Console {
     output: OutputFactory,
-    size: Option<(u16, u16)>,
+    /// Columns and lines of the window; 0 if nothing is known of it.
+    size: (u16, u16),
     /// Bytes of the transmit queue's next request that the sink has taken already: a worker that
     /// is stopped in the middle of a request leaves them to the one that goes on.
     delivered: Arc<AtomicU64>,
@@ -59,16 +60,17 @@ pub struct Console {
 
 impl Console {
     /// A console whose output goes to what `output` makes. `size` is the window's (columns, lines);
-    /// without it the driver is not told any.
+    /// without it the driver is told 0, which it takes for unknown.
     pub fn new(output: OutputFactory, size: Option<(u16, u16)>) -> Console {
         let (give_back, returned) = mpsc::channel();
+        let size = size.unwrap_or_default();
         Console { output, size, delivered: Arc::default(), returned, give_back }
     }
 
     /// The window has `columns` and `rows` now. Returns the new contents of the configuration
-    /// space. No effect on a console that was made without a size.
+    /// space.
     pub fn resize(&mut self, columns: u16, rows: u16) -> Vec<u8> {
-        self.size = self.size.map(|_| (columns, rows));
+        self.size = (columns, rows);
         self.config()
     }
 }
@@ -79,7 +81,8 @@ impl Device for Console {
     }
 
     fn features(&self) -> u64 {
-        if self.size.is_some() { F_SIZE } else { 0 }
+        // Without a window as well: the machine may go on in one, or in none after it had one.
+        F_SIZE
     }
 
     fn queues(&self) -> &[u16] {
@@ -88,15 +91,13 @@ impl Device for Console {
 
     fn config(&self) -> Vec<u8> {
         // § 5.3.4: the fields after these two belong to features that are not offered.
-        let (columns, rows) = self.size.unwrap_or_default();
+        let (columns, rows) = self.size;
         [columns.to_le_bytes(), rows.to_le_bytes()].concat()
     }
 
     fn update(&mut self, message: &Message) -> Option<Vec<u8>> {
         match *message {
-            Message::Resize { columns, rows }
-                if self.size.is_some_and(|s| s != (columns, rows)) =>
-            {
+            Message::Resize { columns, rows } if self.size != (columns, rows) => {
                 Some(self.resize(columns, rows))
             }
             _ => None,

@@ -1,6 +1,7 @@
 use std::sync::{Arc, Mutex};
 
 use super::*;
+use crate::golden;
 use crate::virtio::conformance::{Harness, Probe, RAM, conformance};
 use crate::virtio::mmio::reg;
 use crate::virtio::queue::INTERRUPT_CONFIG;
@@ -226,7 +227,78 @@ fn the_driver_learns_of_a_new_size() {
     assert_eq!(harness.interrupt().status() & INTERRUPT_CONFIG, 0, "publishing is the machine's");
 
     let mut sizeless = Console::new(Box::new(|| Box::new(Sink::new(0))), None);
-    assert_eq!(sizeless.features(), 0);
+    assert_eq!(sizeless.config(), [0; 4]);
+    assert_eq!(sizeless.update(&same), Some(vec![80, 0, 25, 0]));
     assert_eq!(sizeless.update(&same), None);
-    assert_eq!(sizeless.resize(1, 1), vec![0; 4]);
+}
+
+#[test]
+fn a_machine_goes_on_in_another_window_or_in_none() {
+    let sink = Sink::new(usize::MAX);
+    let mut harness = Harness::new(console(&sink));
+    harness.activate();
+    harness.pause();
+    let saved = harness.save();
+    for (size, config) in
+        [(Some((132, 50)), 50 << 16 | 132), (None, 0), (Some((80, 25)), 25 << 16 | 80)]
+    {
+        let other = sink.clone();
+        let console = Console::new(Box::new(move || Box::new(other.clone())), size);
+        let mut harness = harness.restored(console, &saved).unwrap();
+        assert_eq!(harness.read_register(reg::CONFIG), config);
+        let changed = size != Some((80, 25));
+        assert_eq!(harness.interrupt().status() & INTERRUPT_CONFIG != 0, changed, "{size:?}");
+        harness.resume();
+        let (gpa, len) = harness.readable(b"hello");
+        assert_eq!(harness.request(TX, &[(gpa, len, false)]), Some(0));
+    }
+    assert_eq!(sink.text(), b"hello".repeat(3));
+}
+
+#[test]
+fn output_that_was_half_written_goes_on_in_another_machine() {
+    let sink = Sink::new(3);
+    let mut harness = Harness::new(console(&sink));
+    harness.activate();
+    for text in [b"half-written", b" and the end"] {
+        let (gpa, len) = harness.readable(text);
+        harness.offer(TX, &[(gpa, len, false)]);
+    }
+    let (gpa, len) = harness.writable(4);
+    harness.offer(RX, &[(gpa, len, true)]);
+    harness.kick(TX);
+    harness.run();
+    // It is saved twice, since the first one goes on without having written anything.
+    for _ in 0..2 {
+        harness.pause();
+        let mut other = harness.moved_to(console(&sink));
+        other.resume();
+        other.run();
+        harness = other;
+    }
+    assert_eq!(sink.text(), b"hal");
+    sink.make_room(usize::MAX - 3);
+    harness.expire_timers();
+    harness.run();
+    assert_eq!(sink.text(), b"half-written and the end");
+    assert_eq!((harness.used_index(TX), harness.used_index(RX)), (2, 0));
+    // What was typed reaches the buffer that was offered to the other machine.
+    harness.message(&Message::Input(b"typed".to_vec()));
+    assert_eq!(harness.used(RX).map(|(_, written)| written), Some(4));
+    assert_eq!(harness.read(gpa, len), b"type");
+}
+
+#[test]
+fn the_payload_is_as_it_was() {
+    let sink = Sink::new(3);
+    let mut harness = Harness::new(console(&sink));
+    harness.activate();
+    let (gpa, len) = harness.readable(b"half-written");
+    assert_eq!(harness.request(TX, &[(gpa, len, false)]), None);
+    harness.pause();
+    let saved = harness.device().save();
+    golden::check(&saved, "virtio-console", 1, "0300000000000000", |payload| {
+        let mut console = console(&sink);
+        console.restore(payload).map(|()| console.save())
+    });
 }

@@ -237,8 +237,8 @@ pub enum Message {
     RateLimit(Traffic, Option<RateLimiter>),
     /// What the metadata service of a network card has to say from now on.
     Metadata(Arc<Value>),
-    /// Connections of a socket device are gone, e.g. because the machine is a copy: its driver is to
-    /// close them and to read its address again (virtio 1.3 § 5.10.6.7).
+    /// Connections of a socket device are to be gone: its driver is to close them and to read its
+    /// address again (virtio 1.3 § 5.10.6.7). A device that is restored does the same by itself.
     TransportReset,
 }
 

@@ -460,15 +460,30 @@ impl Queue {
     /// # Errors
     /// [`QueueError::AvailJump`].
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        self.ask_for(self.next_avail);
+        self.has_available()
+    }
+
+    /// Asks the driver to notify of the next request that it makes available beside those that wait
+    /// and are left to wait. Returns how many those are, with any that came in the meantime.
+    ///
+    /// # Errors
+    /// [`QueueError::AvailJump`].
+    pub fn enable_kicks_for_more(&mut self) -> Result<u16, QueueError> {
+        self.ask_for(self.avail_index()?);
+        self.available()
+    }
+
+    /// Asks the driver to notify when it fills the available entry with this index.
+    fn ask_for(&mut self, index: Wrapping<u16>) {
         if self.event_idx {
             let offset = 4 + 8 * usize::from(self.size);
-            self.used_u16(offset).store(self.next_avail.0.to_le(), Ordering::Relaxed);
+            self.used_u16(offset).store(index.0.to_le(), Ordering::Relaxed);
         } else {
             self.used_u16(0).store(0, Ordering::Relaxed);
         }
         // The wish must be visible before the index is read once more.
         fence(Ordering::SeqCst);
-        self.has_available()
     }
 }
 

@@ -351,6 +351,27 @@ fn kicks_are_suppressed_by_flag_or_index() {
 }
 
 #[test]
+fn kicks_are_asked_for_behind_what_is_left_to_wait() {
+    for event_idx in [false, true] {
+        let mut rig = Rig::new();
+        rig.simple_chains();
+        let mut queue = rig.queue(event_idx);
+        for head in 0..3 {
+            rig.offer(head);
+        }
+        queue.disable_kicks();
+        assert_eq!(queue.enable_kicks_for_more(), Ok(3));
+        assert_eq!(rig.u16(USED), 0);
+        let event = rig.u16(USED + 4 + 8 * u64::from(SIZE));
+        assert_eq!(event, if event_idx { 3 } else { 0 });
+        rig.offer(3);
+        assert_eq!(queue.enable_kicks_for_more(), Ok(4));
+        rig.write(AVAIL + 2, &100u16.to_le_bytes());
+        assert!(matches!(queue.enable_kicks_for_more(), Err(QueueError::AvailJump { .. })));
+    }
+}
+
+#[test]
 fn an_interrupt_sets_its_status_before_it_fires() {
     let rig = Rig::new();
     rig.interrupt.raise(INTERRUPT_USED);

@@ -13,13 +13,15 @@
 //!
 //! One worker serves all. A pause keeps connections: the worker gives them back to the device when
 //! it goes, and the next one goes on with them. A driver's reset closes them. They are no part of a
-//! saved state.
+//! saved state: a device that is restored has none, and tells the guest so, whose address may be
+//! another one ([`reset`]).
 
 mod connection;
 mod connections;
 mod host;
 mod metrics;
 mod packet;
+mod reset;
 mod rx;
 mod tx;
 
@@ -46,7 +48,7 @@ pub const FIRST_CID: u64 = 3;
 /// Largest address of a guest: 32 bits are used, of which all ones mean any address.
 pub const LAST_CID: u64 = 0xffff_fffe;
 
-/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (§ 5.10.6.7).
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
 /// The device.
@@ -96,8 +98,7 @@ impl Device for Vsock {
     fn update(&mut self, message: &Message) -> Option<Vec<u8>> {
         // A running worker gets the message as well.
         if let (Message::TransportReset, Some(connections)) = (message, self.connections()) {
-            connections.clear();
-            connections.transport_reset = true;
+            connections.lose();
         }
         None
     }
@@ -141,10 +142,15 @@ impl Device for Vsock {
     }
 
     fn restore(&mut self, payload: &Payload) -> Result<(), RestoreError> {
-        match payload.expect(NAME, VERSION)? {
-            [] => Ok(()),
-            _ => Err(RestoreError::Invalid { kind: NAME, reason: "it is not empty" }),
+        if !payload.expect(NAME, VERSION)?.is_empty() {
+            return Err(RestoreError::Invalid { kind: NAME, reason: "it is not empty" });
         }
+        // The driver's connections were with another machine's programs. Without one it still has
+        // to read its address again. A reset that it was not told of there is part of this one.
+        if let Some(connections) = self.connections() {
+            connections.lose();
+        }
+        Ok(())
     }
 }
 
@@ -203,6 +209,11 @@ impl VsockWorker {
 
     fn advance(&mut self, reactor: &mut dyn Reactor) -> Result<Unfinished, Fault> {
         let mut unfinished = Unfinished::default();
+        if let (Some(connections), Some(event)) = (&mut self.connections, &mut self.event)
+            && connections.advance_reset(event, &mut self.chain, reactor)?
+        {
+            return Ok(unfinished);
+        }
         if let Some(connections) = &mut self.connections {
             unfinished.rx |= connections.accept(reactor);
         }
@@ -214,7 +225,6 @@ impl VsockWorker {
             let sending = self.tx.as_ref().is_some_and(|tx| tx.pending);
             unfinished.tx |= stalled && sending && connections.has_room();
         }
-        self.tell_of_reset()?;
         Ok(unfinished)
     }
 
@@ -224,28 +234,6 @@ impl VsockWorker {
             return Ok(false);
         };
         tx.send(connections, reactor)
-    }
-
-    fn tell_of_reset(&mut self) -> Result<(), Fault> {
-        let (Some(queue), Some(connections)) = (&mut self.event, &mut self.connections) else {
-            return Ok(());
-        };
-        let broken = |err| Fault::Queue(EVENT, err);
-        while connections.transport_reset {
-            let Some(head) = queue.pop(&mut self.chain).map_err(broken)? else {
-                if queue.enable_kicks().map_err(broken)? {
-                    continue;
-                }
-                break;
-            };
-            let written = self.chain.writable.write(&TRANSPORT_RESET);
-            queue.complete(head, written as u32);
-            if written < TRANSPORT_RESET.len() {
-                return Err(Fault::Request(EVENT, "an event does not fit into its buffer"));
-            }
-            connections.transport_reset = false;
-        }
-        Ok(())
     }
 }
 

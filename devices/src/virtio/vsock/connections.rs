@@ -15,9 +15,11 @@ use super::connection::{Connection, Fate, Line, State};
 use super::host::Listener;
 use super::metrics::VsockMetrics;
 use super::packet::{FromGuest, HOST_CID, Op, Ports, ToGuest};
+use super::reset::TransportReset;
 use super::rx::Receiver;
 use crate::virtio::device::{BATCH, Fault, Reactor};
 use crate::virtio::iobuf::IoBuf;
+use crate::virtio::queue::{Chain, Queue};
 
 /// Connections of one machine.
 pub(super) const MOST: usize = 1023;
@@ -66,8 +68,8 @@ pub(super) struct Connections {
     acceptable: bool,
     /// A timer is set.
     ticking: bool,
-    /// The guest is to be told that all connections are gone.
-    pub(super) transport_reset: bool,
+    /// How far the guest is with closing what is gone.
+    pub(super) reset: TransportReset,
     metrics: Arc<VsockMetrics>,
 }
 
@@ -85,7 +87,7 @@ impl Connections {
             next_port: FIRST_PORT,
             acceptable: false,
             ticking: false,
-            transport_reset: false,
+            reset: TransportReset::default(),
             metrics,
         }
     }
@@ -105,7 +107,7 @@ impl Connections {
         self.ready.clear();
         self.queued.clear();
         self.refusals.clear();
-        self.transport_reset = false;
+        self.reset = TransportReset::default();
     }
 
     /// The machine ended: the listening socket's file goes, unless it is to stay.
@@ -124,6 +126,9 @@ impl Connections {
             }
             self.settle(place, Fate::Stays, reactor);
         }
+        if self.reset.holds() {
+            self.tick_later(reactor);
+        }
         Ok(())
     }
 
@@ -137,13 +142,38 @@ impl Connections {
         }
     }
 
-    /// Tells the guest that all connections are gone, and closes them.
+    /// Closes all connections and has the guest told. None may be watched.
+    pub(super) fn lose(&mut self) {
+        self.clear();
+        self.reset = TransportReset::new();
+    }
+
+    /// Closes all connections and has the guest told.
     pub(super) fn reset_transport(&mut self, reactor: &mut dyn Reactor) {
+        self.remove_all(reactor);
+        self.lose();
+        self.tick_later(reactor);
+    }
+
+    /// Goes on telling the guest, through its event queue. Returns whether others are to wait.
+    pub(super) fn advance_reset(
+        &mut self,
+        events: &mut Queue,
+        chain: &mut Chain,
+        reactor: &mut dyn Reactor,
+    ) -> Result<bool, Fault> {
+        if self.reset.advance(events, chain)? {
+            // What began when nobody waited any more.
+            self.remove_all(reactor);
+            self.tick_later(reactor);
+        }
+        Ok(self.reset.holds())
+    }
+
+    fn remove_all(&mut self, reactor: &mut dyn Reactor) {
         for place in 0..self.places.len() as u16 {
             self.remove(place, reactor);
         }
-        self.clear();
-        self.transport_reset = true;
     }
 
     fn at(&mut self, place: u16) -> Option<&mut Connection> {
@@ -278,6 +308,10 @@ impl Connections {
     /// Time passed.
     pub(super) fn on_timer(&mut self, reactor: &mut dyn Reactor) {
         self.ticking = false;
+        self.reset.tick();
+        if self.reset.holds() {
+            self.tick_later(reactor);
+        }
         for place in 0..self.places.len() as u16 {
             let Some(connection) = self.at(place) else { continue };
             if connection.is_stalled() {
@@ -382,11 +416,10 @@ impl Connections {
         behind: u64,
         reactor: &mut dyn Reactor,
     ) -> Option<u16> {
-        // § 5.10.6.2: nobody else's address may be used.
-        if header.source != self.guest {
-            return None;
-        }
-        if !header.stream || header.destination != HOST_CID {
+        // A driver goes on with the address that it had until it comes to the event that its
+        // connections are gone.
+        let between_us = header.source == self.guest && header.destination == HOST_CID;
+        if !header.stream || !between_us {
             self.refuse(header);
             return None;
         }

@@ -94,9 +94,14 @@ impl FromGuest {
         }
     }
 
-    /// The answer to a packet that belongs to nothing, from where it was sent to.
+    /// The answer to a packet that belongs to nothing: back the way that it came.
     pub(super) fn refusal(&self) -> ToGuest {
-        ToGuest { source: self.destination, kind: self.kind, ..ToGuest::new(Op::Reset, self.ports) }
+        ToGuest {
+            source: self.destination,
+            destination: Some(self.source),
+            kind: self.kind,
+            ..ToGuest::new(Op::Reset, self.ports)
+        }
     }
 }
 
@@ -104,6 +109,8 @@ impl FromGuest {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ToGuest {
     pub(super) source: u64,
+    /// Where it goes if not to the guest's address.
+    pub(super) destination: Option<u64>,
     pub(super) ports: Ports,
     pub(super) op: Op,
     pub(super) kind: u16,
@@ -117,6 +124,7 @@ impl ToGuest {
     pub(super) fn new(op: Op, ports: Ports) -> ToGuest {
         ToGuest {
             source: HOST_CID,
+            destination: None,
             ports,
             op,
             kind: TYPE_STREAM,
@@ -131,7 +139,7 @@ impl ToGuest {
     pub(super) fn bytes(&self, guest: u64) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         bytes[0..8].copy_from_slice(&self.source.to_le_bytes());
-        bytes[8..16].copy_from_slice(&guest.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.destination.unwrap_or(guest).to_le_bytes());
         bytes[16..20].copy_from_slice(&self.ports.host.to_le_bytes());
         bytes[20..24].copy_from_slice(&self.ports.guest.to_le_bytes());
         bytes[24..28].copy_from_slice(&self.len.to_le_bytes());

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+mod restored;
+
 use super::connections::{ANSWER_TICKS, CLOSE_TICKS, MOST, MOST_REFUSALS};
 use super::packet::{HOST_CID, NEITHER, NO_RECEIVE, NO_SEND, Op};
 use super::*;
@@ -17,9 +19,14 @@ const CID: u64 = 5;
 const ROOM: u32 = 256 << 10;
 
 fn device() -> (Vsock, TempDir) {
+    device_of(CID)
+}
+
+/// The device of a guest with address `cid`.
+fn device_of(cid: u64) -> (Vsock, TempDir) {
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
     let listener = Listener::open(&folder.path().join("v")).unwrap();
-    (Vsock::new(listener, CID, false), folder)
+    (Vsock::new(listener, cid, false), folder)
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -100,9 +107,15 @@ struct Guest {
 impl Guest {
     /// A guest with `buffers` receive buffers of `size` bytes.
     fn new(buffers: u32, size: u32) -> Guest {
+        Guest::with(u64::MAX, buffers, size)
+    }
+
+    /// The same, whose driver does not want features beside these.
+    fn with(features: u64, buffers: u32, size: u32) -> Guest {
         let (device, folder) = device();
         let mut harness = Harness::new(device);
-        harness.activate();
+        let offered = harness.offered();
+        harness.activate_with(offered & features);
         let spare = (0..buffers).map(|_| harness.writable(size)).collect();
         let mut guest = Guest { harness, folder, offered: HashMap::new(), spare };
         guest.offer();
@@ -139,7 +152,10 @@ impl Guest {
             let bytes = self.harness.read(gpa, written);
             let packet = Packet::parse(&bytes);
             assert_eq!(packet.len + 44, written);
-            assert_eq!((packet.source, packet.destination), (HOST_CID, CID));
+            assert_eq!(packet.source, HOST_CID);
+            if packet.op != Op::Reset as u16 {
+                assert_eq!(packet.destination, self.harness.device().cid);
+            }
             taken.push((packet, bytes[44..].to_vec()));
             self.spare.push((gpa, len));
         }
@@ -281,6 +297,7 @@ conformance!(
                 let (gpa, len) = harness.readable(&packet(Op::Request, 1, 2).bytes());
                 harness.offer(1, &[(gpa, len, false)]);
                 harness.kick(1);
+                harness.run();
             }
             harness.message(&Message::TransportReset);
         },
@@ -643,10 +660,11 @@ fn packets_that_belong_to_nothing() {
     guest.send(packet(Op::Reset, 1, 9), b"");
     guest.nothing();
     guest.send(Packet { source: CID + 1, ..packet(Op::Request, 1, 9) }, b"");
-    guest.nothing();
+    assert_eq!(guest.one(Op::Reset).destination, CID + 1, "back to where it came from");
     let _listener = guest.listen(9);
     guest.send(Packet { kind: 2, ..packet(Op::Request, 1, 9) }, b"");
-    assert_eq!(guest.one(Op::Reset).kind, 2);
+    let reset = guest.one(Op::Reset);
+    assert_eq!((reset.kind, reset.destination), (2, CID));
     // Shorter than a header.
     let (gpa, _) = guest.harness.readable(&[1; 44]);
     assert_eq!(guest.harness.request(1, &[(gpa, 43, false)]), Some(0));

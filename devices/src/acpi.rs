@@ -29,6 +29,9 @@ pub enum Event {
     VmClock = 1 << 2,
 }
 
+/// All events that there are.
+const EVENTS: u8 = Event::PowerButton as u8 | Event::VmGenId as u8 | Event::VmClock as u8;
+
 /// Sleep control (offset 0), sleep status (1) and event status (2).
 #[derive(Debug, Default)]
 pub struct AcpiRegisters {
@@ -69,19 +72,22 @@ impl AcpiRegisters {
     /// # Errors
     /// [`RestoreError`]; nothing is changed then.
     pub fn restore(&mut self, payload: &Payload) -> Result<(), RestoreError> {
-        match payload.expect(KIND, VERSION)? {
-            [events] => {
-                self.events = *events;
-                Ok(())
-            }
-            _ => Err(RestoreError::Invalid { kind: KIND, reason: "it is not one byte long" }),
+        let invalid = |reason| RestoreError::Invalid { kind: KIND, reason };
+        let &[events] = payload.expect(KIND, VERSION)? else {
+            return Err(invalid("it is not one byte long"));
+        };
+        if events & !EVENTS != 0 {
+            return Err(invalid("it has events that there are not"));
         }
+        self.events = events;
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::golden;
 
     #[test]
     fn s5_with_enable_powers_off() {
@@ -103,5 +109,28 @@ mod tests {
         assert_eq!(byte, [0b101]);
         regs.read(2, &mut byte);
         assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn pending_events_are_pending_in_a_copy() {
+        let mut regs = AcpiRegisters::default();
+        regs.raise(Event::PowerButton);
+        regs.raise(Event::VmClock);
+        let mut copy = AcpiRegisters::default();
+        golden::check(&regs.save(), "acpi", 1, "05", |payload| {
+            copy.raise(Event::VmGenId);
+            copy.restore(payload).map(|()| copy.save())
+        });
+        let mut byte = [0];
+        copy.read(2, &mut byte);
+        assert_eq!(byte, [0b101]);
+        assert_eq!(copy.save(), AcpiRegisters::default().save());
+        for bytes in [vec![], vec![1, 0], vec![8], vec![0xff]] {
+            let wrong = Payload { bytes, ..regs.save() };
+            assert!(copy.restore(&wrong).is_err(), "{wrong:?}");
+        }
+        let later = Payload { version: 2, ..regs.save() };
+        assert!(copy.restore(&later).is_err());
+        assert_eq!(copy.save().bytes, [0]);
     }
 }

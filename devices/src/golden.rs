@@ -2,11 +2,12 @@
 
 use crate::virtio::device::{Payload, RestoreError};
 
-/// The bytes that `text` says in hexadecimal digits; other characters are there for the reader.
+/// The bytes that `text` says in hexadecimal digits, with space wherever that helps a reader.
 fn bytes(text: &str) -> Vec<u8> {
-    let digits: Vec<u8> =
-        text.chars().filter_map(|c| c.to_digit(16)).map(|digit| digit as u8).collect();
-    digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
+    let digits: String = text.split_whitespace().collect();
+    assert!(digits.len().is_multiple_of(2));
+    let pairs = (0..digits.len()).step_by(2).map(|at| &digits[at..at + 2]);
+    pairs.map(|pair| u8::from_str_radix(pair, 16).unwrap()).collect()
 }
 
 /// Checks that `saved` is `kind`'s in `version` with the bytes of `text`, and that `load`, which takes

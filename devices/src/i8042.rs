@@ -252,12 +252,20 @@ impl I8042 {
         .into_iter()
         .find(|known| *known as u8 == awaited)
         .ok_or_else(|| invalid("it waits for something unknown"))?;
+        if awaited != Awaited::Keyboard && commanded == 0 {
+            return Err(invalid("it waits for what no command asked for"));
+        }
+        let value_follows = match value {
+            // No command is 0.
+            0 => None,
+            SET_LEDS | SET_RATE | SCAN_CODE_SET => Some(value),
+            _ => return Err(invalid("a command has a value that it has not")),
+        };
         *keyboard = Keyboard {
             configuration,
             commanded: commanded != 0,
             awaited,
-            // No command is 0.
-            value_follows: Some(value).filter(|value| *value != 0),
+            value_follows,
             scanning: scanning != 0,
             output: output.iter().copied().collect(),
         };
@@ -363,7 +371,10 @@ impl Keyboard {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::golden;
 
     fn drain(i8042: &mut I8042) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -468,5 +479,121 @@ mod tests {
         assert_eq!(byte[0], CTRL_ALT_DEL[0].1[0]);
         assert!(I8042::new(false).restore(&full).is_err());
         assert!(controller.restore(&I8042::new(false).save()).is_err());
+    }
+
+    /// A controller that waits for a byte of the host's, whose keyboard waits for one too.
+    fn busy() -> I8042 {
+        let mut controller = I8042::new(true);
+        for (offset, byte) in [(0, SET_LEDS), (4, DISABLE_AUX), (4, WRITE_CONFIGURATION)] {
+            let _ = controller.write(offset, &[byte]);
+        }
+        assert!(controller.ctrl_alt_del().is_some());
+        controller
+    }
+
+    #[test]
+    fn the_payload_is_as_it_was() {
+        let golden = "65 01 01 ed 01 fa 1d38e053 e0d3b89d";
+        golden::check(&busy().save(), "i8042", 1, golden, |payload| {
+            let mut controller = I8042::new(true);
+            controller.restore(payload).map(|()| controller.save())
+        });
+        golden::check(&I8042::new(false).save(), "i8042", 1, "", |payload| {
+            let mut controller = I8042::new(false);
+            controller.restore(payload).map(|()| controller.save())
+        });
+    }
+
+    #[test]
+    fn what_cannot_have_been_saved_is_refused() {
+        for (place, value) in [(1, 2), (1, 0), (2, 5), (3, 1), (3, IDENTIFY), (4, 2)] {
+            let mut wrong = busy().save();
+            wrong.bytes[place] = value;
+            assert!(I8042::new(true).restore(&wrong).is_err(), "{value:#x} at {place}");
+        }
+    }
+
+    /// An access, or the three keys.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Read(u64),
+        Write(u64, u8),
+        Keys,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let port = prop::sample::select(vec![0, COMMAND_OFFSET, 0, COMMAND_OFFSET, 2]);
+        let byte = prop_oneof![
+            any::<u8>(),
+            prop::sample::select(vec![
+                READ_CONFIGURATION,
+                WRITE_CONFIGURATION,
+                WRITE_OUTPUT_PORT,
+                WRITE_KEYBOARD_OUTPUT,
+                WRITE_AUX,
+                SET_LEDS,
+                SCAN_CODE_SET,
+                SET_RATE,
+                IDENTIFY,
+                DISABLE_SCANNING,
+                0,
+            ])
+        ];
+        prop_oneof![
+            3 => port.clone().prop_map(Step::Read),
+            5 => (port, byte).prop_map(|(port, byte)| Step::Write(port, byte)),
+            1 => Just(Step::Keys),
+        ]
+    }
+
+    fn take(controller: &mut I8042, step: &Step) -> (Option<Effect>, u8) {
+        let mut byte = [0];
+        let effect = match *step {
+            Step::Read(offset) => Some(controller.read(offset, &mut byte)),
+            Step::Write(offset, byte) => Some(controller.write(offset, &[byte])),
+            Step::Keys => controller.ctrl_alt_del(),
+        };
+        (effect, byte[0])
+    }
+
+    proptest! {
+        #[test]
+        fn a_copy_behaves_like_the_original(
+            keyboard in prop::bool::weighted(0.9),
+            before in prop::collection::vec(step(), 0..60),
+            after in prop::collection::vec(step(), 0..60))
+        {
+            let mut controller = I8042::new(keyboard);
+            for step in &before {
+                take(&mut controller, step);
+            }
+            let saved = controller.save();
+            // It takes the place of whatever was there.
+            let mut copy = if keyboard { busy() } else { I8042::new(false) };
+            copy.restore(&saved).unwrap();
+            prop_assert_eq!(copy.save(), saved);
+            for step in &after {
+                prop_assert_eq!(take(&mut copy, step), take(&mut controller, step), "{:?}", step);
+            }
+            prop_assert_eq!(copy.save(), controller.save());
+        }
+
+        #[test]
+        fn bytes_are_taken_whole_or_not_at_all(
+            changes in prop::collection::vec((0usize..6, 0u8..8), 0..3), len in 0usize..60)
+        {
+            let mut payload = busy().save();
+            for (place, value) in changes {
+                payload.bytes[place] = value;
+            }
+            if len < 50 {
+                payload.bytes.resize(len, b'x');
+            }
+            let mut controller = I8042::new(true);
+            match controller.restore(&payload) {
+                Ok(()) => prop_assert_eq!(controller.save(), payload),
+                Err(_) => prop_assert_eq!(controller.save(), I8042::new(true).save()),
+            }
+        }
     }
 }

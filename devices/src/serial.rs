@@ -176,6 +176,7 @@ impl Serial {
             scratch,
             in_buffer: in_buffer.to_vec(),
         };
+        check(&state).map_err(invalid)?;
         let trigger = Flag(Arc::clone(&self.interrupt));
         self.registers = Registers::from_state(&state, trigger, NoEvents, Vec::new())
             .map_err(|_| invalid("more bytes wait than fit"))?;
@@ -186,6 +187,26 @@ impl Serial {
     }
 }
 
+/// Whether a driver and a line can have led the registers to this.
+fn check(state: &SerialState) -> Result<(), &'static str> {
+    let fresh = SerialState::default();
+    let received = if state.in_buffer.is_empty() { 0 } else { STATUS_RECEIVED };
+    if state.interrupt_enable & !ENABLE_ALL != 0 {
+        return Err("interrupts are enabled that there are not");
+    }
+    if !IDENTIFICATIONS.contains(&state.interrupt_identification) {
+        return Err("an interrupt is pending that there is not");
+    }
+    // Nothing else in these two ever changes.
+    if state.line_status != fresh.line_status | received {
+        return Err("the line's status is not that of what was received");
+    }
+    if state.modem_status != fresh.modem_status {
+        return Err("the modem's status is not the one that it has");
+    }
+    Ok(())
+}
+
 /// Receive FIFO of the model in bytes.
 const FIFO_LEN: usize = 0x40;
 
@@ -193,15 +214,24 @@ const FIFO_LEN: usize = 0x40;
 const IDENTIFICATION: u8 = 2;
 const IDENTIFY_NONE: u8 = 1;
 const IDENTIFY_RECEIVED: u8 = 4;
+/// What the model has there: "none", or any of "transmitter empty" and "received data available".
+const IDENTIFICATIONS: [u8; 4] = [IDENTIFY_NONE, 2, IDENTIFY_RECEIVED, 2 | IDENTIFY_RECEIVED];
 /// Line control register, and its bit by which registers 0 and 1 are the divisor latch.
 const LINE_CONTROL: u8 = 3;
 const DIVISOR_LATCH: u8 = 1 << 7;
 /// "Received data available", in the interrupt enable register.
 const ENABLE_RECEIVED: u8 = 1;
+/// All interrupts of a 16550A, in that register.
+const ENABLE_ALL: u8 = 0x0f;
+/// "Received data available", in the line status register.
+const STATUS_RECEIVED: u8 = 1;
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::golden;
 
     #[test]
     fn output_comes_back_as_a_value() {
@@ -270,6 +300,106 @@ mod tests {
         for len in [0, 8, 9 + FIFO_LEN + 1] {
             let wrong = Payload { bytes: vec![0; len], ..saved.clone() };
             assert!(other.restore(&wrong).is_err(), "{len}");
+        }
+    }
+
+    /// A port with DLAB and loopback set, bytes to be read, and both interrupts pending.
+    fn busy() -> Serial {
+        let mut serial = Serial::new();
+        serial.write(1, &[3]);
+        serial.input(b"abc");
+        for (offset, value) in [(3, 0x80), (0, 1), (1, 2), (4, 0x1b), (7, 0x5a)] {
+            serial.write(offset, &[value]);
+        }
+        serial
+    }
+
+    #[test]
+    fn the_payload_is_as_it_was() {
+        let golden = "01 02 03 06 80 61 1b b0 5a 616263";
+        golden::check(&busy().save(), "serial", 1, golden, |payload| {
+            let mut serial = Serial::new();
+            serial.restore(payload).map(|()| serial.save())
+        });
+    }
+
+    #[test]
+    fn what_cannot_have_been_saved_is_refused() {
+        for (place, value) in [(2, 0x13), (3, 0), (3, 3), (3, 0xc1), (5, 0x60), (5, 0xe1), (7, 0)] {
+            let mut wrong = busy().save();
+            wrong.bytes[place] = value;
+            assert!(Serial::new().restore(&wrong).is_err(), "{value:#x} at {place}");
+        }
+        let mut silent = busy().save();
+        silent.bytes.truncate(9);
+        assert!(Serial::new().restore(&silent).is_err(), "data, and none there");
+    }
+
+    /// An access to a register, or input.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Read(u64),
+        Write(u64, Vec<u8>),
+        Input(Vec<u8>),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let byte = prop_oneof![2 => any::<u8>(), 1 => 0u8..8, 1 => Just(0x80), 1 => Just(0x10)];
+        prop_oneof![
+            4 => (0u64..9).prop_map(Step::Read),
+            4 => (0u64..9, byte).prop_map(|(offset, byte)| Step::Write(offset, vec![byte])),
+            1 => Just(Step::Write(0, Vec::new())),
+            2 => prop::collection::vec(any::<u8>(), 0..40).prop_map(Step::Input),
+        ]
+    }
+
+    fn take(serial: &mut Serial, step: &Step) -> (Effect, u8, (usize, bool), usize) {
+        let (mut effect, mut byte, mut taken) = (Effect::default(), [0], (0, false));
+        match step {
+            Step::Read(offset) => effect = serial.read(*offset, &mut byte),
+            Step::Write(offset, data) => effect = serial.write(*offset, data),
+            Step::Input(bytes) => taken = serial.input(bytes),
+        }
+        (effect, byte[0], taken, serial.input_room())
+    }
+
+    proptest! {
+        #[test]
+        fn a_copy_behaves_like_the_original(
+            before in prop::collection::vec(step(), 0..60),
+            after in prop::collection::vec(step(), 0..60))
+        {
+            let mut serial = Serial::new();
+            for step in &before {
+                take(&mut serial, step);
+            }
+            let saved = serial.save();
+            // It takes the place of whatever was there.
+            let mut copy = busy();
+            copy.restore(&saved).unwrap();
+            prop_assert_eq!(copy.save(), saved);
+            for step in &after {
+                prop_assert_eq!(take(&mut copy, step), take(&mut serial, step), "{:?}", step);
+            }
+            prop_assert_eq!(copy.save(), serial.save());
+        }
+
+        #[test]
+        fn bytes_are_taken_whole_or_not_at_all(
+            changes in prop::collection::vec((0usize..12, any::<u8>()), 0..3), len in 0usize..90)
+        {
+            let mut payload = busy().save();
+            for (place, value) in changes {
+                payload.bytes[place] = value;
+            }
+            if len < 80 {
+                payload.bytes.resize(len, b'x');
+            }
+            let mut serial = Serial::new();
+            match serial.restore(&payload) {
+                Ok(()) => prop_assert_eq!(serial.save(), payload),
+                Err(_) => prop_assert_eq!(serial.save(), Serial::new().save()),
+            }
         }
     }
 

@@ -79,20 +79,23 @@ fn memfd(size: u64) -> io::Result<File> {
     }
 }
 
-/// Does `work` for each of `items`, by [`COPIERS`] threads. Results come in no order.
-pub fn shared_out<I: Sync, T: Send>(
+/// Does `work` for each of `items`, by [`COPIERS`] threads, each of which has a tool of its own. Results come
+/// in no order.
+pub fn shared_out<I: Sync, T: Send, W>(
     items: &[I],
-    work: impl Fn(&I) -> io::Result<T> + Sync,
+    tool: impl Fn() -> W + Sync,
+    work: impl Fn(&mut W, &I) -> io::Result<T> + Sync,
 ) -> io::Result<Vec<T>> {
     let next = AtomicUsize::new(0);
     let one = || -> io::Result<Vec<T>> {
-        let mut done = Vec::new();
+        let (mut tool, mut done) = (tool(), Vec::new());
         while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
-            done.push(work(item)?);
+            done.push(work(&mut tool, item)?);
         }
         Ok(done)
     };
-    if items.len() < 2 {
+    // A thread costs as much as the copying of some pages.
+    if items.len() < COPIERS * 2 {
         return one();
     }
     std::thread::scope(|scope| {
@@ -173,11 +176,15 @@ impl Image {
         let private = private.coalesced(MOST_MAPPINGS);
         let pieces = private.pieces(PIECE);
         let done = Mutex::new(Vec::with_capacity(pieces.len()));
-        let moved = shared_out(&pieces, |piece| {
-            self.replace(piece.clone(), &file)?;
-            done.lock().unwrap_or_else(PoisonError::into_inner).push(piece.clone());
-            Ok(())
-        });
+        let moved = shared_out(
+            &pieces,
+            || (),
+            |(), piece| {
+                self.replace(piece.clone(), &file)?;
+                done.lock().unwrap_or_else(PoisonError::into_inner).push(piece.clone());
+                Ok(())
+            },
+        );
         let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
         done.sort_unstable_by_key(|piece| piece.start);
         let done = Runs::new(done);
@@ -256,9 +263,11 @@ impl Image {
     fn private(&self, covered: &Runs) -> io::Result<Runs> {
         let pagemap = File::open("/proc/self/pagemap")?;
         let all = Runs::first(self.size() / PAGE_SIZE);
-        let found = shared_out(&all.pieces(PIECE), |piece| {
-            self.private_in(piece.clone(), &pagemap, covered)
-        })?;
+        let found = shared_out(
+            &all.pieces(PIECE),
+            || (),
+            |(), piece| self.private_in(piece.clone(), &pagemap, covered),
+        )?;
         let mut found: Vec<Range<u64>> = found.into_iter().flatten().collect();
         found.sort_unstable_by_key(|run| run.start);
         Ok(Runs::new(found))

@@ -273,13 +273,18 @@ impl GuestRam {
             }
             first += pages;
         }
-        shared_out(&to_copy, |(mapping, at, len, file, from)| {
-            let (at, len) = (*at as usize, *len as usize);
-            // SAFETY: the piece lies in the mapping, which no guest runs on yet; no two pieces have a
-            // byte in common.
-            let bytes = unsafe { std::slice::from_raw_parts_mut(mapping.as_ptr().add(at), len) };
-            file.read_exact_at(bytes, *from)
-        })
+        shared_out(
+            &to_copy,
+            || (),
+            |(), (mapping, at, len, file, from)| {
+                let (at, len) = (*at as usize, *len as usize);
+                // SAFETY: the piece lies in the mapping, which no guest runs on yet; no two pieces have a
+                // byte in common.
+                let bytes =
+                    unsafe { std::slice::from_raw_parts_mut(mapping.as_ptr().add(at), len) };
+                file.read_exact_at(bytes, *from)
+            },
+        )
         .map_err(|source| MemoryError::Load { gpa: 0, len: self.size(), source })?;
         self.stack.lock().unwrap_or_else(PoisonError::into_inner).layers = layers;
         Ok(())

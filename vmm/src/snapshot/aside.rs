@@ -95,11 +95,16 @@ impl Aside {
         File::open(folder.unwrap_or(Path::new(".")))
     }
 
-    /// Moves it into its place.
+    /// Moves it into its place. Where it is then is not on the disk before its folder is.
     pub(super) fn place(&mut self) -> Result<(), StoreError> {
         fs::rename(&self.path, &self.target).map_err(self.failed("move into its place"))?;
         self.placed = true;
-        self.sync_folder()
+        Ok(())
+    }
+
+    /// True if both are in one folder.
+    pub(super) fn is_beside(&self, other: &Aside) -> bool {
+        self.target.parent() == other.target.parent()
     }
 
     /// It stays where it is: the state that names it is in its place.

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::Sample;
 use crate::memory::{Contents, PAGE_SIZE, Runs, shared_out};
 
-/// Pages that a writer takes at a time.
-const PIECE: u64 = (4 << 20) / PAGE_SIZE;
+/// Pages that a writer takes at a time: as much as stays in the processor's caches between reading and writing.
+const PIECE: u64 = (256 << 10) / PAGE_SIZE;
 
 const PAGE: usize = PAGE_SIZE as usize;
 static ZEROES: [u8; PAGE] = [0; PAGE];
@@ -39,8 +39,8 @@ pub fn save(
     let total = runs.pages();
     let parts = runs.pieces(PIECE);
     let done = AtomicU64::new(0);
-    let written = shared_out(&parts, |part| {
-        let written = copy(contents, part.clone(), pages.is_some(), file)?;
+    let written = shared_out(&parts, Vec::new, |buffer, part| {
+        let written = copy(contents, part.clone(), pages.is_some(), file, buffer)?;
         let len = part.end - part.start;
         let done = done.fetch_add(len, Ordering::Relaxed) + len;
         progress(done * PAGE_SIZE, total * PAGE_SIZE);
@@ -49,16 +49,29 @@ pub fn save(
     Ok(written.into_iter().sum())
 }
 
-fn copy(contents: &Contents, part: Range<u64>, zeroes: bool, file: &File) -> io::Result<u64> {
-    let mut bytes = vec![0; (part.end - part.start) as usize * PAGE];
+/// Writes `part`. `buffer` is what the last one left.
+fn copy(
+    contents: &Contents,
+    part: Range<u64>,
+    zeroes: bool,
+    file: &File,
+    buffer: &mut Vec<u8>,
+) -> io::Result<u64> {
+    let len = (part.end - part.start) as usize * PAGE;
+    buffer.resize(buffer.len().max(len), 0);
+    let bytes = &mut buffer[..len];
+    let mut known = part.start;
     for piece in contents.within(part.clone()) {
         let at = (piece.extent.at - part.start) as usize * PAGE;
         let len = piece.extent.len as usize * PAGE;
+        bytes[(known - part.start) as usize * PAGE..at].fill(0);
+        known = piece.extent.at + piece.extent.len;
         piece.file.read_exact_at(&mut bytes[at..at + len], piece.extent.from * PAGE_SIZE)?;
     }
+    bytes[(known - part.start) as usize * PAGE..].fill(0);
     let start = part.start * PAGE_SIZE;
     if zeroes {
-        file.write_all_at(&bytes, start)?;
+        file.write_all_at(bytes, start)?;
         return Ok(bytes.len() as u64);
     }
     let pages = bytes.chunks_exact(PAGE).zip(0u64..);

@@ -161,13 +161,20 @@ pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Head
     let failed = |source| StoreError::State { path: files.state.clone(), source };
     let bytes = write(&state).map_err(failed)?;
     io::Write::write_all(&mut &state_file.file, &bytes).map_err(state_file.failed("write"))?;
-    memory_file.sync()?;
-    state_file.sync()?;
-    memory_file.sync_folder()?;
+    // Both at once: the file system writes its journal once for both.
+    std::thread::scope(|scope| {
+        let memory = scope.spawn(|| memory_file.sync());
+        let state = state_file.sync();
+        memory.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).and(state)
+    })?;
     let alone = state_file.alone()?;
     // With it the pair counts: it says where the memory is.
     state_file.place()?;
-    let placed = memory_file.place();
+    // What happens in one folder reaches the disk in the order in which it happened.
+    let apart = !state_file.is_beside(&memory_file);
+    let placed =
+        if apart { memory_file.sync_folder().and(state_file.sync_folder()) } else { Ok(()) };
+    let placed = placed.and_then(|()| memory_file.place()).and_then(|()| memory_file.sync_folder());
     if placed.is_err() {
         memory_file.keep();
     }

@@ -115,7 +115,8 @@ fn write(path: &Path, id: &str, pages: &Runs) -> Result<(), StoreError> {
     serde_json::to_writer(io::BufWriter::new(&aside.file), &set)
         .map_err(|error| aside.failed("write")(error.into()))?;
     aside.sync()?;
-    aside.place()
+    aside.place()?;
+    aside.sync_folder()
 }
 
 /// A thread that looks after a working set. Told to end and waited for when it is dropped.

@@ -11,6 +11,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::thread;
 
+use crate::pattern::Pattern;
+
 /// The host's address.
 const HOST: u32 = 2;
 /// Any address of this machine (`VMADDR_CID_ANY`).
@@ -44,9 +46,9 @@ pub fn play() -> Option<ExitCode> {
     })
 }
 
-/// Bytes that do not repeat within a packet or a ring.
+/// What is sent through a socket.
 pub fn sample(length: usize) -> Vec<u8> {
-    (0..length).map(|at| (at * 31 % 65_521) as u8).collect()
+    Pattern::bytes(0, length)
 }
 
 fn address() -> io::Result<()> {

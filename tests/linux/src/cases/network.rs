@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{Case, check};
 use crate::guest::{Failure, Machine, STEP};
+use crate::pattern::Pattern;
 use crate::site::Site;
 
 pub const CASES: &[(&str, Case)] = &[
@@ -18,21 +19,6 @@ pub const CASES: &[(&str, Case)] = &[
 const PORT: u16 = 7700;
 /// More than every ring and window on the way holds.
 const TRANSFER: usize = 8 << 20;
-
-/// Bytes without a period that a ring or a segment could hide.
-fn sample(length: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        // xorshift64*, Vigna 2016.
-        state ^= state >> 12;
-        state ^= state << 25;
-        state ^= state >> 27;
-        bytes.extend(state.wrapping_mul(0x2545_F491_4F6C_DD1D).to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
-}
 
 /// Accepts one connection within [`STEP`].
 fn accept(listener: &TcpListener) -> Result<TcpStream, Failure> {
@@ -88,7 +74,7 @@ fn ping_and_transfer(site: &Site) -> Result<(), Failure> {
     guest.run(&format!("ping -c 2 -i 0.2 -w 20 -s 1400 {host} >/dev/null"))?;
 
     let listener = TcpListener::bind((host.as_str(), PORT))?;
-    let sent = sample(TRANSFER, 1);
+    let sent = Pattern::bytes(1, TRANSFER);
     let peer = thread::spawn({
         let sent = sent.clone();
         move || give(&listener, &sent)
@@ -117,7 +103,7 @@ fn two_queue_pairs(site: &Site) -> Result<(), Failure> {
     let mut peers = Vec::new();
     for index in 0..2u16 {
         let listener = TcpListener::bind((host.as_str(), PORT + index))?;
-        let sent = sample(TRANSFER / 2, u64::from(index) + 7);
+        let sent = Pattern::bytes(u64::from(index), TRANSFER / 2);
         peers.push(thread::spawn(move || give(&listener, &sent)));
         // A server on each CPU, so that each sends on a queue of its own.
         guest.run(&format!("taskset {} busybox httpd -p 800{index} -h /tmp/web", 1 << index))?;
@@ -134,7 +120,7 @@ fn two_queue_pairs(site: &Site) -> Result<(), Failure> {
     });
     for (index, taker) in (0..).zip(takers) {
         let back = taker.join().map_err(|_| "the peer's thread ended badly")??;
-        let equal = back == sample(TRANSFER / 2, index + 7);
+        let equal = back == Pattern::bytes(index, TRANSFER / 2);
         check(equal, || format!("what came back on {index} is not what was sent"))?;
     }
     guest.power_off()

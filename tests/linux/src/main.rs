@@ -10,6 +10,7 @@
 
 mod cases;
 mod guest;
+mod load;
 mod pattern;
 mod peer;
 mod site;

@@ -1,4 +1,5 @@
-//! The guest's side of the socket tests: this program once more, as a guest runs it.
+//! The guest's side of the socket tests: this program once more, as a guest runs it. What
+//! `linux-tests load` does is said in [`crate::load`].
 //!
 //!     linux-tests vsock-cid                  prints the guest's address
 //!     linux-tests vsock-listen PORT COUNT    sends COUNT connections back what they say
@@ -11,6 +12,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::thread;
 
+use crate::load;
 use crate::pattern::Pattern;
 
 /// The host's address.
@@ -35,6 +37,7 @@ pub fn play() -> Option<ExitCode> {
             let bytes = number(bytes)? as usize;
             connect(port)?.write_all(&sample(bytes))
         }),
+        ["load", address, disk, folder, status] => load::run(address, disk, folder, status),
         _ => return None,
     };
     Some(match result {
@@ -102,7 +105,8 @@ fn listen(port: u32, count: u32) -> io::Result<()> {
     })
 }
 
-fn connect(port: u32) -> io::Result<File> {
+/// Connects to the host's `port`.
+pub fn connect(port: u32) -> io::Result<File> {
     let socket = socket()?;
     let (address, length) = named(HOST, port);
     // SAFETY: the address is valid for its length.

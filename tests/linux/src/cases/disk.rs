@@ -31,7 +31,7 @@ pub fn root_disk(site: &Site) -> Result<NamedTempFile, Failure> {
 }
 
 /// A sparse disk without content.
-fn blank_disk(mib: u64) -> Result<NamedTempFile, Failure> {
+pub fn blank_disk(mib: u64) -> Result<NamedTempFile, Failure> {
     let image = NamedTempFile::new()?;
     image.as_file().set_len(mib * MIB)?;
     Ok(image)

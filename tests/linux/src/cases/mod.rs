@@ -7,6 +7,7 @@ mod lifecycle;
 mod metadata;
 mod network;
 mod resources;
+mod rounds;
 mod snapshot;
 mod vsock;
 
@@ -20,7 +21,8 @@ pub type Case = fn(&Site) -> Result<(), Failure>;
 pub fn all() -> Vec<(&'static str, Case)> {
     let devices =
         [disk::CASES, network::CASES, metadata::CASES, vsock::CASES, balloon::CASES].concat();
-    [boot::CASES, resources::CASES, &devices, lifecycle::CASES, snapshot::CASES].concat()
+    [boot::CASES, resources::CASES, &devices, lifecycle::CASES, snapshot::CASES, rounds::CASES]
+        .concat()
 }
 
 /// Fails with `what` unless `held`.

@@ -21,7 +21,7 @@ const PORT: u16 = 7700;
 const TRANSFER: usize = 8 << 20;
 
 /// Accepts one connection within [`STEP`].
-fn accept(listener: &TcpListener) -> Result<TcpStream, Failure> {
+pub fn accept(listener: &TcpListener) -> Result<TcpStream, Failure> {
     listener.set_nonblocking(true)?;
     let deadline = Instant::now() + STEP;
     loop {

@@ -7,10 +7,7 @@ use super::{Case, check};
 use crate::guest::{Failure, Guest, Machine};
 use crate::site::Site;
 
-pub const CASES: &[(&str, Case)] = &[
-    ("snapshot::goes_on_where_it_was", goes_on_where_it_was),
-    ("snapshot::rounds_under_load", rounds_under_load),
-];
+pub const CASES: &[(&str, Case)] = &[("snapshot::goes_on_where_it_was", goes_on_where_it_was)];
 
 /// What a kernel's log has of a machine that is not well.
 const TROUBLE: &[&str] = &[
@@ -31,7 +28,7 @@ const TROUBLE: &[&str] = &[
 ];
 
 /// Saves the machine of the name `saved`.
-fn save(site: &Site, guest: &Guest, options: &[&str], folder: &Path) -> Result<(), Failure> {
+pub fn save(site: &Site, guest: &Guest, options: &[&str], folder: &Path) -> Result<(), Failure> {
     let mut command = Command::new(&site.hull);
     command.arg("snapshot").args(options).arg("saved").arg(folder);
     let output = command.env("XDG_RUNTIME_DIR", guest.runtime()).output()?;
@@ -41,7 +38,7 @@ fn save(site: &Site, guest: &Guest, options: &[&str], folder: &Path) -> Result<(
 }
 
 /// Returns the kernel's log since it was cleared, which must have none of [`TROUBLE`].
-fn healthy(guest: &mut Guest) -> Result<String, Failure> {
+pub fn healthy(guest: &mut Guest) -> Result<String, Failure> {
     let log = guest.run("dmesg")?;
     match TROUBLE.iter().find(|words| log.contains(**words)) {
         Some(words) => Err(format!("the guest's log has {words:?}:\n{log}").into()),
@@ -92,31 +89,4 @@ fn goes_on_where_it_was(site: &Site) -> Result<(), Failure> {
         format!("the kernel does not know that it is a copy: {log}")
     })?;
     guest.power_off()
-}
-
-/// Saved and gone on from again and again while the disk is written to: what is read back is what was
-/// written.
-fn rounds_under_load(site: &Site) -> Result<(), Failure> {
-    const ROUNDS: usize = 5;
-    let image = super::disk::root_disk(site)?;
-    let folder = tempfile::tempdir()?;
-    let mut guest =
-        Machine::new(site)?.disk(image.path(), ",root").option("--name", "saved").boot()?;
-    guest.run("dmesg -c >/dev/null; dd if=/dev/urandom of=/dev/shm/data bs=1M count=4 2>/dev/null")?;
-    let sum = guest.run("md5sum </dev/shm/data")?;
-    guest.run(
-        "(while :; do cp /dev/shm/data /root/copy.new; sync; mv /root/copy.new /root/copy; \
-         echo >>/dev/shm/copies; done) & :",
-    )?;
-    for round in 0..ROUNDS {
-        let place = folder.path().join(round.to_string());
-        save(site, &guest, &["--stop"], &place)?;
-        guest.wait_success()?;
-        guest = Machine::restored(site, &place)?.option("--name", "saved").start_restored()?;
-        guest.run("sleep 1; [ ! -e /root/copy ] || cmp /dev/shm/data /root/copy")?;
-        guest.expect("md5sum </dev/shm/data", &sum)?;
-    }
-    guest.run("[ $(wc -l </dev/shm/copies) -gt 1 ]")?;
-    healthy(&mut guest)?;
-    guest.kill()
 }

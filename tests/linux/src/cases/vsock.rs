@@ -33,18 +33,30 @@ struct Wired {
 
 fn boot(site: &Site) -> Result<Wired, Failure> {
     let folder = tempfile::tempdir()?;
-    let mut program = std::fs::read(std::env::current_exe()?)?;
-    program.resize(program.len().next_multiple_of(4096), 0);
-    let image = folder.path().join("peer");
-    std::fs::write(&image, program)?;
     let path = folder.path().join("v.sock");
     let options = format!("path={},cid={CID}", path.display());
+    let image = program(folder.path())?;
     let machine = Machine::new(site)?.disk(&image, ",ro").option("--vsock", options);
     let mut guest = machine.boot()?;
+    prepare(&mut guest, "vda")?;
+    Ok(Wired { guest, path, _folder: folder })
+}
+
+/// This program, as a disk in `folder`.
+pub fn program(folder: &Path) -> Result<PathBuf, Failure> {
+    let mut program = std::fs::read(std::env::current_exe()?)?;
+    program.resize(program.len().next_multiple_of(4096), 0);
+    let image = folder.join("peer");
+    std::fs::write(&image, program)?;
+    Ok(image)
+}
+
+/// Gives a guest the driver, and `/tmp/peer` from the disk that [`program`] made.
+pub fn prepare(guest: &mut Guest, disk: &str) -> Result<(), Failure> {
     // Some of these are there already; the last one is the driver.
     guest.run("while read -r m; do insmod /modules/$m 2>/dev/null; done </modules/vsock.order")?;
-    guest.run("cat /dev/vda >/tmp/peer && busybox chmod 755 /tmp/peer")?;
-    Ok(Wired { guest, path, _folder: folder })
+    guest.run(&format!("cat /dev/{disk} >/tmp/peer && busybox chmod 755 /tmp/peer"))?;
+    Ok(())
 }
 
 /// Connects to the guest's `port`, as soon as somebody listens there.
@@ -75,13 +87,14 @@ fn patient(stream: UnixStream) -> Result<UnixStream, Failure> {
 }
 
 /// Listens on the host's `port`.
-fn listen(path: &Path, port: u32) -> Result<UnixListener, Failure> {
+pub fn listen(path: &Path, port: u32) -> Result<UnixListener, Failure> {
     let listener = UnixListener::bind(format!("{}_{port}", path.display()))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
 
-fn accept(listener: &UnixListener) -> Result<UnixStream, Failure> {
+/// Accepts one connection within [`STEP`].
+pub fn accept(listener: &UnixListener) -> Result<UnixStream, Failure> {
     let deadline = Instant::now() + STEP;
     loop {
         match listener.accept() {

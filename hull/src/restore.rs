@@ -40,10 +40,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
         ..origin.state.header.config.clone()
     };
     overrides.apply(&mut config)?;
-    // The streams of the process that saved it are not this one's.
-    let device = config.console.device;
-    config.console = args.console.as_deref().map(console).transpose()?.unwrap_or_default();
-    config.console.device = device;
+    config.console = config.console.elsewhere(args.console.as_deref().map(console).transpose()?)?;
     config.validate_without_kernel()?;
     let pidfile = args.process.pidfile.as_deref();
     let wanted = Wanted { pidfile, config: None, api: args.reach.socket() };

@@ -189,6 +189,29 @@ pub struct ConsoleConfig {
     pub drop: bool,
 }
 
+impl ConsoleConfig {
+    /// How the console of a machine is that was saved with this one: the streams of the process that saved it
+    /// are not those of another, and the device that the guest has stays. `wanted` is what somebody wants.
+    ///
+    /// # Errors
+    /// The guest has none.
+    pub fn elsewhere(&self, wanted: Option<ConsoleConfig>) -> Result<ConsoleConfig, ConfigError> {
+        let mode = wanted.as_ref().map(|wanted| wanted.mode);
+        match (self.mode, mode) {
+            (ConsoleMode::Off, None | Some(ConsoleMode::Off)) => Ok(self.clone()),
+            (ConsoleMode::Off, Some(_)) => error("console", "the guest was saved without one"),
+            // The guest goes on writing to it.
+            (_, Some(ConsoleMode::Off)) => Ok(ConsoleConfig {
+                mode: ConsoleMode::File,
+                path: Some("/dev/null".into()),
+                device: self.device,
+                ..ConsoleConfig::default()
+            }),
+            _ => Ok(ConsoleConfig { device: self.device, ..wanted.unwrap_or_default() }),
+        }
+    }
+}
+
 /// Host side of the console.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
-use vmm::config::VmConfig;
+use vmm::config::{ConfigError, ConsoleMode, VmConfig};
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::hypervisor::{Hypervisor, HypervisorError};
 use vmm::journal::Happening;
@@ -220,13 +220,16 @@ impl Instance {
         let mut config = origin.state.header.config.clone();
         config.name = own.name;
         config.seccomp = own.seccomp;
-        if config.console.device == own.console.device {
-            config.console = own.console;
-        }
+        let invalid = |error: ConfigError| Fault::bad(chain(&error));
+        let mut console = own.console;
         if let Some(serial) = &params.serial_override {
-            serial.clone().put_into(&mut config.console);
+            serial.clone().put_into(&mut console);
         }
-        params.overrides().apply(&mut config).map_err(|error| Fault::bad(chain(&error)))?;
+        // What a process has by itself, nobody asked for.
+        let has_none = config.console.mode == ConsoleMode::Off;
+        let wanted = (params.serial_override.is_some() || !has_none).then_some(console);
+        config.console = config.console.elsewhere(wanted).map_err(invalid)?;
+        params.overrides().apply(&mut config).map_err(invalid)?;
         Ok(config)
     }
 }

@@ -169,3 +169,37 @@ fn what_is_touched_is_written_down_and_fetched() {
     stop(&guest, "first");
     assert_eq!(guest.finish().code(), 0);
 }
+
+#[test]
+fn the_console_stays_as_the_guest_has_it() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let with = Guest::new("spin say=1").option("--name", "m").start();
+    with.wait_for("hello");
+    assert_eq!(beside(&with, "snapshot").flag("--stop").flag("m").flag(&at("with")).run().ok(), "");
+    with.finish();
+    let without = Guest::new("spin").console("off").option("--name", "m").start();
+    let save = || beside(&without, "snapshot").flag("--stop").flag("m").flag(&at("without")).run();
+    while save().code() != 0 {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    without.finish();
+    let restore = |name: &str| Guest::hull("restore").flag(&at(name)).option("--name", "copy");
+    // Nobody listens, and the guest is none the wiser.
+    for name in ["with", "without"] {
+        let copy = restore(name).option("--console", "off").start();
+        let stop = || beside(&copy, "stop").flag("--now").flag("copy").run();
+        while stop().code() != 0 {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let outcome = copy.finish();
+        assert_eq!(outcome.ok(), "");
+    }
+    restore("without").option("--console", "stdio").run().misused(&["console", "without one"]);
+    let copy = restore("with").option("--console", "file=".to_owned() + &at("file")).start();
+    while !fs::read_to_string(at("file")).is_ok_and(|text| text.contains('.')) {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    stop(&copy, "copy");
+    copy.finish();
+}

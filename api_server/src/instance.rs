@@ -14,6 +14,7 @@ mod configuring;
 mod metadata;
 mod running;
 mod snapshot;
+mod wish;
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -22,12 +23,13 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::oneshot;
 use vmm::config::VmConfig;
-use vmm::machine::{Command, Handle, Observed, Origin, Reply, State, root_arguments};
+use vmm::machine::{Command, Handle, Observed, Reply, State, root_arguments};
 use vmm::metrics::{Sink, SinkOptions, SnapshotLatencies};
 use vmm::snapshot::Base;
 
 pub use self::running::no_balloon;
-use crate::fault::{DONE, Done, Fault, chain};
+pub use self::wish::{Start, Wish};
+use crate::fault::{DONE, Done, Fault};
 use crate::requests::Requests;
 use crate::types::metrics::Metrics;
 use crate::types::small::Logger;
@@ -72,43 +74,6 @@ pub trait LogSettings: Send + Sync {
     /// # Errors
     /// The field that cannot be had, and why; nothing is changed then.
     fn change(&self, wanted: &Logger) -> Result<(), String>;
-}
-
-/// What clients want of whoever has the process.
-pub enum Wish {
-    /// The machine is to be built and run.
-    Start(Box<Start>),
-    /// The process is to end; there is no machine yet.
-    Quit,
-}
-
-/// Somebody wants the machine to start. Whoever gets this builds it.
-pub struct Start {
-    /// What is to be built.
-    pub config: VmConfig,
-    /// Where it goes on from, if it does not boot.
-    pub origin: Option<Origin>,
-    link: Link,
-    reply: oneshot::Sender<Result<(), String>>,
-}
-
-impl Start {
-    /// The machine is built and runs from now on.
-    pub fn started(self, handle: Handle) {
-        let base = self.origin.and_then(|origin| {
-            lock(&self.link.0).config = self.config;
-            origin.base
-        });
-        self.link.started(handle, base);
-        // A client that is gone has its machine all the same.
-        let _ = self.reply.send(Ok(()));
-    }
-
-    /// It cannot be built; nothing of it is left, and it can be configured otherwise.
-    pub fn failed(self, error: &dyn std::error::Error) {
-        lock(&self.link.0).phase = Phase::Configuring;
-        let _ = self.reply.send(Err(chain(error)));
-    }
 }
 
 /// From whoever runs the machine to the API.
@@ -421,14 +386,6 @@ impl Instance {
         self.fulfilled(wish).await
     }
 
-    async fn fulfilled(&self, wish: oneshot::Receiver<Result<(), String>>) -> Done {
-        match wish.await {
-            Ok(Ok(())) => Ok(DONE),
-            Ok(Err(message)) => Err(Fault::bad(format!("Start microvm error: {message}"))),
-            Err(_) => Err(Fault::gone()),
-        }
-    }
-
     /// Ends the machine as if its power was cut, and the process with it. One that is just being
     /// built ends when it is, and one that reboots starts no more.
     pub fn quit(&self) -> Done {
@@ -451,39 +408,6 @@ impl Instance {
         });
         inner.quit = true;
         Ok(DONE)
-    }
-
-    /// Has the machine built.
-    fn wish(&self) -> Result<oneshot::Receiver<Result<(), String>>, Fault> {
-        let inner = self.lock();
-        if !matches!(inner.phase, Phase::Configuring) {
-            return Err(Fault::after_start());
-        }
-        if inner.config.kernel.path.as_os_str().is_empty() {
-            return Err(Fault::bad(
-                "Start microvm error: Cannot start microvm without kernel configuration.",
-            ));
-        }
-        let config = to_be_built(&inner.config);
-        drop(inner);
-        self.wish_for(config, None)
-    }
-
-    /// Has a machine built, of which a client has said or saved everything.
-    fn wish_for(
-        &self,
-        config: VmConfig,
-        origin: Option<Origin>,
-    ) -> Result<oneshot::Receiver<Result<(), String>>, Fault> {
-        let (reply, outcome) = oneshot::channel();
-        let mut inner = self.lock();
-        if !matches!(inner.phase, Phase::Configuring) {
-            return Err(Fault::after_start());
-        }
-        let start = Start { config, origin, link: self.link(), reply };
-        self.wishes.send(Wish::Start(Box::new(start))).map_err(|_| Fault::gone())?;
-        inner.phase = Phase::Starting;
-        Ok(outcome)
     }
 }
 

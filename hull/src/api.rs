@@ -53,12 +53,14 @@ pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>) -> Result {
         session.interruptible()?;
         // The sender lives in the API's thread, which lives as long as the process.
         let start = match wishes.recv()? {
-            Wish::Start(start) => start,
+            Wish::Start(start) => start.read(),
             Wish::Quit => {
                 session.tell_quit();
                 return Ok(Code::SUCCESS);
             }
         };
+        // The client was told what is wrong.
+        let Some(start) = start else { continue };
         // Clients count from their wish, not from the process.
         let timings = Arc::new(Timings::new(Instant::now()));
         let machine = session.build(&start.config, start.origin.as_ref(), &timings);
@@ -66,7 +68,7 @@ pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>) -> Result {
         let ready = machine.and_then(|machine| Ok((machine, session.console(&start.config)?)));
         match ready {
             Err(error) => start.failed(error.as_ref()),
-            Ok((machine, console)) => return run(session, *start, machine, console),
+            Ok((machine, console)) => return run(session, start, machine, console),
         }
     }
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Child, Command as Process};
 use std::time::{Duration, Instant};
 
-use common::{Running, add_disk, alone, one_segment_kernel, payload};
+use common::{Running, add_disk, alone, flood, one_segment_kernel, payload};
 use vmm::config::{BalloonConfig, ByteSize};
 use vmm::devices::virtio::balloon::BalloonStatus;
 use vmm::devices::virtio::blk::{Candidate, DiskFile};
@@ -307,11 +307,6 @@ fn a_disk_gets_another_file_while_the_guest_uses_it() {
     let (ending, text) = machine.finish();
     assert_eq!(ending, Ok(Ending::Reset), "{text}");
     assert!(text.contains("count=300000 failed=0"), "{text}");
-}
-
-/// What the payload's `serialflood` prints before "done".
-fn flood(size: usize) -> String {
-    (0..size).map(|i| if i % 64 == 63 { '\n' } else { (b'0' + (i % 64) as u8) as char }).collect()
 }
 
 #[test]

@@ -5,17 +5,20 @@
 
 mod common;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::{Running, kvm, payload, piped};
-use vmm::config::VmConfig;
+use vmm::config::{ByteSize, VmConfig};
 use vmm::hypervisor::Hypervisor;
-use vmm::hypervisor::state::VcpuState;
+use vmm::hypervisor::state::{VcpuState, VmState};
 use vmm::machine::{
-    Command, Ending, Frozen, Host, Machine, Observed, Origin, RunOptions, State as Is,
+    BuildError, Command, Ending, Frozen, Host, Machine, Observed, Origin, OriginError, RunOptions,
+    State as Is,
 };
+use vmm::memory::Runs;
 use vmm::seccomp::ThreadKind;
 use vmm::snapshot::{self, Base, Diff, Files, Header, State, Taken};
 use vmm::timings::Timings;
@@ -225,5 +228,114 @@ fn a_diff_has_what_changed() {
     for machine in copies.into_iter().chain([first, merged]) {
         machine.handle.call(Command::Quit).unwrap();
         assert_eq!(machine.finish().0, Ok(Ending::Quit));
+    }
+}
+
+/// Saves `first`, and lets a copy go on in its place, so often as `rounds` says or until it has ended. Returns
+/// the last one, and what those before it printed.
+fn handed_on(config: &VmConfig, first: Running, rounds: u64) -> (Running, String) {
+    let (mut machine, mut text, mut round) = (first, String::new(), 0);
+    while round < rounds {
+        // At once, and after some work.
+        std::thread::sleep(Duration::from_millis(round % 5));
+        let kept = saved(config, freeze(&machine), None);
+        machine.handle.call(Command::Quit).unwrap();
+        let (ending, said) = machine.finish();
+        assert_eq!(ending, Ok(Ending::Quit));
+        text += &said;
+        machine = restored(config.clone(), kept.origin());
+        assert_eq!(machine.handle.call(Command::Resume), Ok(Is::Running));
+        round += 1;
+    }
+    (machine, text)
+}
+
+#[test]
+fn a_guest_is_saved_in_the_middle_of_an_exit() {
+    // It does nothing but write to a port, a string at a time.
+    const SIZE: usize = 400_000;
+    let config = payload(&format!("serialflood size={SIZE}"));
+    let (last, mut text) = handed_on(&config, Running::start(config.clone(), None), 20);
+    let (ending, rest) = last.finish();
+    assert_eq!(ending, Ok(Ending::Reset));
+    text += &rest;
+    let expected = common::flood(SIZE) + "done\n";
+    let same = text.bytes().zip(expected.bytes()).take_while(|(a, b)| a == b).count();
+    assert!(text == expected, "the texts differ from byte {same} on: {}", text.len());
+}
+
+#[test]
+fn requests_in_flight_are_neither_lost_nor_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = payload("blk op=verify size=4096 count=4096");
+    config.cpus = 2;
+    config.rng = true;
+    common::add_disk(&mut config, &folder, 16);
+    let (last, mut text) = handed_on(&config, Running::start(config.clone(), None), 15);
+    let (ending, rest) = last.finish();
+    text += &rest;
+    assert_eq!(ending, Ok(Ending::Reset), "{text}");
+    assert!(text.contains("count=4096 failed=0 bad=0"), "{text}");
+}
+
+/// Snapshots as version 1 writes them, which every later version reads. `UPDATE=1` writes them anew: with a new
+/// version, beside these, and not instead of them.
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1")
+}
+
+#[test]
+fn what_was_saved_once_is_read_for_ever() {
+    let mut config = payload("spin say=1");
+    config.memory.size = ByteSize(4 << 20);
+    config.rng = true;
+    config.balloon = Some(vmm::config::BalloonConfig::default());
+    if std::env::var_os("UPDATE").is_some() {
+        let first = Running::start(config.clone(), None);
+        std::thread::sleep(Duration::from_millis(300));
+        let Frozen { parts, image, .. } = freeze(&first);
+        image.freeze().unwrap();
+        let mut config = config.clone();
+        // It is nobody's in particular.
+        config.kernel.path = "/golden/payload.elf".into();
+        let taken = |diff| {
+            let (config, disks, contents) = (config.clone(), Vec::new(), image.contents());
+            let parts = parts.clone();
+            Taken { id: None, created_ms: 1_700_000_000_000, parts, config, disks, contents, diff }
+        };
+        for name in ["full", "diff"] {
+            std::fs::create_dir_all(golden().join(name)).unwrap();
+        }
+        let files = Files::within(&golden().join("full"));
+        let id = snapshot::store(taken(None), &files, &|_, _| {}).unwrap().memory.id;
+        let base = Some(Base { id, state: files.state, memory: files.memory });
+        let pages = Runs::new([3..5, 400..402]);
+        let files = Files::within(&golden().join("diff"));
+        snapshot::store(taken(Some(Diff { pages, base })), &files, &|_, _| {}).unwrap();
+        first.handle.call(Command::Quit).unwrap();
+        first.finish().0.unwrap();
+    }
+    for name in ["full", "diff"] {
+        let origin = snapshot::load(&Files::within(&golden().join(name)), None).unwrap();
+        let saved = &origin.state.header.config;
+        assert_eq!((saved.cpus, saved.memory.size), (config.cpus, config.memory.size), "{name}");
+        for part in &origin.state.parts {
+            // As it was written, whatever it is by now.
+            let again = match part.payload.kind {
+                "vm" => VmState::restore(&part.payload).unwrap().save(),
+                "vcpu" => VcpuState::restore(&part.payload).unwrap().save(),
+                _ => continue,
+            };
+            assert_eq!(again, part.payload, "{name}: {}", part.owner);
+        }
+        let (observed, kvm) = (Observed::default(), kvm());
+        let timings = Arc::new(Timings::new(Instant::now()));
+        let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
+        // The CPU that it was saved on may be another than this one, and KVM too; nothing else may.
+        match Machine::restore(saved, &origin, &host) {
+            Ok(machine) => drop(machine),
+            Err(BuildError::Origin(OriginError::Cpu(_)) | BuildError::Hypervisor(_)) => {}
+            Err(error) => panic!("{name}: {}", common::chain(&error)),
+        }
     }
 }

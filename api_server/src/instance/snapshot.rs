@@ -22,6 +22,7 @@ use vmm::machine::{Clock, Command, Frozen, Handle, Origin};
 use vmm::memory::Image;
 use vmm::snapshot::{self, Base, Diff, Files, StoreError, Taken};
 
+use super::wish::Beginning;
 use super::{Instance, Shared, elsewhere, send};
 use crate::fault::{DONE, Done, Fault, chain};
 use crate::types::snapshot::{BackendType, SnapshotCreateParams, SnapshotLoadParams, SnapshotType};
@@ -191,45 +192,47 @@ impl Instance {
                 "Loading a snapshot is not possible after the machine was configured.",
             ));
         }
-        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
-        let state = absolute(params.snapshot_path.clone());
         let (backend, path) = params.memory()?;
-        let memory = absolute(path);
-        let origin = elsewhere(move || match backend {
-            BackendType::File => snapshot::load(&Files { state, memory }, None),
-            BackendType::Uffd => snapshot::load_paged(&state, memory),
-        });
-        let origin = origin.await?;
-        let mut origin = origin.map_err(|error| failed(&error))?;
-        if params.clock_realtime {
-            origin.clock = Clock::Advance;
-        }
-        let config = self.overridden(&origin, &params)?;
-        let wish = self.wish_for(config, Some(origin))?;
+        let (own, resume) = (self.config(), params.resume_vm);
+        // Read by who builds the machine: that is quicker than by a thread of its own.
+        let load = move || {
+            let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+            let (state, memory) = (absolute(params.snapshot_path.clone()), absolute(path));
+            let origin = match backend {
+                BackendType::File => snapshot::load(&Files { state, memory }, None),
+                BackendType::Uffd => snapshot::load_paged(&state, memory),
+            };
+            let mut origin = origin.map_err(|error| failed(&error))?;
+            if params.clock_realtime {
+                origin.clock = Clock::Advance;
+            }
+            Ok((overridden(own, &origin, &params)?, origin))
+        };
+        let wish = self.wish_for(Beginning::Snapshot(Box::new(load), resume))?;
         self.fulfilled(wish).await?;
-        if params.resume_vm {
-            send(&self.handle()?, Command::Resume).await?;
-        }
         self.latencies.load_snapshot.set(micros(start));
         Ok(DONE)
     }
+}
 
-    /// The saved configuration, with what is this process's own, and what the client has otherwise.
-    fn overridden(&self, origin: &Origin, params: &SnapshotLoadParams) -> Result<VmConfig, Fault> {
-        let own = self.config();
-        let mut config = origin.state.header.config.clone();
-        config.name = own.name;
-        config.seccomp = own.seccomp;
-        let invalid = |error: ConfigError| Fault::bad(chain(&error));
-        let mut console = own.console;
-        if let Some(serial) = &params.serial_override {
-            serial.clone().put_into(&mut console);
-        }
-        // What a process has by itself, nobody asked for.
-        let has_none = config.console.mode == ConsoleMode::Off;
-        let wanted = (params.serial_override.is_some() || !has_none).then_some(console);
-        config.console = config.console.elsewhere(wanted).map_err(invalid)?;
-        params.overrides().apply(&mut config).map_err(invalid)?;
-        Ok(config)
+/// The saved configuration, with what is this process's `own`, and what the client has otherwise.
+fn overridden(
+    own: VmConfig,
+    origin: &Origin,
+    params: &SnapshotLoadParams,
+) -> Result<VmConfig, Fault> {
+    let mut config = origin.state.header.config.clone();
+    config.name = own.name;
+    config.seccomp = own.seccomp;
+    let invalid = |error: ConfigError| Fault::bad(chain(&error));
+    let mut console = own.console;
+    if let Some(serial) = &params.serial_override {
+        serial.clone().put_into(&mut console);
     }
+    // What a process has by itself, nobody asked for.
+    let has_none = config.console.mode == ConsoleMode::Off;
+    let wanted = (params.serial_override.is_some() || !has_none).then_some(console);
+    config.console = config.console.elsewhere(wanted).map_err(invalid)?;
+    params.overrides().apply(&mut config).map_err(invalid)?;
+    Ok(config)
 }

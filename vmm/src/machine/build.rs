@@ -123,6 +123,20 @@ fn event() -> Result<EventFd, BuildError> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("an event descriptor"))
 }
 
+/// Does two things at once, the first on a thread of its own.
+fn beside<A: Send, B>(
+    other: impl FnOnce() -> Result<A, BuildError> + Send,
+    here: impl FnOnce() -> B,
+) -> Result<(A, B), BuildError> {
+    std::thread::scope(|scope| {
+        let builder = std::thread::Builder::new().name("cpus".to_owned());
+        let other = builder.spawn_scoped(scope, other).map_err(host("a thread"))?;
+        let here = here();
+        let other = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok((other, here))
+    })
+}
+
 /// What can be seen of a machine from outside.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
@@ -166,7 +180,7 @@ impl Machine {
         // What a saved machine's CPUs are like is in its state.
         let plain = CpuConfig::default();
         let cpu = if origin.is_some() { &plain } else { &config.cpu };
-        let cpus = Cpus::new(hypervisor, config.cpus, cpu)?;
+        let ask = || Cpus::new(hypervisor, config.cpus, cpu);
         let wake = Arc::new(event()?);
         let (events, receiver) = Sender::new(Arc::clone(&wake));
         let Observed { metrics, journal } = &host_side.observed;
@@ -175,15 +189,23 @@ impl Machine {
         output.set_limit(table::limiter(config.console.rate));
         output.set_drops(config.console.drop);
         metrics.add_of_machine(None, ("uart", Arc::clone(output.metrics()) as _));
+        let lay_out = || {
+            let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
+            if let Some(origin) = origin {
+                restore::memory(origin, &mut ram)?;
+            }
+            let devices = table::devices(config, &output, host_side.window, &ram)?;
+            let vm = hypervisor.create_vm()?;
+            ram.register(vm.as_ref())?;
+            Ok::<_, BuildError>((ram, devices, vm))
+        };
+        let (cpus, laid_out) = match origin {
+            // Somebody waits for it, and asking KVM takes as long as the rest where CPUID is emulated.
+            Some(_) => beside(ask, lay_out)?,
+            None => (ask()?, lay_out()),
+        };
         check_addresses(config, cpus.cpuid().address_limit())?;
-
-        let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
-        if let Some(origin) = origin {
-            restore::memory(origin, &mut ram)?;
-        }
-        let devices = table::devices(config, &output, host_side.window, &ram)?;
-        let vm = hypervisor.create_vm()?;
-        ram.register(vm.as_ref())?;
+        let (mut ram, devices, vm) = laid_out?;
         vm.set_tss_address(layout::KVM_TSS)?;
         vm.create_irqchip()?;
         vm.create_pit()?;

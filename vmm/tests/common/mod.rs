@@ -81,6 +81,11 @@ pub fn payload(words: &str) -> VmConfig {
     config
 }
 
+/// What the payload's `serialflood` prints before "done".
+pub fn flood(size: usize) -> String {
+    (0..size).map(|i| if i % 64 == 63 { '\n' } else { (b'0' + (i % 64) as u8) as char }).collect()
+}
+
 /// A disk of `mib` MiB for `config`.
 pub fn add_disk(config: &mut VmConfig, folder: &TempDir, mib: u64) {
     let path = folder.path().join("disk.img");

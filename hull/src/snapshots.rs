@@ -55,7 +55,7 @@ fn show(path: &Path, json: bool) -> Result {
         streams::print(&(serde_json::to_string_pretty(&state.header)? + "\n"))?;
         return Ok(Code::SUCCESS);
     }
-    let Header { hull, created_ms, config, memory, disks } = &state.header;
+    let Header { hull, created_ms, host: _, config, memory, disks } = &state.header;
     let mut table = Table::new(["WHAT", "VALUE"]);
     table.push(["format".into(), snapshot::FORMAT.to_string()]);
     table.push(["written by".into(), format!("hull {hull}")]);

@@ -30,7 +30,7 @@ pub use self::file::{FORMAT, StateError, parse, read, sealed, write};
 pub use self::load::{LoadError, MergeError, load, load_paged, merge};
 pub use self::memory::Progress;
 pub use self::overrides::Overrides;
-pub use self::store::{Diff, Files, StoreError, Taken, disks, now_ms, remove, store};
+pub use self::store::{Diff, Files, StoreError, Taken, disks, now_ms, remove, store, this_host};
 pub(crate) use self::working_set::Companion;
 pub use self::working_set::{Prefetch, Record, WorkingSetError};
 use crate::config::VmConfig;
@@ -43,6 +43,9 @@ pub struct Header {
     pub hull: String,
     /// When, in milliseconds since 1970.
     pub created_ms: u64,
+    /// Where: which start of which host. CPUs of the same one need not be compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
     /// The machine as it was configured when it was saved.
     pub config: VmConfig,
     /// Its memory.

@@ -64,8 +64,16 @@ fn saved(config: &VmConfig, frozen: Frozen, base: Option<Base>) -> Kept {
     let diff = base.map(|base| Diff { pages: image.changed(), base: Some(base) });
     let (config, disks, contents) = (config.clone(), Vec::new(), image.contents());
     let folder = tempfile::tempdir().unwrap();
-    let taken =
-        Taken { id: None, created_ms: snapshot::now_ms(), parts, config, disks, contents, diff };
+    let taken = Taken {
+        id: None,
+        created_ms: snapshot::now_ms(),
+        host: snapshot::this_host(),
+        parts,
+        config,
+        disks,
+        contents,
+        diff,
+    };
     let header = snapshot::store(taken, &Files::within(folder.path()), &|_, _| {}).unwrap();
     image.saved();
     Kept { folder, header }
@@ -155,6 +163,8 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     let lacking = refused(&|state| {
         let place = part(state, "vcpu");
         let payload = &mut state.parts[place].payload;
+        // As if it came from another host.
+        state.header.host = None;
         let mut vcpu = VcpuState::restore(payload).unwrap();
         // A reserved bit, which no host has.
         let leaf = vcpu.cpuid.iter_mut().find(|entry| entry.function == 1).unwrap();
@@ -301,7 +311,16 @@ fn what_was_saved_once_is_read_for_ever() {
         let taken = |diff| {
             let (config, disks, contents) = (config.clone(), Vec::new(), image.contents());
             let parts = parts.clone();
-            Taken { id: None, created_ms: 1_700_000_000_000, parts, config, disks, contents, diff }
+            Taken {
+                id: None,
+                created_ms: 1_700_000_000_000,
+                host: None,
+                parts,
+                config,
+                disks,
+                contents,
+                diff,
+            }
         };
         for name in ["full", "diff"] {
             std::fs::create_dir_all(golden().join(name)).unwrap();

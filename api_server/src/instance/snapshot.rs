@@ -157,7 +157,8 @@ fn take(
     image.freeze().map_err(SaveError::Freeze)?;
     let diff = diff(&image, base).filter(|_| is_diff);
     let (disks, contents) = (snapshot::disks(&config), image.contents());
-    Ok(Taken { id: None, created_ms, parts, config, disks, contents, diff })
+    let host = snapshot::this_host();
+    Ok(Taken { id: None, created_ms, host, parts, config, disks, contents, diff })
 }
 
 /// What changed since the last snapshot. All of it if there was none, unless a pager has the rest.

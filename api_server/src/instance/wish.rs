@@ -21,7 +21,7 @@ pub(super) type Load = Box<dyn FnOnce() -> Result<(VmConfig, Origin), Fault> + S
 /// Where a machine that is to start comes from.
 pub(super) enum Beginning {
     /// A kernel.
-    Kernel(VmConfig),
+    Kernel(Box<VmConfig>),
     /// A snapshot, and whether it goes on at once.
     Snapshot(Load, bool),
 }
@@ -108,14 +108,14 @@ impl Instance {
         }
         let config = to_be_built(&inner.config);
         drop(inner);
-        self.wish_for(Beginning::Kernel(config))
+        self.wish_for(Beginning::Kernel(Box::new(config)))
     }
 
     /// Has a machine built, of which a client has said or saved everything.
     pub(super) fn wish_for(&self, from: Beginning) -> Result<oneshot::Receiver<Outcome>, Fault> {
         let (reply, outcome) = oneshot::channel();
         let (config, load, resume) = match from {
-            Beginning::Kernel(config) => (config, None, false),
+            Beginning::Kernel(config) => (*config, None, false),
             Beginning::Snapshot(load, resume) => (VmConfig::default(), Some(load), resume),
         };
         let mut inner = self.lock();

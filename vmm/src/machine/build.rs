@@ -123,20 +123,6 @@ fn event() -> Result<EventFd, BuildError> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host("an event descriptor"))
 }
 
-/// Does two things at once, the first on a thread of its own.
-fn beside<A: Send, B>(
-    other: impl FnOnce() -> Result<A, BuildError> + Send,
-    here: impl FnOnce() -> B,
-) -> Result<(A, B), BuildError> {
-    std::thread::scope(|scope| {
-        let builder = std::thread::Builder::new().name("cpus".to_owned());
-        let other = builder.spawn_scoped(scope, other).map_err(host("a thread"))?;
-        let here = here();
-        let other = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok((other, here))
-    })
-}
-
 /// What can be seen of a machine from outside.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
@@ -177,10 +163,14 @@ impl Machine {
     ) -> Result<Machine, BuildError> {
         warn_if_larger_than_host(config);
         let hypervisor = host_side.hypervisor;
-        // What a saved machine's CPUs are like is in its state.
+        // What a saved machine's CPUs are like is in its state. Where it was saved on this very host there is
+        // nothing to compare it with.
         let plain = CpuConfig::default();
-        let cpu = if origin.is_some() { &plain } else { &config.cpu };
-        let ask = || Cpus::new(hypervisor, config.cpus, cpu);
+        let cpus = match origin {
+            Some(origin) if origin.is_from_here() => None,
+            Some(_) => Some(Cpus::new(hypervisor, config.cpus, &plain)?),
+            None => Some(Cpus::new(hypervisor, config.cpus, &config.cpu)?),
+        };
         let wake = Arc::new(event()?);
         let (events, receiver) = Sender::new(Arc::clone(&wake));
         let Observed { metrics, journal } = &host_side.observed;
@@ -189,23 +179,17 @@ impl Machine {
         output.set_limit(table::limiter(config.console.rate));
         output.set_drops(config.console.drop);
         metrics.add_of_machine(None, ("uart", Arc::clone(output.metrics()) as _));
-        let lay_out = || {
-            let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
-            if let Some(origin) = origin {
-                restore::memory(origin, &mut ram)?;
-            }
-            let devices = table::devices(config, &output, host_side.window, &ram)?;
-            let vm = hypervisor.create_vm()?;
-            ram.register(vm.as_ref())?;
-            Ok::<_, BuildError>((ram, devices, vm))
-        };
-        let (cpus, laid_out) = match origin {
-            // Somebody waits for it, and asking KVM takes as long as the rest where CPUID is emulated.
-            Some(_) => beside(ask, lay_out)?,
-            None => (ask()?, lay_out()),
-        };
-        check_addresses(config, cpus.cpuid().address_limit())?;
-        let (mut ram, devices, vm) = laid_out?;
+        if let Some(cpus) = &cpus {
+            check_addresses(config, cpus.cpuid().address_limit())?;
+        }
+
+        let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
+        if let Some(origin) = origin {
+            restore::memory(origin, &mut ram)?;
+        }
+        let devices = table::devices(config, &output, host_side.window, &ram)?;
+        let vm = hypervisor.create_vm()?;
+        ram.register(vm.as_ref())?;
         vm.set_tss_address(layout::KVM_TSS)?;
         vm.create_irqchip()?;
         vm.create_pit()?;
@@ -227,26 +211,28 @@ impl Machine {
         let Wiring { buses, mut slots, io: io_threads, .. } = wiring;
         host_side.timings.mark(Milestone::VmCreated);
 
-        let vcpus = cpus.make(vm.as_ref())?;
-        let page_size = PageSize::largest(&cpus.cpuid().for_vcpu(0));
+        let vcpus = match &cpus {
+            Some(cpus) => cpus.make(vm.as_ref())?,
+            None => cpus::bare(vm.as_ref(), config.cpus)?,
+        };
         write_identity(&mut ram)?;
         let mut leased = None;
         if let Some(origin) = origin {
             let (vm, serial) = (vm.as_ref(), serial.as_deref());
             let (keyboard, acpi, slots) = (&keyboard, &acpi_port, &mut slots);
-            let vcpus = &vcpus;
-            let parts = Restored { vm, vcpus, serial, keyboard, acpi, slots };
+            let (vcpus, compare) = (&vcpus, cpus.is_some());
+            let parts = Restored { vm, vcpus, compare, serial, keyboard, acpi, slots };
             restore::states(origin, parts)?;
             // The guest is a copy. It is told before its first instruction.
             acpi_port.raise(AcpiEvent::VmGenId);
             acpi_port.raise(AcpiEvent::VmClock);
-        } else {
+        } else if let Some(cpus) = &cpus {
             let context = Context {
                 cmdline: &command_line(config, slots.len()),
                 root_disk: config.disk.iter().any(|disk| disk.root),
                 pvm: host_side.pvm,
                 rsdp: describe(config, &slots, &mut ram, cpus.cpuid())?,
-                page_size,
+                page_size: PageSize::largest(&cpus.cpuid().for_vcpu(0)),
             };
             let kernel = kernel::load(&config.kernel, &mut ram, &context)?;
             if let Some(boot_cpu) = vcpus.first() {

@@ -115,8 +115,10 @@ fn checksum(prefix: &[u8], header: &[u8], payloads: &[u8]) -> blake3::Hash {
 /// [`StateError`].
 pub fn read(path: &Path) -> Result<State, StateError> {
     let failed = |source| StateError::Io { verb: "read", source };
-    let mut bytes = Vec::new();
     let file = File::open(path).map_err(failed)?;
+    // In one piece, if it is as long as it says.
+    let len = file.metadata().map_err(failed)?.len().min(LONGEST);
+    let mut bytes = Vec::with_capacity(len as usize + 32);
     file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(failed)?;
     parse(&bytes)
 }
@@ -232,6 +234,7 @@ mod tests {
             header: Header {
                 hull: "0".to_owned(),
                 created_ms: 1,
+                host: None,
                 config: VmConfig::default(),
                 memory: MemoryHeader {
                     size: 4096,

@@ -228,8 +228,8 @@ pub fn merge(
     let layers = layers(files, &mut state, base, DEEPEST)?;
     let State { header, parts } = state;
     let contents = Contents::new(header.memory.size, &layers);
-    let Header { created_ms, config, disks, memory, .. } = header;
+    let Header { created_ms, host, config, disks, memory, .. } = header;
     let id = Some(memory.id);
-    let taken = Taken { id, created_ms, parts, config, disks, contents, diff: None };
+    let taken = Taken { id, created_ms, host, parts, config, disks, contents, diff: None };
     Ok(store(taken, target, progress)?)
 }

@@ -88,6 +88,8 @@ pub struct Taken {
     pub id: Option<String>,
     /// When that was, in milliseconds since 1970.
     pub created_ms: u64,
+    /// Where, as [`this_host`] says it.
+    pub host: Option<String>,
     /// Its states.
     pub parts: Vec<Part>,
     /// How it was configured.
@@ -117,7 +119,7 @@ pub struct Diff {
 /// # Errors
 /// [`StoreError`]; nothing new is left then.
 pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Header, StoreError> {
-    let Taken { id, created_ms, mut parts, config, disks, contents, diff } = taken;
+    let Taken { id, created_ms, host, mut parts, config, disks, contents, diff } = taken;
     check(&config, files)?;
     let size = contents.pages() * PAGE_SIZE;
     let gone = |diff: &Diff| diff.base.as_ref().is_some_and(|base| !stands(base));
@@ -153,6 +155,7 @@ pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Head
     let header = Header {
         hull: env!("CARGO_PKG_VERSION").to_owned(),
         created_ms,
+        host,
         disks,
         config,
         memory: MemoryHeader { id, aside, size, data, samples, base },
@@ -259,6 +262,12 @@ impl Base {
         let folder = diff.parent().unwrap_or(Path::new(""));
         Files { state: folder.join(&self.state), memory: folder.join(&self.memory) }
     }
+}
+
+/// Which start of which host this is, if the kernel says (Linux, Documentation/admin-guide/sysctl/kernel.rst).
+pub fn this_host() -> Option<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim_end().to_owned())
 }
 
 /// Milliseconds since 1970.

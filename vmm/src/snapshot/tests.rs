@@ -102,6 +102,7 @@ impl Run<'_> {
         let taken = Taken {
             id: None,
             created_ms: now_ms(),
+            host: None,
             parts: Vec::new(),
             config: VmConfig::default(),
             disks: Vec::new(),

@@ -14,7 +14,7 @@ const CPU: &str = "load by API, exec to output, cpu";
 /// Of Firecracker's time.
 const TARGET: f64 = 0.25;
 
-/// From exec to the guest's first byte: connect(2) without a pause, `PUT /snapshot/load` with
+/// From exec to the guest's first byte: connect(2) every 50 µs, `PUT /snapshot/load` with
 /// `resume_vm`, and what the guest has to say. Files are in the page cache.
 pub fn run(programs: &Programs, turns: Turns<'_>, report: &mut Report) -> Result<()> {
     let guest = Guest::new(TALKER);

@@ -105,6 +105,15 @@ impl Cpus {
     }
 }
 
+/// vCPUs that nothing is known of yet: they get a state that was saved on this host.
+///
+/// # Errors
+/// KVM refused.
+pub fn bare(vm: &dyn Vm, count: u32) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
+    // A machine has at most 64.
+    (0..count).map(|index| Ok(vm.create_vcpu(index as u8)?)).collect()
+}
+
 fn count(wanted: u32, capabilities: &Capabilities) -> Result<u8, BuildError> {
     let max = capabilities.max_vcpus;
     match u8::try_from(wanted) {

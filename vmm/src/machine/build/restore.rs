@@ -13,7 +13,7 @@ use crate::hypervisor::state::{VcpuState, VmState};
 use crate::hypervisor::{Vcpu, Vm};
 use crate::memory::{Check, GuestRam, Layer, PagerError};
 use crate::seccomp;
-use crate::snapshot::{Base, Companion, Prefetch, Record, State, WorkingSetError};
+use crate::snapshot::{self, Base, Companion, Prefetch, Record, State, WorkingSetError};
 
 /// What a machine goes on from.
 #[derive(Debug)]
@@ -36,6 +36,12 @@ impl Origin {
     pub(crate) fn new(state: State, memory: Source, base: Option<Base>) -> Origin {
         let clock = Clock::default();
         Origin { state, memory, base, clock, record: None, prefetch: None }
+    }
+
+    /// True if it was saved on this host, since that was started.
+    pub(super) fn is_from_here(&self) -> bool {
+        let host = self.state.header.host.as_deref();
+        host.is_some_and(|host| snapshot::this_host().as_deref() == Some(host))
     }
 }
 
@@ -173,6 +179,8 @@ pub(super) fn companions(
 pub(super) struct Restored<'a> {
     pub(super) vm: &'a dyn Vm,
     pub(super) vcpus: &'a [Box<dyn Vcpu>],
+    /// What CPUID says of them is this host's, to be compared with what the guest was shown.
+    pub(super) compare: bool,
     pub(super) serial: Option<&'a SerialPort>,
     pub(super) keyboard: &'a KeyboardPort,
     pub(super) acpi: &'a AcpiPort,
@@ -196,10 +204,12 @@ pub(super) fn states(origin: &Origin, machine: Restored<'_>) -> Result<(), Build
         let state = parts.take(&owner, Some("vcpu"))?;
         let mut state = taken(&owner, VcpuState::restore(&state))?;
         state.advance(passed);
-        // Made for this host, and not changed yet.
-        let missing = arch::cpuid::missing(&state.cpuid, &vcpu.cpuid()?);
-        if !missing.is_empty() {
-            return Err(OriginError::Cpu(missing.join(", ")).into());
+        if machine.compare {
+            // Made for this host, and not changed yet.
+            let missing = arch::cpuid::missing(&state.cpuid, &vcpu.cpuid()?);
+            if !missing.is_empty() {
+                return Err(OriginError::Cpu(missing.join(", ")).into());
+            }
         }
         vcpu.restore(&state)?;
     }

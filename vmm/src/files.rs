@@ -82,3 +82,21 @@ pub(crate) fn allow_many() {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn long_paths_are_reached_through_their_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = dir.path().join("d".repeat(200));
+        fs::create_dir(&long).unwrap();
+        let short = SocketPath::of(&long.join("s")).unwrap();
+        assert!(short.as_path().as_os_str().len() < 40);
+        fs::write(short.as_path(), "here").unwrap();
+        assert_eq!(fs::read(long.join("s")).unwrap(), b"here");
+        assert_eq!(SocketPath::of(Path::new("a/b")).unwrap().as_path(), Path::new("a/b"));
+    }
+}

@@ -5,10 +5,8 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
@@ -19,6 +17,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
+use vmm::files::SocketPath;
 
 use super::error::ClientError;
 use super::machine::Machine;
@@ -28,9 +27,6 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Most bytes of an answer.
 const LONGEST_ANSWER: usize = 16 << 20;
-
-/// Longest path of a socket, in bytes: `sun_path` without its NUL.
-const LONGEST_SOCKET_PATH: usize = 107;
 
 /// Between two tries to connect to who has too many connections waiting.
 const CONNECT_AGAIN: Duration = Duration::from_millis(5);
@@ -222,29 +218,13 @@ async fn open(machine: &Machine, patience: Duration) -> Result<UnixStream, Clien
 
 /// Connects, as soon as who listens has room for one more.
 async fn reach(path: &Path) -> io::Result<UnixStream> {
-    let (path, _directory) = short(path)?;
+    let path = SocketPath::of(path)?;
     loop {
-        match UnixStream::connect(&path).await {
+        match UnixStream::connect(path.as_path()).await {
             Err(error) if error.kind() == ErrorKind::WouldBlock => sleep(CONNECT_AGAIN).await,
             connected => return connected,
         }
     }
-}
-
-/// A path of the same file that fits into a socket's address, and what has to be held for as long as
-/// it is used.
-fn short(path: &Path) -> io::Result<(PathBuf, Option<fs::File>)> {
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Ok((path.to_owned(), None));
-    };
-    if path.as_os_str().as_bytes().len() <= LONGEST_SOCKET_PATH {
-        return Ok((path.to_owned(), None));
-    }
-    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-    let directory = fs::File::options().read(true).custom_flags(flags).open(parent)?;
-    let short = Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
-    Ok((short, Some(directory)))
 }
 
 /// Why nobody could be reached at `path`, as a person sees it.
@@ -286,17 +266,5 @@ mod tests {
     fn ids_cannot_become_other_paths() {
         assert_eq!(segment("root_1"), "root_1");
         assert_eq!(segment("../vm?a#ä"), "%2E%2E%2Fvm%3Fa%23%C3%A4");
-    }
-
-    #[test]
-    fn long_paths_are_reached_through_their_directory() {
-        let dir = tempfile::tempdir().unwrap();
-        let long = dir.path().join("d".repeat(200));
-        fs::create_dir(&long).unwrap();
-        let (path, held) = short(&long.join("s")).unwrap();
-        assert!(held.is_some() && path.as_os_str().len() < 40);
-        fs::write(&path, "here").unwrap();
-        assert_eq!(fs::read(long.join("s")).unwrap(), b"here");
-        assert!(short(Path::new("a/b")).unwrap().1.is_none());
     }
 }

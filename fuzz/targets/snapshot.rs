@@ -8,6 +8,7 @@ use devices::serial::Serial;
 use devices::virtio::mmio::Registers;
 use libfuzzer_sys::fuzz_target;
 use vmm::hypervisor::state::{VcpuState, VmState};
+use vmm::memory::Runs;
 use vmm::snapshot;
 
 /// A header that is always the same.
@@ -50,6 +51,9 @@ fuzz_target!(|data: &[u8]| {
             let mut again = Registers::new(2, 0, &[256], Vec::new());
             assert_eq!(again.restore(&saved, vec![0; 8]), Ok(interrupt));
             assert_eq!(again, registers);
+        }
+        if let Some(pages) = Runs::from_bytes(&payload.bytes) {
+            assert_eq!(Runs::from_bytes(&pages.to_bytes()), Some(pages));
         }
         let _ = VcpuState::restore(payload).map(|state| assert_eq!(state.save(), *payload));
         let _ = VmState::restore(payload).map(|state| assert_eq!(state.save(), *payload));

@@ -19,6 +19,8 @@ pub const NOBODY: libc::uid_t = 65534;
 enum Step {
     /// A file system in memory over a directory.
     Empty(CString),
+    /// One with room for 4 MiB.
+    Small(CString),
     Folder(CString),
     Node(CString, libc::mode_t, libc::gid_t, libc::dev_t),
     /// No device in `/dev` can be opened, whoever asks.
@@ -98,6 +100,11 @@ impl Surroundings {
         })
     }
 
+    /// An empty directory with room for 4 MiB.
+    pub fn small(self, folder: &Path) -> Surroundings {
+        self.step(Step::Small(text(folder)))
+    }
+
     /// A directory on a file system that is mounted read-only.
     pub fn read_only(self, folder: &Path) -> Surroundings {
         self.step(Step::ReadOnly(text(folder)))
@@ -167,6 +174,10 @@ impl Step {
         unsafe {
             match self {
                 Step::Empty(path) => mount(None, path, 0),
+                Step::Small(path) => {
+                    let (tmpfs, options) = (c"tmpfs".as_ptr(), c"size=4m".as_ptr());
+                    check(libc::mount(tmpfs, path.as_ptr(), tmpfs, 0, options.cast()))
+                }
                 Step::Folder(path) => check(libc::mkdir(path.as_ptr(), 0o755)),
                 Step::Node(path, mode, group, number) => {
                     check(libc::mknod(path.as_ptr(), libc::S_IFCHR | mode, *number))?;

@@ -137,7 +137,7 @@ impl Image {
 
     /// Where pages are mapped: their address, and how many of them are there behind one another.
     pub(super) fn host(&self, page: u64) -> Option<(*mut u8, u64)> {
-        let mut at = page * PAGE_SIZE;
+        let mut at = page.checked_mul(PAGE_SIZE)?;
         for (_, mapping) in self.ranges.iter() {
             let len = mapping.len() as u64;
             if at < len {

@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+/// Most ranges that are taken from bytes, which may say anything. Freezing leaves 4,096.
+const MOST: usize = 1 << 20;
+
 /// A set of pages by their numbers: ranges in order, none empty, no two that touch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Runs(Vec<Range<u64>>);
@@ -161,7 +164,7 @@ impl Runs {
         bytes
     }
 
-    /// From bytes. Nothing if they are none of a set.
+    /// From bytes. Nothing if they are none of a set, or of one with more than 2^20 ranges.
     pub fn from_bytes(bytes: &[u8]) -> Option<Runs> {
         let mut bytes = bytes.iter();
         let mut next = || -> Option<Option<u64>> {
@@ -188,6 +191,9 @@ impl Runs {
             }
             let start = at.checked_add(gap)?;
             at = start.checked_add(len)?;
+            if runs.len() == MOST {
+                return None;
+            }
             runs.push(start..at);
         }
         Some(Runs(runs))

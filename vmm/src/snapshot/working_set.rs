@@ -183,6 +183,8 @@ impl Companion {
         filter: seccomp::Mode,
     ) -> Result<Companion, WorkingSetError> {
         let pages = read(&prefetch.path, id)?;
+        // It may name pages that no machine has.
+        let pages = Runs::new(pages.within(0..image.size() / PAGE_SIZE));
         let rate = prefetch.rate.0.max(1);
         Companion::start(&prefetch.path, filter, move |stopped| {
             let (start, mut fetched) = (Instant::now(), 0u64);

@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use api_tests::{Answer, Server};
+use api_tests::{Answer, Connection, Server};
+use machine_tests::{Guest, Surroundings};
 use serde_json::{Value, json};
 
 pub fn create(server: &Server, folder: &Path) -> Answer {
@@ -161,4 +162,64 @@ fn a_snapshot_that_cannot_be_written_leaves_nothing_and_a_machine_that_runs() {
     assert_eq!(state(&server), "Running");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     assert_eq!(fs::read(&disk).unwrap(), vec![7; 1 << 20]);
+}
+
+#[test]
+fn a_disk_that_is_full_is_named_and_keeps_what_it_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let small = Surroundings::new().small(folder.path());
+    let server = Server::start(|socket| Guest::hull("api").option("--sock", socket).on(small));
+    let pid = server.process.id();
+    server.boot("spin say=1 dirty=10485760");
+    server.process.wait_for("hello");
+    let files = |pid: u32| {
+        let seen = format!("/proc/{pid}/fd");
+        fs::read_dir(seen).unwrap().count()
+    };
+    create(&server, folder.path()).refused(400, &["memory", "No space left"]);
+    // What was frozen is in memory now, and nothing else of it is anywhere.
+    let before = files(pid);
+    for _ in 0..3 {
+        create(&server, folder.path()).refused(400, &["memory", "No space left"]);
+        assert_eq!(state(&server), "Running");
+    }
+    assert_eq!(files(pid), before);
+    let inside = format!("/proc/{pid}/root{}", folder.path().display());
+    assert_eq!(fs::read_dir(inside).unwrap().count(), 0);
+    // All of it is in the next one, elsewhere.
+    let whole = server.folder.path();
+    let diff = json!({ "snapshot_type": "Diff", "snapshot_path": whole.join("state"),
+        "mem_file_path": whole.join("memory") });
+    server.put("/snapshot/create", diff).done();
+    let copy = Server::hull();
+    copy.put("/snapshot/load", load(whole, &json!({ "resume_vm": true }))).done();
+    copy.process.wait_for("..");
+}
+
+#[test]
+fn a_client_that_goes_away_leaves_a_machine_that_goes_on() {
+    let server = Server::hull();
+    server.boot("spin say=1 dirty=67108864");
+    server.process.wait_for("hello");
+    let folder = tempfile::tempdir().unwrap();
+    for n in 0..6 {
+        let body = json!({ "snapshot_path": folder.path().join("gone"),
+            "mem_file_path": folder.path().join("gone.memory") });
+        let mut connection = Connection::to(&server.socket);
+        connection.ask("PUT", "/snapshot/create", &body.to_string());
+        // Before it is read, while the machine stands, while it is written.
+        std::thread::sleep(std::time::Duration::from_millis(n * 15));
+    }
+    // The last of them may still be at it.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    loop {
+        let answer = create(&server, folder.path());
+        if answer.status == 204 {
+            break;
+        }
+        answer.refused(400, &["being saved already"]);
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(state(&server), "Running");
 }

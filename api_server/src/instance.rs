@@ -91,6 +91,7 @@ impl Link {
             handle.send(Command::Quit, Box::new(drop));
         }
         inner.base = base;
+        inner.machines += 1;
         inner.phase = Phase::Started(handle);
     }
 
@@ -121,6 +122,8 @@ struct Inner {
     touched: bool,
     /// Somebody wants the end.
     quit: bool,
+    /// Machines that ran so far, one after the other.
+    machines: u64,
     /// The machine is being saved.
     saving: bool,
     /// The last snapshot that was written, or the one that the machine goes on from.
@@ -202,6 +205,7 @@ impl Instance {
             metrics: None,
             touched: false,
             quit: false,
+            machines: 0,
             saving: false,
             base: None,
             metadata: None,

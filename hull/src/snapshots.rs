@@ -35,11 +35,18 @@ pub fn snapshot(args: &SnapshotArgs) -> Result {
     match (&args.command, &args.machine, &args.folder) {
         (Some(SnapshotCommand::Show { path, json }), _, _) => show(path, *json),
         (Some(SnapshotCommand::Ls { folder, json }), _, _) => list(folder, *json),
-        (Some(SnapshotCommand::Merge { folder, into, base }), _, _) => {
-            merge(folder, into.as_deref().unwrap_or(folder), base.as_deref())
+        (Some(SnapshotCommand::Merge { folder, into, base, force }), _, _) => {
+            let into = into.as_deref().unwrap_or(folder);
+            if !force {
+                refuse_if_needed(into, &[folder, into])?;
+            }
+            merge(folder, into, base.as_deref())
         }
         (Some(SnapshotCommand::Rm { folders, force }), _, _) => remove(folders, *force),
         (None, Some(machine), Some(folder)) => {
+            if !args.force {
+                refuse_if_needed(folder, &[folder])?;
+            }
             client::snapshot(&Machine::find(machine)?, folder, args.diff, args.stop)
         }
         // clap asks for both.
@@ -130,8 +137,10 @@ pub fn files(folder: &Path) -> io::Result<Files> {
 
 fn merge(folder: &Path, into: &Path, base: Option<&Path>) -> Result {
     let failed = |source| SnapshotError::Folder { path: into.to_owned(), source };
-    fs::create_dir_all(into).map_err(failed)?;
     let (diff, target) = (files(folder)?, files(into)?);
+    if diff.state.is_file() {
+        fs::create_dir_all(into).map_err(failed)?;
+    }
     let base = base.map(files).transpose()?;
     let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
     let progress = |now: u64, all: u64| {
@@ -162,25 +171,36 @@ fn merge(folder: &Path, into: &Path, base: Option<&Path>) -> Result {
 }
 
 fn remove(folders: &[PathBuf], force: bool) -> Result {
+    let all: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
     for folder in folders {
-        let target = files(folder)?;
-        if !force && let Some(parent) = target.state.parent().and_then(Path::parent) {
-            for (other, header) in within(parent).unwrap_or_default() {
-                let names = |other: &PathBuf| {
-                    folders.iter().any(|one| files(one).ok() == files(other).ok())
-                };
-                if let Some(base) = &header.memory.base
-                    && base.files(&Files::within(&other).state).state.canonicalize().ok()
-                        == target.state.canonicalize().ok()
-                    && !names(&other)
-                {
-                    return Err(SnapshotError::Needed { path: folder.clone(), diff: other }.into());
-                }
-            }
+        if !force {
+            refuse_if_needed(folder, &all)?;
         }
-        snapshot::remove(&target)?;
+        snapshot::remove(&files(folder)?, force)?;
         // Unless somebody has other things in it.
         let _ = fs::remove_dir(folder);
     }
     Ok(Code::SUCCESS)
+}
+
+/// Refuses to touch the snapshot in `folder` if there are diffs to it beside it, but for those `besides`.
+fn refuse_if_needed(
+    folder: &Path,
+    besides: &[&Path],
+) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let target = files(folder)?;
+    let Some(parent) = target.state.parent().and_then(Path::parent) else { return Ok(()) };
+    let Ok(state) = target.state.canonicalize() else { return Ok(()) };
+    for (other, header) in within(parent).unwrap_or_default() {
+        let own = files(&other)?;
+        let is_one_of_them =
+            besides.iter().any(|one| files(one).is_ok_and(|one| one.state == own.state));
+        let stands_on_it = header.memory.base.is_some_and(|base| {
+            base.files(&own.state).state.canonicalize().is_ok_and(|base| base == state)
+        });
+        if stands_on_it && !is_one_of_them {
+            return Err(SnapshotError::Needed { path: folder.to_owned(), diff: other }.into());
+        }
+    }
+    Ok(())
 }

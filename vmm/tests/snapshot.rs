@@ -61,7 +61,7 @@ impl Kept {
 fn saved(config: &VmConfig, frozen: Frozen, base: Option<Base>) -> Kept {
     let Frozen { parts, image, .. } = frozen;
     image.freeze().unwrap();
-    let diff = base.map(|base| Diff { pages: image.changed(), base: Some(base) });
+    let diff = base.map(|base| Diff { pages: image.changed(), base: Some(base), partial: false });
     let (config, disks, contents) = (config.clone(), Vec::new(), image.contents());
     let folder = tempfile::tempdir().unwrap();
     let taken = Taken {
@@ -330,7 +330,8 @@ fn what_was_saved_once_is_read_for_ever() {
         let base = Some(Base { id, state: files.state, memory: files.memory });
         let pages = Runs::new([3..5, 400..402]);
         let files = Files::within(&golden().join("diff"));
-        snapshot::store(taken(Some(Diff { pages, base })), &files, &|_, _| {}).unwrap();
+        snapshot::store(taken(Some(Diff { pages, base, partial: false })), &files, &|_, _| {})
+            .unwrap();
         first.handle.call(Command::Quit).unwrap();
         first.finish().0.unwrap();
     }

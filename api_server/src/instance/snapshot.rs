@@ -10,8 +10,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Instant;
 
 use vmm::config::{ConfigError, ConsoleMode, VmConfig};
@@ -107,21 +106,26 @@ impl Saving {
             fetched.map_err(|error| failed(&SaveError::Fetch(error)))?;
         };
         let (resume, image) = (frozen.was_running, frozen.image.clone());
-        let (config, base) = {
+        let (config, base, machine) = {
             let inner = shared.lock();
-            (inner.config.clone(), inner.base.clone())
+            (inner.config.clone(), inner.base.clone(), inner.machines)
         };
+        let stop = params.stop;
         let taken = elsewhere(move || take(frozen, config, base, is_diff)).await;
-        // Whatever became of it, the machine goes on.
-        send(&handle, Command::Thaw { resume }).await?;
+        // Whatever became of it, the machine goes on, unless it is to end where it was saved.
+        let ends = stop && matches!(taken, Ok(Ok(_)));
+        send(&handle, Command::Thaw { resume: resume && !ends }).await?;
         let stood = micros(halted);
         let taken = taken?.map_err(|error| failed(&error))?;
         let journal = Arc::clone(&shared.observed.journal);
         let base = elsewhere(move || {
-            let last = AtomicU64::new(0);
+            let last = Mutex::new(0);
             let base = store(taken, params, &|done, total| {
                 let step = done * STEPS / total.max(1);
-                if last.fetch_max(step, Ordering::Relaxed) < step {
+                // Noted under the lock: it never goes back.
+                let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+                if *last < step {
+                    *last = step;
                     journal.note(Happening::Saving { done, total });
                 }
             });
@@ -130,9 +134,23 @@ impl Saving {
             }
             base
         });
-        let base = base.await?.map_err(|error| failed(&error))?;
+        let base = match base.await? {
+            Ok(base) => base,
+            Err(error) => {
+                if ends && resume {
+                    send(&handle, Command::Resume).await?;
+                }
+                return Err(failed(&error));
+            }
+        };
         image.saved();
-        shared.lock().base = Some(base);
+        {
+            let mut inner = shared.lock();
+            // The guest may have started over meanwhile.
+            if inner.machines == machine {
+                inner.base = Some(base);
+            }
+        }
         let latencies = &shared.latencies;
         let (whole, halted) = if is_diff {
             (&latencies.diff_create_snapshot, &latencies.vmm_diff_create_snapshot)
@@ -141,18 +159,26 @@ impl Saving {
         };
         whole.set(micros(start));
         halted.set(stood);
-        Ok(DONE)
+        if stop { shared.quit() } else { Ok(DONE) }
     }
 }
 
 /// Makes the memory of a halted machine a matter of layers.
 fn take(
     frozen: Frozen,
-    config: VmConfig,
+    mut config: VmConfig,
     base: Option<Base>,
     is_diff: bool,
 ) -> Result<Taken, SaveError> {
     let Frozen { parts, image, .. } = frozen;
+    // Whoever goes on from it is somewhere else.
+    let absolute = |path: &mut PathBuf| {
+        if let Ok(whole) = std::path::absolute(&path) {
+            *path = whole;
+        }
+    };
+    config.disk.iter_mut().for_each(|disk| absolute(&mut disk.path));
+    config.vsock.iter_mut().for_each(|vsock| absolute(&mut vsock.path));
     let created_ms = snapshot::now_ms();
     image.freeze().map_err(SaveError::Freeze)?;
     let diff = diff(&image, base).filter(|_| is_diff);
@@ -163,7 +189,8 @@ fn take(
 
 /// What changed since the last snapshot. All of it if there was none, unless a pager has the rest.
 fn diff(image: &Image, base: Option<Base>) -> Option<Diff> {
-    (base.is_some() || image.is_lazy()).then(|| Diff { pages: image.changed(), base })
+    let partial = image.is_lazy();
+    (base.is_some() || partial).then(|| Diff { pages: image.changed(), base, partial })
 }
 
 /// Writes it out. Returns what the next one may be a diff to.

@@ -32,6 +32,9 @@ pub struct SnapshotCreateParams {
     /// Which memory.
     #[serde(default)]
     pub snapshot_type: SnapshotType,
+    /// End the machine when it is saved, and the process with it.
+    #[serde(default)]
+    pub stop: bool,
 }
 
 /// Where memory comes from.

@@ -26,9 +26,12 @@ pub struct SnapshotArgs {
     /// End the machine when it is saved
     #[arg(long)]
     pub stop: bool,
+    /// Even if there are diffs to the snapshot that is replaced
+    #[arg(short, long)]
+    pub force: bool,
 }
 
-/// What else there is to be done with snapshots.
+// What else there is to be done with snapshots.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
     /// List the snapshots in a folder
@@ -51,13 +54,16 @@ pub enum SnapshotCommand {
         /// Folder of what it is a diff to, if that was moved
         #[arg(long, value_name = "DIR")]
         base: Option<PathBuf>,
+        /// Even if there are other diffs to what is replaced
+        #[arg(short, long)]
+        force: bool,
     },
     /// Remove snapshots. Machines that run from them go on
     Rm {
         /// Their folders
         #[arg(value_name = "DIR", required = true)]
         folders: Vec<PathBuf>,
-        /// Even if there are diffs to them
+        /// Even if there are diffs to them, or they are damaged
         #[arg(short, long)]
         force: bool,
     },

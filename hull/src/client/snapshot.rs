@@ -32,6 +32,9 @@ enum FolderError {
 /// Saves a machine, or what changed in it, and ends it if it is to `stop`.
 pub fn snapshot(machine: &Machine, folder: &Path, diff: bool, stop: bool) -> Result {
     let failed = |source| FolderError::Make { path: folder.to_owned(), source };
+    if folder.to_str().is_none() {
+        return Err(FolderError::Text(folder.to_owned()).into());
+    }
     let new = !folder.exists();
     fs::create_dir_all(folder).map_err(failed)?;
     // The machine may be somewhere else in the tree of folders.
@@ -61,28 +64,15 @@ async fn save(
     stop: bool,
 ) -> std::result::Result<(), ClientError> {
     let mut api = Api::connect(machine, LONG).await?;
-    if stop {
-        // It does not go on in between.
-        api.send(Method::PATCH, "/vm", &json!({ "state": "Paused" })).await?;
-    }
     let kind = if diff { "Diff" } else { "Full" };
-    let body = json!({
+    let mut body = json!({
         "snapshot_type": kind, "snapshot_path": files.state, "mem_file_path": files.memory,
     });
-    let saved = api.send(Method::PUT, "/snapshot/create", &body).await;
-    if stop && saved.is_err() {
-        let _ = api.send(Method::PATCH, "/vm", &json!({ "state": "Resumed" })).await;
-    }
-    saved?;
     if stop {
-        let quit = json!({ "action_type": "Quit" });
-        match api.send(Method::PUT, "/actions", &quit).await {
-            // It went before it had answered.
-            Err(ClientError::Broken { .. }) => {}
-            answered => answered?,
-        }
+        // The machine itself sees to it, also if nobody waits for it any more.
+        body["stop"] = true.into();
     }
-    Ok(())
+    api.send(Method::PUT, "/snapshot/create", &body).await
 }
 
 /// Shows a person how far `saving` is, as the machine's events tell it.

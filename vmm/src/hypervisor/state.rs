@@ -216,3 +216,32 @@ const _: () = {
     assert!(size_of::<kvm_pit_state2>() == 112);
     assert!(size_of::<kvm_clock_data>() == 48);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_are_moved_on_by_the_same_time() {
+        // A payload of zeroes is a state of zeroes, without lists.
+        let blank = |kind, len| Payload { kind, version: VERSION, bytes: vec![0; len] };
+        let sized = (0..8192).find_map(|len| VcpuState::restore(&blank(VCPU, len)).ok());
+        let mut vcpu = sized.expect("a state of zeroes");
+        vcpu.tsc_khz = 2_500_000;
+        let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+        vcpu.msrs = vec![msr(TSC, u64::MAX - 4), msr(0x174, 7)];
+        let time = Duration::from_micros(2);
+        vcpu.advance(time);
+        // 5,000 ticks, over the end; other registers stay.
+        assert_eq!(vcpu.msrs.iter().map(|msr| msr.data).collect::<Vec<_>>(), [4995, 7]);
+        let sized = (0..8192).find_map(|len| VmState::restore(&blank(VM, len)).ok());
+        let mut vm = sized.expect("a state of zeroes");
+        assert_eq!(vm.host_time(), None);
+        vm.clock.flags = KVM_CLOCK_REALTIME;
+        (vm.clock.clock, vm.clock.realtime) = (10, 3_000_000_000);
+        vm.advance(time);
+        assert_eq!((vm.clock.clock, vm.host_time()), (2010, Some(Duration::from_secs(3))));
+        vm.advance(Duration::MAX);
+        assert_eq!(vm.clock.clock, u64::MAX);
+    }
+}

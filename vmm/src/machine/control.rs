@@ -641,7 +641,9 @@ impl Control {
         for slot in &mut self.machine.slots {
             slot.stopping = None;
         }
-        self.machine.companions.clear();
+        for companion in self.machine.companions.drain(..) {
+            companion.finish();
+        }
         self.machine.vcpus.clear();
         self.machine.io.clear();
         for slot in &mut self.machine.slots {

@@ -160,7 +160,9 @@ impl Image {
             // They stay where they are, and so belong to the next layer too.
             stack.own = None;
         }
-        let covered = stack.covered();
+        // Where something lies below that is not known here, a zero counts as well.
+        let unknown = self.huge_pages || self.is_lazy();
+        let covered = if unknown { Runs::first(self.size() / PAGE_SIZE) } else { stack.covered() };
         let mut private = self.private(&covered)?;
         for leased in stack.layers.iter().filter(|layer| layer.leased) {
             // Nobody shall have to wait until all of it was written.
@@ -173,7 +175,9 @@ impl Image {
             Some(own) => Arc::clone(&own.file),
             None => Arc::new(memfd(self.size())?),
         };
-        let private = private.coalesced(MOST_MAPPINGS);
+        // What lies between need not be here yet, and must not be waited for.
+        let most = if self.is_lazy() { MOST_MAPPINGS * 8 } else { MOST_MAPPINGS };
+        let private = private.coalesced(most);
         let pieces = private.pieces(PIECE);
         let done = Mutex::new(Vec::with_capacity(pieces.len()));
         let moved = shared_out(

@@ -10,8 +10,15 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::store::StoreError;
+
+/// How long somebody else may move files in a folder, and how often that is looked at.
+const PATIENCE: Duration = Duration::from_secs(10);
+const AGAIN: Duration = Duration::from_millis(10);
+/// Most links that lead to a file, as the kernel has it.
+const MOST_LINKS: usize = 40;
 
 /// Ends the names of files that are not in their place.
 const SUFFIX: &str = ".new";
@@ -53,7 +60,9 @@ pub(super) struct Aside {
 impl Aside {
     /// A new one for `target`, which is followed where it is a link.
     pub(super) fn new(target: &Path, word: &str) -> Result<Aside, StoreError> {
-        let target = fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
+        // Without a slash behind it.
+        let name = target.file_name().ok_or_else(|| StoreError::NotAFile(target.to_owned()))?;
+        let target = followed(&target.with_file_name(name));
         match fs::metadata(&target) {
             Ok(there) if !there.is_file() => return Err(StoreError::NotAFile(target)),
             _ => {}
@@ -115,30 +124,77 @@ impl Aside {
     /// Waits until nobody else moves files in this folder. Over when the file is dropped.
     pub(super) fn alone(&self) -> Result<File, StoreError> {
         let folder = self.folder().map_err(self.failed("look at the folder of"))?;
-        lock(&folder, libc::LOCK_EX);
+        let deadline = Instant::now() + PATIENCE;
+        while !lock(&folder, libc::LOCK_EX | libc::LOCK_NB) {
+            // Whoever may read the folder can hold it.
+            if Instant::now() > deadline {
+                let busy = io::Error::from_raw_os_error(libc::EWOULDBLOCK);
+                return Err(self.failed("have to itself the folder of")(busy));
+            }
+            std::thread::sleep(AGAIN);
+        }
         Ok(folder)
     }
 
-    /// Removes what others who died left beside the same place. Nothing of it belongs to the state that is
-    /// there now.
+    /// Removes what others who died left beside the same place.
     pub(super) fn clean(&self) {
-        let folder = self.target.parent().unwrap_or(Path::new("."));
-        let prefix = prefix(&self.target);
-        let left_over = |name: &OsStr| {
-            let name = name.as_encoded_bytes();
-            name.strip_prefix(prefix.as_encoded_bytes())
-                .and_then(|rest| rest.strip_suffix(SUFFIX.as_bytes()))
-                .is_some_and(|word| std::str::from_utf8(word).is_ok_and(is_word))
-        };
-        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-            if left_over(&entry.file_name())
-                && let Ok(file) = File::open(entry.path())
-                && lock(&file, libc::LOCK_EX | libc::LOCK_NB)
-            {
-                let _ = fs::remove_file(entry.path());
-            }
+        clean(&self.target);
+    }
+}
+
+/// The file that `path` names, through links. What cannot be followed is as it is.
+fn followed(path: &Path) -> PathBuf {
+    let mut path = path.to_owned();
+    for _ in 0..MOST_LINKS {
+        let Ok(next) = fs::read_link(&path) else { break };
+        path = path.parent().unwrap_or(Path::new("")).join(next);
+    }
+    path
+}
+
+/// Removes what others who died left beside `target`. Nothing of it belongs to the state that is there.
+pub(super) fn clean(target: &Path) {
+    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new("."));
+    let prefix = prefix(target);
+    let left_over = |name: &OsStr| {
+        let name = name.as_encoded_bytes();
+        name.strip_prefix(prefix.as_encoded_bytes())
+            .and_then(|rest| rest.strip_suffix(SUFFIX.as_bytes()))
+            .is_some_and(|word| std::str::from_utf8(word).is_ok_and(is_word))
+    };
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if left_over(&entry.file_name())
+            && let Ok(file) = File::open(entry.path())
+            && lock(&file, libc::LOCK_EX | libc::LOCK_NB)
+        {
+            let _ = fs::remove_file(entry.path());
         }
     }
+}
+
+/// The attribute of a memory file that says whose it is.
+const LABEL: &std::ffi::CStr = c"user.hull.snapshot";
+
+/// Notes on a memory file of which snapshot it is. A file system that cannot do that, or a program that copies
+/// without, leaves it out.
+pub(super) fn label(file: &File, id: &str) {
+    // SAFETY: texts and their lengths.
+    unsafe {
+        libc::fsetxattr(file.as_raw_fd(), LABEL.as_ptr(), id.as_ptr().cast(), id.len(), 0);
+    }
+}
+
+/// Of which snapshot a memory file is, if it says so.
+pub(super) fn labelled(file: &File) -> Option<String> {
+    let mut bytes = [0u8; 64];
+    // SAFETY: the buffer is as long as is said.
+    let len = unsafe {
+        let (fd, name) = (file.as_raw_fd(), LABEL.as_ptr());
+        libc::fgetxattr(fd, name, bytes.as_mut_ptr().cast(), bytes.len())
+    };
+    let bytes = bytes.get(..usize::try_from(len).ok()?)?;
+    String::from_utf8(bytes.to_vec()).ok()
 }
 
 /// Locks a file (flock(2)) until it is closed. A file system without locks has one user.

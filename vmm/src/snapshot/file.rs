@@ -12,7 +12,6 @@
 //!
 //! Nothing is looked at before the checksum was found to be right.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
@@ -115,9 +114,13 @@ fn checksum(prefix: &[u8], header: &[u8], payloads: &[u8]) -> blake3::Hash {
 /// [`StateError`].
 pub fn read(path: &Path) -> Result<State, StateError> {
     let failed = |source| StateError::Io { verb: "read", source };
-    let file = File::open(path).map_err(failed)?;
+    let file = super::store::open(path).map_err(failed)?;
+    let there = file.metadata().map_err(failed)?;
+    if !there.is_file() {
+        return Err(StateError::Foreign);
+    }
     // In one piece, if it is as long as it says.
-    let len = file.metadata().map_err(failed)?.len().min(LONGEST);
+    let len = there.len().min(LONGEST);
     let mut bytes = Vec::with_capacity(len as usize + 32);
     file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(failed)?;
     parse(&bytes)

@@ -1,12 +1,11 @@
 //! Reading snapshots, and making one of a diff and what it is a diff to.
 
-use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::aside::find;
+use super::aside::{find, labelled};
 use super::memory::has;
 use super::store::{Taken, disks};
 use super::{
@@ -111,11 +110,12 @@ fn layers(
     let path = find(&files.memory, &header.aside);
     let failed = |source| LoadError::Read { path: path.clone(), source };
     let other = |reason: String| LoadError::Memory { path: path.clone(), reason };
-    let file = File::open(&path).map_err(failed)?;
+    let file = super::store::open(&path).map_err(failed)?;
     let len = file.metadata().map_err(failed)?.len();
     if len != header.size {
         return Err(other(format!("it is {len} bytes long, the guest had {}", header.size)));
     }
+    let labelled = labelled(&file);
     let file = Arc::new(file);
     let known = |layers: &[Layer]| {
         has(&Contents::new(header.size, layers), &header.samples).map_err(failed)
@@ -123,7 +123,10 @@ fn layers(
     let whole = [Layer::of_data(Arc::clone(&file)).map_err(failed)?];
     let pages = diff_pages(&mut state.parts)
         .map_err(|source| LoadError::State { path: files.state.clone(), source })?;
-    // A diff may have been folded into what it is a diff to by somebody else.
+    // A diff may have been folded by somebody else into what it is a diff to, which says that it is that one.
+    if pages.is_none() && labelled.is_some_and(|id| id != header.id) {
+        return Err(other("it is another snapshot's".to_owned()));
+    }
     let outside = |pages: &Runs| header.samples.iter().any(|sample| !pages.contains(sample.page));
     if pages.as_ref().is_none_or(outside) && known(&whole)? {
         return Ok(whole.into());

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -107,8 +107,10 @@ pub struct Taken {
 pub struct Diff {
     /// The pages.
     pub pages: Runs,
-    /// That one. Without one nothing is known of memory but these pages.
+    /// That one.
     pub base: Option<Base>,
+    /// Nothing is known of memory but these pages: a pager has the rest.
+    pub partial: bool,
 }
 
 /// Writes a snapshot. Both files are on the disk when this returns; until then, and whatever happens, what
@@ -122,11 +124,13 @@ pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Head
     let Taken { id, created_ms, host, mut parts, config, disks, contents, diff } = taken;
     check(&config, files)?;
     let size = contents.pages() * PAGE_SIZE;
-    let gone = |diff: &Diff| diff.base.as_ref().is_some_and(|base| !stands(base));
+    let gone = |diff: &Diff| !diff.partial && diff.base.as_ref().is_some_and(|base| !stands(base));
     let diff = diff.filter(|diff| {
         let gone = gone(diff);
         if gone {
-            tracing::warn!("the last snapshot is not there any more; all of the memory is saved");
+            tracing::warn!(
+                "nothing can stand on the last snapshot any more; all of the memory is saved"
+            );
         }
         !gone
     });
@@ -146,8 +150,9 @@ pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Head
         None => samples_of_file(&memory_file.file, size),
     };
     let samples = samples.map_err(memory_file.failed("read back"))?;
+    super::aside::label(&memory_file.file, &id);
     drop(contents);
-    let base = diff.and_then(|Diff { pages, base }| {
+    let base = diff.and_then(|Diff { pages, base, .. }| {
         let payload = Payload { kind: PAGES, version: 1, bytes: pages.to_bytes() };
         parts.push(Part { owner: MEMORY.to_owned(), payload });
         base.map(|base| base.seen_from(&files.state))
@@ -210,10 +215,8 @@ fn laid_over(
     path: &Path,
 ) -> Result<(Contents, Option<Diff>), StoreError> {
     let failed = |source| StoreError::File { verb: "read", path: path.to_owned(), source };
-    let file = match fs::File::open(path) {
+    let file = match open(path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok((contents, Some(diff))),
-        // All of it is known here, also what that file should say.
-        Ok(_) if diff.base.is_some() => return Ok((contents, None)),
         file => file.map_err(failed)?,
     };
     let expected = contents.pages() * PAGE_SIZE;
@@ -224,6 +227,10 @@ fn laid_over(
     if there.len() != expected {
         let path = path.to_owned();
         return Err(StoreError::OtherSize { path, found: there.len(), expected });
+    }
+    if !diff.partial {
+        // All of it is known here, also what that file should say.
+        return Ok((contents, None));
     }
     let below = Layer::of_data(Arc::new(file)).map_err(failed)?;
     Ok((contents.over(expected, &below), None))
@@ -294,14 +301,22 @@ pub fn disks(config: &VmConfig) -> Vec<DiskHeader> {
     config.disk.iter().enumerate().map(disk).collect()
 }
 
-/// Removes a snapshot, the state first. Machines that run from it go on.
+/// Opens a file to be read, and waits for nobody: it may be a pipe.
+pub(super) fn open(path: &Path) -> io::Result<fs::File> {
+    fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
+/// Removes a snapshot, the state first, and what was left beside it. Machines that run from it go on. With
+/// `damaged` also one that cannot be read.
 ///
 /// # Errors
 /// There is none, or a file cannot be removed.
-pub fn remove(files: &Files) -> Result<(), StoreError> {
-    let state = read(&files.state)
-        .map_err(|source| StoreError::State { path: files.state.clone(), source })?;
-    let memory = super::aside::find(&files.memory, &state.header.memory.aside);
+pub fn remove(files: &Files, damaged: bool) -> Result<(), StoreError> {
+    let memory = match read(&files.state) {
+        Ok(state) => super::aside::find(&files.memory, &state.header.memory.aside),
+        Err(_) if damaged => files.memory.clone(),
+        Err(source) => return Err(StoreError::State { path: files.state.clone(), source }),
+    };
     for path in [&files.state, &memory, &files.memory] {
         match fs::remove_file(path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -310,5 +325,7 @@ pub fn remove(files: &Files) -> Result<(), StoreError> {
             _ => {}
         }
     }
+    super::aside::clean(&files.state);
+    super::aside::clean(&files.memory);
     Ok(())
 }

@@ -97,7 +97,8 @@ impl Run<'_> {
         self.freeze();
         let image = self.ram.image();
         let base = self.base.take().filter(|_| diff);
-        let diff = base.map(|base| Diff { pages: image.changed(), base: Some(base) });
+        let diff =
+            base.map(|base| Diff { pages: image.changed(), base: Some(base), partial: false });
         let contents = image.contents();
         let taken = Taken {
             id: None,

@@ -155,9 +155,13 @@ impl Companion {
         let Record { path, after } = record.clone();
         let id = id.to_owned();
         Companion::start(&record.path, filter, move |stopped| {
-            match after {
-                Some(seconds) => drop(stopped.recv_timeout(Duration::from_secs(seconds))),
-                None => drop(stopped.recv()),
+            let told = match after {
+                Some(seconds) => stopped.recv_timeout(Duration::from_secs(seconds)),
+                None => stopped.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
+            };
+            if told == Err(mpsc::RecvTimeoutError::Disconnected) {
+                // The machine was not made.
+                return;
             }
             let touched = image.touched().map_err(|source| StoreError::File {
                 verb: "find out what belongs into",
@@ -204,6 +208,15 @@ impl Companion {
                 }
             }
         })
+    }
+}
+
+impl Companion {
+    /// The machine ends.
+    pub(crate) fn finish(self) {
+        if let Some(stop) = &self.stop {
+            let _ = stop.send(());
+        }
     }
 }
 

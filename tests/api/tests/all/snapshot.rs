@@ -56,6 +56,12 @@ fn a_machine_is_saved_and_goes_on_elsewhere_as_it_was_configured() {
     let memory = fs::metadata(folder.path().join("memory")).unwrap();
     assert_eq!(memory.len(), 128 << 20);
     assert!(memory.blocks() * 512 < 12 << 20, "{} KiB", memory.blocks() / 2);
+    // By ways that lead there as well.
+    fs::create_dir(folder.path().join("x")).unwrap();
+    let odd = json!({ "snapshot_path": folder.path().join("x/../state"),
+        "mem_file_path": format!("{}/memory/", folder.path().display()) });
+    first.put("/snapshot/create", odd).done();
+    fs::remove_dir_all(folder.path().join("x")).unwrap();
     // Nothing but the two files is left.
     let mut names: Vec<_> =
         fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -183,7 +189,12 @@ fn a_disk_that_is_full_is_named_and_keeps_what_it_has() {
         create(&server, folder.path()).refused(400, &["memory", "No space left"]);
         assert_eq!(state(&server), "Running");
     }
-    assert_eq!(files(pid), before);
+    // Connections may still be on their way out.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while files(pid) > before {
+        assert!(std::time::Instant::now() < deadline, "descriptors are left");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
     let inside = format!("/proc/{pid}/root{}", folder.path().display());
     assert_eq!(fs::read_dir(inside).unwrap().count(), 0);
     // All of it is in the next one, elsewhere.
@@ -222,4 +233,65 @@ fn a_client_that_goes_away_leaves_a_machine_that_goes_on() {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     assert_eq!(state(&server), "Running");
+}
+
+#[test]
+fn what_is_the_hosts_can_be_another_elsewhere() {
+    let first = Server::hull();
+    let folder = first.folder.path();
+    let at = |name: &str| folder.join(name);
+    fs::write(at("disk"), vec![7; 1 << 20]).unwrap();
+    fs::write(at("copy"), vec![7; 1 << 20]).unwrap();
+    let drive = json!({ "drive_id": "d", "path_on_host": at("disk"), "is_root_device": false });
+    first.put("/drives/d", drive).done();
+    first.put("/vsock", json!({ "guest_cid": 3, "uds_path": at("v") })).done();
+    first.boot("spin say=1");
+    first.process.wait_for("hello");
+    create(&first, folder).done();
+    let params = load(
+        folder,
+        &json!({ "resume_vm": true, "clock_realtime": true,
+            "drive_overrides": [{ "drive_id": "d", "path_on_host": at("copy") }],
+            "vsock_override": { "uds_path": at("w"), "guest_cid": 9 },
+            "serial_override": { "serial_out_path": at("out") } }),
+    );
+    let second = Server::firecracker();
+    second.put("/snapshot/load", params).done();
+    // Beside the first one, whose disk and socket are its own.
+    let config = second.get("/vm/config").json();
+    assert_eq!(config["drives"][0]["path_on_host"], at("copy").display().to_string());
+    assert_eq!(config["vsock"], json!({ "guest_cid": 9, "uds_path": at("w") }));
+    assert!(at("v").exists() && at("w").exists());
+    while !fs::read_to_string(at("out")).is_ok_and(|text| text.contains('.')) {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_machine_can_end_where_it_is_saved() {
+    let mut server = Server::hull();
+    server.boot("spin say=1");
+    server.process.wait_for("hello");
+    let folder = tempfile::tempdir().unwrap();
+    let stop = |folder: &Path| {
+        json!({ "stop": true, "snapshot_path": folder.join("state"),
+            "mem_file_path": folder.join("memory") })
+    };
+    // One that cannot be saved goes on.
+    server.put("/snapshot/create", stop(Path::new("/nowhere"))).refused(400, &["/nowhere"]);
+    assert_eq!(state(&server), "Running");
+    server.put("/snapshot/create", stop(folder.path())).done();
+    while !server.process.has_ended() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert_eq!(server.process.finish().code(), 0);
+    let copy = Server::hull();
+    copy.put("/snapshot/load", load(folder.path(), &json!({ "resume_vm": true }))).done();
+    copy.process.wait_for(".");
+    // Files of two snapshots are no pair.
+    let other = tempfile::tempdir().unwrap();
+    create(&copy, other.path()).done();
+    let pair = json!({ "snapshot_path": folder.path().join("state"),
+        "mem_backend": { "backend_type": "File", "backend_path": other.path().join("memory") } });
+    Server::hull().put("/snapshot/load", pair).refused(400, &["another snapshot's"]);
 }

@@ -203,3 +203,41 @@ fn the_console_stays_as_the_guest_has_it() {
     stop(&copy, "copy");
     copy.finish();
 }
+
+#[test]
+fn what_others_stand_on_is_not_replaced() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let guest = working(&at("base"));
+    for name in ["one", "two"] {
+        let snapshot = beside(&guest, "snapshot").flag("--diff").flag("first").flag(&at(name));
+        assert_eq!(snapshot.run().ok(), "");
+    }
+    // The second is a diff to the first.
+    let merge = |words: &[&str]| {
+        let merge = Guest::hull("snapshot").flag("merge");
+        words.iter().fold(merge, |guest, word| guest.flag(word)).run()
+    };
+    let again = |words: &[&str]| {
+        let save = beside(&guest, "snapshot").flag("first");
+        words.iter().fold(save, |guest, word| guest.flag(word)).run()
+    };
+    again(&[&at("one")]).failed(&["one", "two", "diff to"]);
+    merge(&[&at("two"), "--into", &at("base")]).failed(&["base", "one", "diff to"]);
+    again(&["--force", &at("one")]).ok();
+    stop(&guest, "first");
+    assert_eq!(guest.finish().code(), 0);
+    // Nothing is made for what is not there.
+    merge(&[&at("nothing")]).failed(&["No such file"]);
+    assert!(!folder.path().join("nothing").exists());
+    // What is damaged can be removed, if one insists; a pipe is none.
+    fs::write(folder.path().join("one/state"), "x").unwrap();
+    let remove = |words: &[&str]| {
+        let remove = Guest::hull("snapshot").flag("rm");
+        words.iter().fold(remove, |guest, word| guest.flag(word)).run()
+    };
+    remove(&[&at("two")]).ok();
+    remove(&[&at("one")]).failed(&["not a snapshot"]);
+    remove(&["--force", &at("one")]).ok();
+    assert!(!folder.path().join("one").exists());
+}

@@ -295,3 +295,55 @@ fn a_machine_can_end_where_it_is_saved() {
         "mem_backend": { "backend_type": "File", "backend_path": other.path().join("memory") } });
     Server::hull().put("/snapshot/load", pair).refused(400, &["another snapshot's"]);
 }
+
+#[test]
+fn each_setting_is_said_again_after_a_restore() {
+    let mut first = Server::hull();
+    let room = tempfile::tempdir().unwrap();
+    let at = |name: &str| room.path().join(name);
+    fs::write(at("disk"), vec![7; 1 << 20]).unwrap();
+    let bucket = json!({ "size": 1000, "one_time_burst": 10, "refill_time": 100 });
+    let limiter = json!({ "bandwidth": bucket, "ops": { "size": 9, "refill_time": 100 } });
+    for (path, body) in [
+        (
+            "/machine-config",
+            json!({ "vcpu_count": 2, "smt": true, "mem_size_mib": 96,
+            "track_dirty_pages": true }),
+        ),
+        (
+            "/cpu-config",
+            json!({ "cpuid_modifiers": [{ "leaf": "0x1", "subleaf": "0x0", "flags": 0,
+            "modifiers": [{ "register": "ecx", "bitmap": "0b0xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx" }] }] }),
+        ),
+        (
+            "/drives/d",
+            json!({ "drive_id": "d", "path_on_host": at("disk"), "is_root_device": false,
+            "is_read_only": true, "cache_type": "Writeback", "rate_limiter": limiter }),
+        ),
+        ("/vsock", json!({ "guest_cid": 7, "uds_path": at("v") })),
+        ("/entropy", json!({ "rate_limiter": limiter })),
+        (
+            "/balloon",
+            json!({ "amount_mib": 5, "deflate_on_oom": true,
+            "stats_polling_interval_s": 3 }),
+        ),
+    ] {
+        first.put(path, body).done();
+    }
+    first.boot("spin say=1");
+    first.process.wait_for("hello");
+    // One that ends, since a socket and its path are one machine's.
+    let body = json!({ "stop": true, "snapshot_path": at("state"), "mem_file_path": at("memory") });
+    let before = first.get("/vm/config").json();
+    first.put("/snapshot/create", body).done();
+    while !first.process.has_ended() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let second = Server::hull();
+    second.put("/snapshot/load", load(room.path(), &json!({ "resume_vm": true }))).done();
+    second.process.wait_for(".");
+    assert_eq!(second.get("/vm/config").json(), before);
+    for path in ["/balloon", "/machine-config", "/drives/d", "/vsock", "/entropy", "/cpu-config"] {
+        assert_eq!(second.get(path).status, 200, "{path}");
+    }
+}

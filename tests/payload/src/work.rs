@@ -3,7 +3,7 @@
 
 use crate::boot::Boot;
 use crate::machine::{self, read, ticks, write};
-use crate::{println, serial};
+use crate::{basic, println, serial};
 
 /// What is dirtied and written to starts here, behind the image and the scratch memory.
 pub const FIRST: u64 = 16 << 20;
@@ -31,6 +31,7 @@ pub fn dirty(boot: &Boot, start: u64, length: u64) -> bool {
 /// - `s` writes a word to each line of a working set of `size=` bytes, `rounds=` times over, and
 ///   prints the ticks of a round;
 /// - `c` looks whether all that was dirtied so is as it was;
+/// - `i` prints the first bytes of the identity pages;
 /// - `p` prints the ticks of the longest pause between two looks at the clock since the last key;
 /// - `q` ends it.
 pub fn scenario(boot: &Boot) {
@@ -61,6 +62,7 @@ pub fn scenario(boot: &Boot) {
                 None => println!("result work pages={}", (next - first) / PAGE),
                 Some(page) => println!("result work lost={page:#x}"),
             },
+            Some(b'i') => basic::ids(boot),
             Some(b'p') => println!("result work pause={longest}"),
             Some(b'd' | b'q') => return,
             _ => continue,

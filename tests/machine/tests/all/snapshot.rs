@@ -241,3 +241,35 @@ fn what_others_stand_on_is_not_replaced() {
     remove(&["--force", &at("one")]).ok();
     assert!(!folder.path().join("one").exists());
 }
+
+#[test]
+fn each_copy_is_told_that_it_is_another() {
+    let folder = TempDir::new().unwrap();
+    let saved = folder.path().join("s").display().to_string();
+    let mut guest = working(&saved);
+    let word = |text: &str, name: &str| -> String {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(name)).unwrap();
+        line.trim().to_owned()
+    };
+    let copy = || {
+        let mut copy = beside(&guest, "restore").flag(&saved).start();
+        copy.write("iq");
+        copy.finish().ok().to_owned()
+    };
+    let mut texts = vec![copy(), copy()];
+    guest.write("iq");
+    texts.push(guest.finish().ok().to_owned());
+    // VMGenID; of VMClock: what it is, its sequence, which is even, the disruption marker.
+    let mut seen: Vec<_> =
+        texts.iter().map(|text| word(text, "vmgenid")[..32].to_owned()).collect();
+    seen.extend(texts.iter().map(|text| word(text, "vmclock")[24..48].to_owned()));
+    for text in &texts {
+        let clock = word(text, "vmclock");
+        assert!(clock.starts_with("56434c4b"), "{clock}");
+        assert_eq!(u8::from_str_radix(&clock[24..26], 16).unwrap() % 2, 0, "{clock}");
+    }
+    let all = seen.len();
+    seen.sort();
+    seen.dedup();
+    assert_eq!(seen.len(), all, "{texts:?}");
+}

@@ -134,15 +134,11 @@ impl Saving {
             }
             base
         });
-        let base = match base.await? {
-            Ok(base) => base,
-            Err(error) => {
-                if ends && resume {
-                    send(&handle, Command::Resume).await?;
-                }
-                return Err(failed(&error));
-            }
-        };
+        let base = base.await.and_then(|base| base.map_err(|error| failed(&error)));
+        if base.is_err() && ends && resume {
+            send(&handle, Command::Resume).await?;
+        }
+        let base = base?;
         image.saved();
         {
             let mut inner = shared.lock();

@@ -33,7 +33,7 @@ use super::device::{Device, Fault, Message, Payload, Reactor, RestoreError, Work
 use super::queue::{Chain, Queue, QueueState};
 use crate::metrics::{Metrics, Set};
 use connections::Connections;
-pub use host::{LONGEST_PATH, ListenError, Listener};
+pub use host::{LONGEST_PATH, ListenError, Listener, connect};
 pub use metrics::VsockMetrics;
 use rx::{RX, Receiver};
 use tx::{Sender, TX};

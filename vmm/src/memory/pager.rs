@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use devices::virtio::vsock::connect;
 use serde_json::json;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -145,43 +146,15 @@ fn userfaultfd() -> io::Result<OwnedFd> {
 }
 
 /// Connects to a Unix socket, and waits a bounded time for room.
-fn connect(path: &Path) -> io::Result<UnixStream> {
+fn connect_patiently(path: &Path) -> io::Result<UnixStream> {
     let short = SocketPath::of(path)?;
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match vmm_connect(short.as_path()) {
+        match connect(short.as_path()) {
             Err(err) if err.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
                 std::thread::sleep(AGAIN);
             }
-            connected => return connected,
-        }
-    }
-}
-
-fn vmm_connect(path: &Path) -> io::Result<UnixStream> {
-    use std::os::unix::ffi::OsStrExt;
-    let bytes = path.as_os_str().as_bytes();
-    // SAFETY: plain data.
-    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
-    if bytes.len() >= address.sun_path.len() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    for (place, &byte) in address.sun_path.iter_mut().zip(bytes) {
-        *place = byte as libc::c_char;
-    }
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: the address is valid for the length that is given.
-    unsafe {
-        let fd = libc::socket(libc::AF_UNIX, kind, 0);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let stream = UnixStream::from_raw_fd(fd);
-        let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
-        match libc::connect(fd, (&raw const address).cast(), len) {
-            0 => Ok(stream),
-            _ => Err(io::Error::last_os_error()),
+            connected => return connected.map(UnixStream::from),
         }
     }
 }
@@ -207,7 +180,7 @@ impl Pager {
     /// Has RAM filled by the process that listens at `path`.
     fn new(path: &Path, ranges: &Ranges, page: u64) -> Result<Pager, PagerError> {
         let uffd = userfaultfd().map_err(PagerError::Refused)?;
-        let stream = connect(path)
+        let stream = connect_patiently(path)
             .map_err(|source| PagerError::Connect { path: path.to_owned(), source })?;
         let process = process_of(&stream);
         let pager = Pager { uffd, stream, process, ranges: Arc::clone(ranges) };

@@ -124,10 +124,7 @@ impl Listener {
     pub(super) fn connect(&self, port: u32) -> io::Result<OwnedFd> {
         let mut path = self.path.as_os_str().as_bytes().to_vec();
         path.extend(format!("_{port}").bytes());
-        let address = Address::new(Path::new(&OsString::from_vec(path)))?;
-        let socket = new_socket()?;
-        address.connect(&socket)?;
-        Ok(socket)
+        connect(Path::new(&OsString::from_vec(path)))
     }
 
     /// Whether the file stays at [`Listener::end`].
@@ -197,6 +194,17 @@ fn look(path: &CString) -> io::Result<(libc::mode_t, (u64, u64))> {
         }
         Ok((stat.st_mode & libc::S_IFMT, (stat.st_dev, stat.st_ino)))
     }
+}
+
+/// Connects to who listens at `path`, at most 107 bytes long. Nothing that is done with the connection waits.
+///
+/// # Errors
+/// `WouldBlock` if too many wait there already: it may be tried again.
+pub fn connect(path: &Path) -> io::Result<OwnedFd> {
+    let address = Address::new(path)?;
+    let socket = new_socket()?;
+    address.connect(&socket)?;
+    Ok(socket)
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

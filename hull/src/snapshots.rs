@@ -1,4 +1,4 @@
-//! `hull snapshot show|ls|merge|rm`: what is done with the files of snapshots, without a machine.
+//! `hull snapshot show|ls|verify|merge|rm`: what is done with the files of snapshots, without a machine.
 
 use std::fs;
 use std::io;
@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use serde_json::json;
 use vmm::config::ByteSize;
-use vmm::snapshot::{self, Base, Files, Header};
+use vmm::snapshot::{self, Base, Files, Header, Verified};
 
 use crate::cli::{Result, SnapshotArgs, SnapshotCommand};
 use crate::client::{self, Machine, local_time};
 use crate::exit::Code;
+use crate::report;
 use crate::spinner::Spinner;
 use crate::streams;
 use crate::table::Table;
@@ -41,6 +42,9 @@ pub fn snapshot(args: &SnapshotArgs) -> Result {
                 refuse_if_needed(into, &[folder, into])?;
             }
             merge(folder, into, base.as_deref())
+        }
+        (Some(SnapshotCommand::Verify { folders, base, json }), _, _) => {
+            verify(folders, base.as_deref(), *json)
         }
         (Some(SnapshotCommand::Rm { folders, force }), _, _) => remove(folders, *force),
         (None, Some(machine), Some(folder)) => {
@@ -142,12 +146,46 @@ fn merge(folder: &Path, into: &Path, base: Option<&Path>) -> Result {
         fs::create_dir_all(into).map_err(failed)?;
     }
     let base = base.map(files).transpose()?;
+    watched("merging", |progress| snapshot::merge(&diff, base.as_ref(), &target, progress))?;
+    Ok(Code::SUCCESS)
+}
+
+/// Reads all of these snapshots and says whether they are as they were written: all of them, also when one is
+/// not.
+fn verify(folders: &[PathBuf], base: Option<&Path>, json: bool) -> Result {
+    let base = base.map(files).transpose()?;
+    let mut table = Table::new(["MEMORY", "READ", ""]);
+    let (mut all, mut code) = (Vec::new(), Code::SUCCESS);
+    for folder in folders {
+        let one = files(folder)?;
+        match watched("reading", |progress| snapshot::verify(&one, base.as_ref(), progress)) {
+            Ok(verified) => all.extend(verified),
+            Err(error) => {
+                report::print(&error);
+                code = Code::FAILURE;
+            }
+        }
+    }
+    if json {
+        streams::print(&(serde_json::to_string_pretty(&all)? + "\n"))?;
+    } else if !all.is_empty() {
+        for Verified { memory, bytes } in all {
+            let read = ByteSize(bytes).to_string();
+            table.push([memory.display().to_string(), read, "as it was written".to_owned()]);
+        }
+        streams::print(&table.to_string())?;
+    }
+    Ok(code)
+}
+
+/// Does `work` and shows a person how far it is.
+fn watched<T: Send>(verb: &str, work: impl FnOnce(snapshot::Progress<'_>) -> T) -> T {
     let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
     let progress = |now: u64, all: u64| {
         done.fetch_max(now, Ordering::Relaxed);
         total.store(all, Ordering::Relaxed);
     };
-    let merged = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         // It ends when nobody can send any more.
         let (over, ended) = mpsc::channel::<()>();
         if let Some(mut spinner) = Spinner::new() {
@@ -158,16 +196,14 @@ fn merge(folder: &Path, into: &Path, base: Option<&Path>) -> Result {
                     let (done, total) =
                         (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed));
                     let percent = done * 100 / total.max(1);
-                    spinner.turn(&format!("merging: {percent} % of {} MiB", total >> 20));
+                    spinner.turn(&format!("{verb}: {percent} % of {} MiB", total >> 20));
                 }
             });
         }
-        let merged = snapshot::merge(&diff, base.as_ref(), &target, &progress);
+        let outcome = work(&progress);
         drop(over);
-        merged
-    });
-    merged?;
-    Ok(Code::SUCCESS)
+        outcome
+    })
 }
 
 fn remove(folders: &[PathBuf], force: bool) -> Result {

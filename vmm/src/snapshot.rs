@@ -19,6 +19,7 @@ mod overrides;
 mod store;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod working_set;
 
 use std::path::PathBuf;
@@ -31,6 +32,7 @@ pub use self::load::{LoadError, MergeError, load, load_paged, merge};
 pub use self::memory::Progress;
 pub use self::overrides::Overrides;
 pub use self::store::{Diff, Files, StoreError, Taken, disks, now_ms, remove, store, this_host};
+pub use self::verify::{Sum, Verified, verify};
 pub(crate) use self::working_set::Companion;
 pub use self::working_set::{Prefetch, Record, WorkingSetError};
 use crate::config::VmConfig;
@@ -66,6 +68,9 @@ pub struct MemoryHeader {
     pub size: u64,
     /// Bytes of it that are not holes.
     pub data: u64,
+    /// What the pages that were written come to. Not in what was written before there were sums.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sum: Option<Sum>,
     /// Some pages by which memory is known.
     pub samples: Vec<Sample>,
     /// What the memory file is to be laid over, if it has only what changed since.

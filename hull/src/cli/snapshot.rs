@@ -67,6 +67,18 @@ pub enum SnapshotCommand {
         #[arg(short, long)]
         force: bool,
     },
+    /// Read all of snapshots, and of what they are diffs to, and see that each byte is as it was written
+    Verify {
+        /// Their folders
+        #[arg(value_name = "DIR", required = true)]
+        folders: Vec<PathBuf>,
+        /// Folder of what they are diffs to, if that was moved
+        #[arg(long, value_name = "DIR")]
+        base: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Print what a snapshot says of itself
     Show {
         /// Its state file, or its folder

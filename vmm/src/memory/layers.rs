@@ -65,7 +65,8 @@ impl Layer {
         Ok(Layer::new(file, &pages))
     }
 
-    pub(super) fn pages(&self) -> Runs {
+    /// The pages that it has.
+    pub fn pages(&self) -> Runs {
         Runs::new(self.extents.iter().map(|extent| extent.at..extent.at + extent.len))
     }
 }

@@ -244,6 +244,7 @@ mod tests {
                     data: 0,
                     id: "a1".to_owned(),
                     aside: "a1".to_owned(),
+                    sum: None,
                     samples: Vec::new(),
                     base: None,
                 },

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::aside::{find, labelled};
 use super::memory::has;
 use super::store::{Taken, disks};
+use super::verify::Written;
 use super::{
     Base, Files, Header, MEMORY, MemoryHeader, PAGES, Progress, State, StateError, StoreError,
     read, store,
@@ -62,6 +63,12 @@ pub enum LoadError {
     /// Diffs stand on diffs without end.
     #[error("there are more than {DEEPEST} diffs, one over the other; merge some")]
     Deep,
+    /// Not what was written.
+    #[error("{} is damaged: it is not what was written", .0.display())]
+    Damaged(PathBuf),
+    /// Whether it is what was written cannot be seen.
+    #[error("{} was written by an earlier version of Hull, without a sum to compare it with", .0.display())]
+    NoSum(PathBuf),
 }
 
 /// Reads what a machine goes on from. Disks that changed since are warned of. `base` is where what a diff is
@@ -71,7 +78,7 @@ pub enum LoadError {
 /// [`LoadError`].
 pub fn load(files: &Files, base: Option<&Files>) -> Result<Origin, LoadError> {
     let mut state = state(files)?;
-    let layers = layers(files, &mut state, base, DEEPEST)?;
+    let layers = layers(files, &mut state, base, &mut Chain::new())?;
     warn_of_disks(&state.header);
     let base = Base {
         id: state.header.memory.id.clone(),
@@ -99,14 +106,31 @@ fn state(files: &Files) -> Result<State, LoadError> {
     read(&files.state).map_err(|source| LoadError::State { path: files.state.clone(), source })
 }
 
+/// A snapshot's memory file, that of what it is a diff to, and so on.
+type Chain = Vec<Written>;
+
+/// The memory files of a snapshot, its own first, and then those of what it stands on.
+///
+/// # Errors
+/// As of [`load`].
+pub(super) fn chain(files: &Files, base: Option<&Files>) -> Result<Chain, LoadError> {
+    let mut chain = Chain::new();
+    layers(files, &mut state(files)?, base, &mut chain)?;
+    Ok(chain)
+}
+
 /// The layers of a snapshot's memory, the lowest first. The list of a diff's pages is taken out of the state.
+/// Adds the file to `chain`, and then those of what it stands on.
 fn layers(
     files: &Files,
     state: &mut State,
     elsewhere: Option<&Files>,
-    depth: usize,
+    chain: &mut Chain,
 ) -> Result<Vec<Layer>, LoadError> {
     let header = &state.header.memory;
+    if chain.len() > DEEPEST {
+        return Err(LoadError::Deep);
+    }
     let path = find(&files.memory, &header.aside);
     let failed = |source| LoadError::Read { path: path.clone(), source };
     let other = |reason: String| LoadError::Memory { path: path.clone(), reason };
@@ -127,6 +151,8 @@ fn layers(
     if pages.is_none() && labelled.is_some_and(|id| id != header.id) {
         return Err(other("it is another snapshot's".to_owned()));
     }
+    let (file_of, sum) = (Arc::clone(&file), header.sum);
+    chain.push(Written { path: path.clone(), file: file_of, pages: pages.clone(), sum });
     let outside = |pages: &Runs| header.samples.iter().any(|sample| !pages.contains(sample.page));
     if pages.as_ref().is_none_or(outside) && known(&whole)? {
         return Ok(whole.into());
@@ -137,9 +163,8 @@ fn layers(
     if pages.end() > header.size / PAGE_SIZE {
         return Err(others());
     }
-    let depth = depth.checked_sub(1).ok_or(LoadError::Deep)?;
     let below = elsewhere.cloned().unwrap_or_else(|| base.files(&files.state));
-    let (id, mut layers) = base_layers(&below, &[&base.id, &header.id], header.size, depth)?;
+    let (id, mut layers) = base_layers(&below, &[&base.id, &header.id], header.size, chain)?;
     if id == base.id {
         layers.push(Layer::new(file, &pages));
     }
@@ -152,7 +177,7 @@ fn base_layers(
     files: &Files,
     ids: &[&str],
     size: u64,
-    depth: usize,
+    chain: &mut Chain,
 ) -> Result<(String, Vec<Layer>), LoadError> {
     let boxed = |error| LoadError::Base(Box::new(error));
     let mut state = state(files).map_err(boxed)?;
@@ -160,7 +185,7 @@ fn base_layers(
     if !ids.contains(&id.as_str()) || found != size {
         return Err(LoadError::OtherBase(files.state.clone()));
     }
-    let layers = layers(files, &mut state, None, depth).map_err(|error| match error {
+    let layers = layers(files, &mut state, None, chain).map_err(|error| match error {
         LoadError::Deep => error,
         error => boxed(error),
     })?;
@@ -228,7 +253,7 @@ pub fn merge(
     progress: Progress<'_>,
 ) -> Result<Header, MergeError> {
     let mut state = state(files)?;
-    let layers = layers(files, &mut state, base, DEEPEST)?;
+    let layers = layers(files, &mut state, base, &mut Chain::new())?;
     let State { header, parts } = state;
     let contents = Contents::new(header.memory.size, &layers);
     let Header { created_ms, host, config, disks, memory, .. } = header;

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::Sample;
+use super::{Sample, Sum};
 use crate::memory::{Contents, PAGE_SIZE, Runs, shared_out};
 
 /// Pages that a writer takes at a time: as much as stays in the processor's caches between reading and writing.
@@ -21,7 +21,7 @@ pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 
 /// Writes `contents` to `file`, which is new and empty: all of them, or with `pages` what is in those. Of
 /// all what is zero stays a hole; of `pages` it is written, for it may be another in what lies below. Returns
-/// the bytes that were written.
+/// the bytes that were written, and what they come to.
 ///
 /// # Errors
 /// A file cannot be read or written.
@@ -30,7 +30,7 @@ pub fn save(
     pages: Option<&Runs>,
     file: &File,
     progress: Progress<'_>,
-) -> io::Result<u64> {
+) -> io::Result<(u64, Sum)> {
     file.set_len(contents.pages() * PAGE_SIZE)?;
     // Without a layer there is nothing but zeroes.
     let there =
@@ -46,7 +46,8 @@ pub fn save(
         progress(done * PAGE_SIZE, total * PAGE_SIZE);
         Ok(written)
     })?;
-    Ok(written.into_iter().sum())
+    let add = |(bytes, sum), (more, other)| (bytes + more, sum + other);
+    Ok(written.into_iter().fold((0, Sum::default()), add))
 }
 
 /// Writes `part`. `buffer` is what the last one left.
@@ -56,7 +57,7 @@ fn copy(
     zeroes: bool,
     file: &File,
     buffer: &mut Vec<u8>,
-) -> io::Result<u64> {
+) -> io::Result<(u64, Sum)> {
     let len = (part.end - part.start) as usize * PAGE;
     buffer.resize(buffer.len().max(len), 0);
     let bytes = &mut buffer[..len];
@@ -72,16 +73,18 @@ fn copy(
     let start = part.start * PAGE_SIZE;
     if zeroes {
         file.write_all_at(bytes, start)?;
-        return Ok(bytes.len() as u64);
+        return Ok((bytes.len() as u64, Sum::of_all(part.start, bytes)));
     }
     let pages = bytes.chunks_exact(PAGE).zip(0u64..);
     let written = pages.filter(|(page, _)| *page != ZEROES).map(|(_, n)| n..n + 1);
     let written = Runs::new(written);
+    let mut sum = Sum::default();
     for run in written.iter() {
         let (from, to) = (run.start as usize * PAGE, run.end as usize * PAGE);
         file.write_all_at(&bytes[from..to], start + run.start * PAGE_SIZE)?;
+        sum = sum + Sum::of_all(part.start + run.start, &bytes[from..to]);
     }
-    Ok(written.pages() * PAGE_SIZE)
+    Ok((written.pages() * PAGE_SIZE, sum))
 }
 
 /// Pages by which memory is known.

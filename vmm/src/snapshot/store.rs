@@ -143,7 +143,7 @@ pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Head
     let (mut state_file, mut memory_file) =
         (Aside::new(&files.state, &aside)?, Aside::new(&files.memory, &aside)?);
     let pages = diff.as_ref().map(|diff| &diff.pages);
-    let data =
+    let (data, sum) =
         save(&contents, pages, &memory_file.file, progress).map_err(memory_file.failed("write"))?;
     let samples = match pages {
         Some(pages) => samples_of(&contents, pages),
@@ -163,7 +163,7 @@ pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Head
         host,
         disks,
         config,
-        memory: MemoryHeader { id, aside, size, data, samples, base },
+        memory: MemoryHeader { id, aside, size, data, sum: Some(sum), samples, base },
     };
     let state = State { header, parts };
     let failed = |source| StoreError::State { path: files.state.clone(), source };

@@ -2,7 +2,7 @@
 
 use machine_tests::{Guest, Running};
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use tempfile::TempDir;
 
 /// Another `hull` that sees the machines of `guest`.
@@ -137,6 +137,65 @@ fn diffs_are_listed_merged_and_removed() {
     snapshot(&["merge", &at("nothing")]).failed(&["nothing/state", "No such file"]);
     stop(&guest, "first");
     assert_eq!(guest.finish().code(), 0);
+}
+
+#[test]
+fn damage_is_found_wherever_it_is() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let mut guest = working(&at("base"));
+    guest.write("dc");
+    guest.wait_for("pages=4096");
+    beside(&guest, "snapshot").flag("--diff").flag("first").flag(&at("diff")).run().ok();
+    stop(&guest, "first");
+    guest.finish();
+    let verify = |words: &[&str]| {
+        let verify = Guest::hull("snapshot").flag("verify");
+        words.iter().fold(verify, |guest, word| guest.flag(word)).run()
+    };
+    let good = verify(&[&at("diff"), &at("base")]);
+    assert_eq!(good.ok().matches("as it was written").count(), 3, "{}", good.stdout);
+    let json = verify(&["--json", &at("diff")]);
+    let json: serde_json::Value = serde_json::from_str(json.ok()).unwrap();
+    assert_eq!(json[1]["memory"], at("base/memory"));
+    assert!(json[0]["bytes"].as_u64().unwrap() >= 8 << 20, "{json}");
+    let header: serde_json::Value = {
+        let shown = Guest::hull("snapshot").flag("show").flag("--json").flag(&at("base")).run();
+        serde_json::from_str(shown.ok()).unwrap()
+    };
+    let samples: Vec<u64> = header["memory"]["samples"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|sample| sample["page"].as_u64().unwrap())
+        .collect();
+    let path = folder.path().join("base/memory");
+    let memory = fs::read(&path).unwrap();
+    // One bit of a page that has something, and of one that has nothing; neither is looked at by a restore.
+    let page = |zero: bool| {
+        let pages = memory.chunks(4096).zip(0u64..);
+        pages
+            .filter(|(page, n)| page.iter().all(|byte| *byte == 0) == zero && !samples.contains(n))
+            .map(|(_, n)| n)
+            .last()
+            .unwrap()
+    };
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    for page in [page(false), page(true)] {
+        let place = page * 4096 + 1234;
+        let byte = memory[place as usize];
+        file.write_all_at(&[byte ^ 4], place).unwrap();
+        verify(&[&at("base")]).failed(&["base/memory is damaged"]);
+        // What stands on it is damaged too, and what is not is said all the same.
+        let outcome = verify(&[&at("diff"), &at("base")]);
+        assert_eq!(outcome.stderr.matches("base/memory is damaged").count(), 2);
+        file.write_all_at(&[byte], place).unwrap();
+        verify(&[&at("diff")]).ok();
+    }
+    // A page that was lost.
+    file.write_all_at(&[0; 4096], page(false) * 4096).unwrap();
+    verify(&[&at("base")]).failed(&["base/memory is damaged"]);
+    verify(&[&at("nothing")]).failed(&["nothing/state", "No such file"]);
 }
 
 #[test]

@@ -295,9 +295,18 @@ pub struct Running {
 impl Running {
     /// Waits until the guest has printed `text`.
     pub fn wait_for(&self, text: &str) {
+        self.wait_in(&self.stdout, text);
+    }
+
+    /// Waits until Hull has said `text`.
+    pub fn wait_for_message(&self, text: &str) {
+        self.wait_in(&self.stderr, text);
+    }
+
+    fn wait_in(&self, pipe: &Pipe, text: &str) {
         assert!(
-            self.stdout.wait_for(text, self.deadline),
-            "the guest did not print {:?}\nstdout: {}\nstderr: {}",
+            pipe.wait_for(text, self.deadline),
+            "{:?} did not come\nstdout: {}\nstderr: {}",
             text.chars().take(100).collect::<String>(),
             self.stdout.tail(),
             self.stderr.tail()

@@ -33,6 +33,7 @@ use super::{Machine, RunError, RunOptions};
 use crate::console::Output;
 use crate::io::{Report, WorkerId, system_error};
 use crate::journal::{Happening, Journal};
+use crate::memory::{LOOK_EVERY, PagerHealth};
 use crate::metrics::{ControlMetrics, LatencyMetrics};
 use crate::seccomp;
 use crate::signals::Meaning;
@@ -154,6 +155,8 @@ struct Control {
     change: Option<Change>,
     timer: TimerFd,
     kernel_file_wanted: bool,
+    /// When it is looked again how the pager does.
+    pager_look: Option<Instant>,
     /// Somebody reads the machine's memory: it must not run.
     frozen: bool,
     end: Option<Result<Ending, RunError>>,
@@ -201,6 +204,7 @@ impl Machine {
             change: None,
             timer,
             kernel_file_wanted: false,
+            pager_look: None,
             frozen: false,
             end: None,
         });
@@ -254,6 +258,10 @@ impl MutEventSubscriber for Control {
             fds.push((service.fd(), Source::Service(n), EventSet::IN));
         }
         let pager = self.machine.ram.pager_fds();
+        if !pager.is_empty() {
+            self.pager_look = Some(Instant::now() + LOOK_EVERY);
+            self.arm_timer();
+        }
         fds.extend(pager.into_iter().map(|fd| (fd, Source::Pager, EventSet::IN)));
         for (fd, source, set) in fds {
             if let Err(err) = ops.add(Events::with_data_raw(fd, source.pack(), set)) {
@@ -551,7 +559,7 @@ impl Control {
             _ => None,
         };
         let slots = self.machine.slots.iter().filter_map(super::slot::Slot::deadline);
-        let next = slots.chain(replace).min();
+        let next = slots.chain(replace).chain(self.pager_look).min();
         if let Some(next) = next {
             let delay = next.saturating_duration_since(Instant::now());
             let _ = self.timer.reset(delay.max(Duration::from_millis(1)), None);
@@ -589,7 +597,24 @@ impl Control {
             let reason = "a request does not end; its back-end hangs".to_owned();
             reply(Err(Refusal::Device { device: name.unwrap_or_default(), reason }));
         }
+        if self.pager_look.is_some_and(|time| time <= now) {
+            self.look_at_pager(now);
+        }
         self.arm_timer();
+    }
+
+    fn look_at_pager(&mut self, now: Instant) {
+        let health = self.machine.ram.look_at_pager();
+        self.pager_look = health.map(|_| now + LOOK_EVERY);
+        match health {
+            Some(PagerHealth::Gone) => drop(self.end.get_or_insert(Err(RunError::Pager))),
+            Some(PagerHealth::Hangs) => {
+                let message = "it does not bring memory that the guest waits for";
+                tracing::error!(message, "the pager hangs");
+                self.machine.control.journal.device_failed("pager", message.to_owned());
+            }
+            Some(PagerHealth::Well) | None => {}
+        }
     }
 
     fn take_signals(&mut self) {

@@ -37,7 +37,7 @@ use freeze::Stack;
 pub use freeze::{Image, shared_out};
 pub use layers::{Contents, Extent, Layer, Piece};
 pub use mapping::Mapping;
-pub use pager::{Check, PagerError};
+pub use pager::{Check, LOOK_EVERY, PagerError, PagerHealth};
 pub use runs::Runs;
 
 /// Size of a guest and host page in bytes.

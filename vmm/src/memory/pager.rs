@@ -17,6 +17,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -39,6 +40,13 @@ const AGAIN: Duration = Duration::from_millis(5);
 const PIECE: u64 = (2 << 20) / PAGE_SIZE;
 /// Bytes of a page that is from the host's pool.
 const HUGE_PAGE: u64 = 2 << 20;
+
+/// How often it is looked whether a pager reads the faults.
+pub const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A pager that brought no page between so many looks, although somebody waited at each, hangs.
+const HANGS: u32 = 5;
+/// After so many it is gone if it has closed its socket.
+const GONE: u32 = 10;
 
 /// Numbers of Linux, include/uapi/linux/userfaultfd.h.
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
@@ -89,6 +97,56 @@ pub struct Pager {
     /// Readable when the process is gone.
     process: Option<OwnedFd>,
     ranges: Ranges,
+    waits: Waits,
+}
+
+/// What can be seen of a pager's work: the kernel's files, which this process may not open later.
+#[derive(Debug)]
+struct Waits {
+    /// /proc/self/fdinfo of the descriptor (Linux, fs/userfaultfd.c).
+    faults: File,
+    /// /proc/self/statm.
+    size: File,
+    /// Pages that were there at the last look.
+    resident: u64,
+    /// Looks one after the other at which somebody waited, and nothing had come.
+    number: u32,
+}
+
+impl Waits {
+    fn new(uffd: RawFd) -> io::Result<Waits> {
+        let faults = File::open(format!("/proc/self/fdinfo/{uffd}"))?;
+        Ok(Waits { faults, size: File::open("/proc/self/statm")?, resident: 0, number: 0 })
+    }
+
+    /// Looks again.
+    fn look(&mut self) -> io::Result<u32> {
+        let word = |file: &File, before: &str, n: usize| {
+            let mut bytes = [0; 512];
+            let len = file.read_at(&mut bytes, 0)?;
+            let text = String::from_utf8_lossy(bytes.get(..len).unwrap_or_default());
+            let words = text.split_once(before).map_or("", |(_, words)| words);
+            let word = words.split_whitespace().nth(n).and_then(|word| word.parse::<u64>().ok());
+            word.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+        };
+        // Both those that nobody read and those that nobody answered.
+        let waiting = word(&self.faults, "total:", 0)?;
+        let resident = word(&self.size, "", 1)?;
+        let come = resident != std::mem::replace(&mut self.resident, resident);
+        self.number = if waiting == 0 || come { 0 } else { self.number.saturating_add(1) };
+        Ok(self.number)
+    }
+}
+
+/// How a pager does its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PagerHealth {
+    /// As far as can be seen.
+    Well,
+    /// For some seconds it has brought nothing, and the guest waits. Said once, until something comes.
+    Hangs,
+    /// Nobody can bring a page any more, or wants to: it hung up, and brings nothing.
+    Gone,
 }
 
 /// The pager of a machine, as long as it needs one.
@@ -183,7 +241,8 @@ impl Pager {
         let stream = connect_patiently(path)
             .map_err(|source| PagerError::Connect { path: path.to_owned(), source })?;
         let process = process_of(&stream);
-        let pager = Pager { uffd, stream, process, ranges: Arc::clone(ranges) };
+        let waits = Waits::new(uffd.as_raw_fd()).map_err(PagerError::Refused)?;
+        let pager = Pager { uffd, stream, process, ranges: Arc::clone(ranges), waits };
         let mut offset = 0;
         let mut message = Vec::new();
         for (_, mapping) in ranges.iter() {
@@ -212,15 +271,31 @@ impl Pager {
         }
     }
 
-    /// True if there is nobody any more who could bring a page.
-    fn is_gone(&self) -> bool {
+    /// True if it closed its socket; true if its process is over or out of sight.
+    fn ends(&self) -> (bool, bool) {
         let fd = |fd: RawFd, events| libc::pollfd { fd, events, revents: 0 };
         let process = self.process.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         let mut fds = [fd(self.stream.as_raw_fd(), 0), fd(process, libc::POLLIN)];
         // SAFETY: the array is as long as is said.
         unsafe { libc::poll(fds.as_mut_ptr(), 2, 0) };
+        (fds[0].revents & libc::POLLHUP != 0, process < 0 || fds[1].revents != 0)
+    }
+
+    /// True if there is nobody any more who could bring a page.
+    fn is_gone(&self) -> bool {
         // A pager may close its socket when it has what it needs, or have had another process listen.
-        fds[0].revents & libc::POLLHUP != 0 && (process < 0 || fds[1].revents != 0)
+        self.ends() == (true, true)
+    }
+
+    fn look(&mut self) -> PagerHealth {
+        let waits = self.waits.look().unwrap_or_default();
+        match self.ends() {
+            (true, true) => PagerHealth::Gone,
+            // Whether it has closed the descriptor as well cannot be seen.
+            (true, false) if waits >= GONE => PagerHealth::Gone,
+            _ if waits == HANGS => PagerHealth::Hangs,
+            _ => PagerHealth::Well,
+        }
     }
 }
 
@@ -273,6 +348,11 @@ impl GuestRam {
             let process = pager.process.as_ref().map(AsRawFd::as_raw_fd);
             process.into_iter().chain([pager.stream.as_raw_fd()]).collect()
         })
+    }
+
+    /// How the pager does, if there is one: to be asked each [`LOOK_EVERY`].
+    pub fn look_at_pager(&self) -> Option<PagerHealth> {
+        lock(&self.pager).as_mut().map(Pager::look)
     }
 
     /// True if there is a pager, and it is gone.

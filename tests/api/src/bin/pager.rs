@@ -3,8 +3,8 @@
 //!     pager SOCKET MEMORY [BEHAVIOUR]
 //!
 //! It behaves as it should, or is `deaf` (never accepts), `silent` (brings nothing), `wrong` (brings other
-//! pages), `closes` (its end of the socket, and goes on), `dies` at a fault, or `hangs` there; the last two with
-//! the number of pages behind a `=` that it brings before.
+//! pages), `closes` (its end of the socket, and goes on), `dies` at a fault, `hangs` there, or `leaves` (closes all
+//! that it has, and lives on); the last three with the number of pages behind a `=` that it brings before.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -94,7 +94,14 @@ fn main() -> io::Result<()> {
             continue;
         }
         if most == Some(brought) {
-            return if behaviour == "hangs" { wait() } else { Ok(()) };
+            return match behaviour {
+                "hangs" => wait(),
+                "leaves" => {
+                    drop((stream, uffd));
+                    wait()
+                }
+                _ => Ok(()),
+            };
         }
         let address = message[16..24].iter().rev().fold(0, |all, &byte| all << 8 | u64::from(byte));
         let start = |range: &Value| number(range, "base_host_virt_addr");

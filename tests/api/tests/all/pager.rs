@@ -186,8 +186,18 @@ fn a_machine_whose_pager_hangs_can_be_ended() {
     let mut machine = Server::firecracker();
     pager.load(&machine, saved.path()).done();
     machine.process.write("c");
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    machine.process.wait_for_message("the pager hangs");
     assert_eq!(state(&machine), "Running");
     machine.put("/actions", json!({ "action_type": "Quit" })).done();
     assert_eq!(machine.process.finish().code(), 0);
+}
+
+#[test]
+fn a_machine_ends_when_its_pager_hangs_up_and_lives_on() {
+    let saved = saved();
+    let pager = Pager::new(saved.path(), "leaves=60");
+    let mut machine = Server::firecracker();
+    pager.load(&machine, saved.path()).done();
+    machine.process.write("c");
+    machine.process.finish().failed(&["pager is gone"]);
 }

@@ -8,6 +8,7 @@ mod api;
 mod cli;
 mod client;
 mod doctor;
+mod entry;
 mod exit;
 mod firecracker;
 mod host;
@@ -44,6 +45,7 @@ pub extern "C" fn main(_arguments: c_int, _vector: *const *const c_char) -> c_in
     // The first thing of all: `--timings` counts from here.
     let start = Instant::now();
     share_one_heap();
+    entry::populate_heap();
     open_standard_streams();
     // A reader that goes away is an error of the write, not the end of the process.
     // SAFETY: sets a disposition, before there is a second thread.

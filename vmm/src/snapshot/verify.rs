@@ -19,8 +19,8 @@ const PAGE: usize = PAGE_SIZE as usize;
 const WORDS: usize = 4;
 
 /// What pages come to, whoever adds them up, in whatever order, and whether or not those that are zero are
-/// among them: the sum of the BLAKE3 hashes of each page's number (8 bytes, little-endian) and bytes, as four
-/// little-endian numbers of 64 bits that overflow each for itself. It finds accidents; whoever can change the
+/// among them: the sum of the BLAKE3 hashes of the pages, keyed with their numbers (8 bytes, little-endian, and 24
+/// zeroes), as four little-endian numbers of 64 bits that overflow each for itself. It finds accidents; whoever can change the
 /// memory file can change the state, which has this, as well.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sum([u64; WORDS]);
@@ -28,7 +28,10 @@ pub struct Sum([u64; WORDS]);
 impl Sum {
     /// Of one page that is not zero.
     pub(super) fn of(page: u64, bytes: &[u8]) -> Sum {
-        let hash = blake3::Hasher::new().update(&page.to_le_bytes()).update(bytes).finalize();
+        let mut key = [0; blake3::KEY_LEN];
+        key[..8].copy_from_slice(&page.to_le_bytes());
+        // The number is no part of the text, whose parts are hashed at once only where it is in whole ones.
+        let hash = blake3::keyed_hash(&key, bytes);
         let mut words = [0; WORDS];
         for (word, bytes) in words.iter_mut().zip(hash.as_bytes().as_chunks().0) {
             *word = u64::from_le_bytes(*bytes);

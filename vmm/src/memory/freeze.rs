@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::layers::{Contents, Layer};
+use super::pagemap::{Kind, Pagemap};
 use super::pager::Slot;
 use super::runs::Runs;
 use super::{PAGE_SIZE, Ranges};
@@ -21,17 +22,14 @@ use super::{PAGE_SIZE, Ranges};
 const COPIERS: usize = 2;
 /// Pages that one takes at a time.
 const PIECE: u64 = (2 << 20) / PAGE_SIZE;
+/// Pages that one looks at at a time.
+const LOOK: u64 = (64 << 20) / PAGE_SIZE;
 /// Most mappings that freezing leaves behind; with more, pages between are copied as well. The kernel
 /// allows a process 65,530.
 const MOST_MAPPINGS: usize = 4096;
 
 const PAGE: usize = PAGE_SIZE as usize;
 static ZEROES: [u8; PAGE] = [0; PAGE];
-
-/// Bits of an entry of /proc/PID/pagemap (Linux, Documentation/admin-guide/mm/pagemap.rst).
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const OF_A_FILE: u64 = 1 << 61;
 
 /// Layers of one machine's RAM.
 #[derive(Debug, Default)]
@@ -110,6 +108,13 @@ pub fn shared_out<I: Sync, T: Send, W>(
         }
         all
     })
+}
+
+/// What several threads found, which each have theirs in order.
+fn in_order(found: Vec<Vec<Range<u64>>>) -> Runs {
+    let mut found: Vec<Range<u64>> = found.into_iter().flatten().collect();
+    found.sort_unstable_by_key(|run| run.start);
+    Runs::new(found)
 }
 
 impl Stack {
@@ -205,16 +210,7 @@ impl Image {
     /// # Errors
     /// The kernel does not say.
     pub fn touched(&self) -> io::Result<Runs> {
-        let pagemap = File::open("/proc/self/pagemap")?;
-        let mut touched = Runs::default();
-        for piece in Runs::first(self.size() / PAGE_SIZE).pieces(PIECE) {
-            self.look(piece, &pagemap, |page, entry, _| {
-                if entry & (PRESENT | SWAPPED) != 0 {
-                    touched.push(page..page + 1);
-                }
-            })?;
-        }
-        Ok(touched)
+        self.pages_of(Kind::There)
     }
 
     /// Has pages mapped as if the guest had read them. What is not RAM is left out.
@@ -239,62 +235,52 @@ impl Image {
         Ok(())
     }
 
-    /// Tells `see` of each page of `piece`: its number, its entry in `pagemap`, and where it is mapped.
-    fn look(
-        &self,
-        piece: Range<u64>,
-        pagemap: &File,
-        mut see: impl FnMut(u64, u64, *mut u8),
-    ) -> io::Result<()> {
-        let mut entries = vec![0; (piece.end - piece.start) as usize * 8];
-        let mut at = piece.start;
-        while at < piece.end {
-            let Some((host, len)) = self.host(at) else { break };
-            let len = len.min(piece.end - at);
-            let entries = &mut entries[..len as usize * 8];
-            pagemap.read_exact_at(entries, host as u64 / PAGE_SIZE * 8)?;
-            for (n, entry) in entries.chunks_exact(8).enumerate() {
-                let mut bytes = [0; 8];
-                bytes.copy_from_slice(entry);
-                see(at + n as u64, u64::from_le_bytes(bytes), host.wrapping_add(n * PAGE));
-            }
-            at += len;
-        }
-        Ok(())
+    /// The pages of a kind.
+    fn pages_of(&self, kind: Kind) -> io::Result<Runs> {
+        let pagemap = Pagemap::open()?;
+        let all = Runs::first(self.size() / PAGE_SIZE);
+        let found = shared_out(
+            &all.pieces(LOOK),
+            || (),
+            |(), piece| {
+                let (mut found, mut at) = (Vec::new(), piece.start);
+                while at < piece.end {
+                    let Some((host, len)) = self.host(at) else { break };
+                    let len = len.min(piece.end - at);
+                    let start = host.addr() as u64;
+                    let number = |address: u64| at + (address - start) / PAGE_SIZE;
+                    for run in pagemap.pages(start..start + len * PAGE_SIZE, kind)? {
+                        found.push(number(run.start)..number(run.end));
+                    }
+                    at += len;
+                }
+                Ok(found)
+            },
+        )?;
+        Ok(in_order(found))
     }
 
     /// Pages that no layer has as they are: written here, and not zero where that goes without saying.
     fn private(&self, covered: &Runs) -> io::Result<Runs> {
-        let pagemap = File::open("/proc/self/pagemap")?;
-        let all = Runs::first(self.size() / PAGE_SIZE);
+        let private = self.pages_of(Kind::Private)?;
         let found = shared_out(
-            &all.pieces(PIECE),
+            &private.pieces(PIECE),
             || (),
-            |(), piece| self.private_in(piece.clone(), &pagemap, covered),
+            |(), piece| {
+                let counts = |page: &u64| covered.contains(*page) || !self.is_zero(*page);
+                Ok(piece.clone().filter(counts).map(|page| page..page + 1).collect())
+            },
         )?;
-        let mut found: Vec<Range<u64>> = found.into_iter().flatten().collect();
-        found.sort_unstable_by_key(|run| run.start);
-        Ok(Runs::new(found))
+        Ok(in_order(found))
     }
 
-    fn private_in(
-        &self,
-        piece: Range<u64>,
-        pagemap: &File,
-        covered: &Runs,
-    ) -> io::Result<Vec<Range<u64>>> {
-        let mut found = Runs::default();
-        self.look(piece, pagemap, |page, entry, host| {
-            if entry & (PRESENT | SWAPPED) == 0 || entry & OF_A_FILE != 0 {
-                return;
-            }
-            // SAFETY: a page of the mapping, and the guest is halted.
+    /// True for a page that is there and zero. The guest is halted.
+    fn is_zero(&self, page: u64) -> bool {
+        self.host(page).is_some_and(|(host, _)| {
+            // SAFETY: a page of the mapping, which nobody changes as long as the guest is halted.
             let bytes = unsafe { std::slice::from_raw_parts(host, PAGE) };
-            if bytes != ZEROES || covered.contains(page) {
-                found.push(page..page + 1);
-            }
-        })?;
-        Ok(found.iter().collect())
+            bytes == ZEROES
+        })
     }
 
     /// Copies pages into `file` and maps them there.

@@ -17,6 +17,7 @@ mod discard;
 mod freeze;
 mod layers;
 mod mapping;
+mod pagemap;
 mod pager;
 mod runs;
 

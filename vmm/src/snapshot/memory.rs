@@ -73,7 +73,7 @@ fn copy(
     let start = part.start * PAGE_SIZE;
     if zeroes {
         file.write_all_at(bytes, start)?;
-        return Ok((bytes.len() as u64, Sum::of_all(part.start, bytes)));
+        return Ok((bytes.len() as u64, Sum::of(part.start, bytes)));
     }
     let pages = bytes.chunks_exact(PAGE).zip(0u64..);
     let written = pages.filter(|(page, _)| *page != ZEROES).map(|(_, n)| n..n + 1);
@@ -82,7 +82,7 @@ fn copy(
     for run in written.iter() {
         let (from, to) = (run.start as usize * PAGE, run.end as usize * PAGE);
         file.write_all_at(&bytes[from..to], start + run.start * PAGE_SIZE)?;
-        sum = sum + Sum::of_all(part.start + run.start, &bytes[from..to]);
+        sum = sum + Sum::of(part.start + run.start, &bytes[from..to]);
     }
     Ok((written.pages() * PAGE_SIZE, sum))
 }

@@ -11,12 +11,14 @@
 //! never while something is waited for: a request that waits delays no other.
 
 mod configuring;
+mod fork;
 mod metadata;
 mod running;
 mod snapshot;
 mod wish;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -126,6 +128,8 @@ struct Inner {
     machines: u64,
     /// The machine is being saved.
     saving: bool,
+    /// Children that were given a number.
+    forked: u64,
     /// The last snapshot that was written, or the one that the machine goes on from.
     base: Option<Base>,
     /// What the guest's metadata service has to say; `None` until somebody puts something.
@@ -136,6 +140,7 @@ struct Inner {
 pub struct Instance {
     id: Option<String>,
     log: Option<Box<dyn LogSettings>>,
+    pool: Option<PathBuf>,
     program: Program,
     limits: Limits,
     observed: Observed,
@@ -207,6 +212,7 @@ impl Instance {
             quit: false,
             machines: 0,
             saving: false,
+            forked: 0,
             base: None,
             metadata: None,
         };
@@ -214,6 +220,7 @@ impl Instance {
         Instance {
             id: None,
             log: None,
+            pool: None,
             program,
             limits,
             observed,
@@ -238,6 +245,12 @@ impl Instance {
     #[must_use]
     pub fn with_log(self, log: Box<dyn LogSettings>) -> Instance {
         Instance { log: Some(log), ..self }
+    }
+
+    /// Has children made by the pool that listens there, if a client names no other.
+    #[must_use]
+    pub fn with_pool(self, path: PathBuf) -> Instance {
+        Instance { pool: Some(path), ..self }
     }
 
     /// Changes the log of the process. Before the start only, as Firecracker has it.

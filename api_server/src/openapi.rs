@@ -5,7 +5,7 @@ use utoipa::OpenApi;
 
 use crate::fault::FaultBody;
 use crate::routes::{
-    balloon, boot, cpu, drives, info, machine, mmds, nets, observe, small, snapshot,
+    balloon, boot, cpu, drives, fork, info, machine, mmds, nets, observe, small, snapshot,
 };
 
 /// What is served, as OpenAPI 3.1: `docs/openapi.json`, which a test keeps equal.
@@ -55,6 +55,7 @@ use crate::routes::{
         observe::events,
         snapshot::create,
         snapshot::load,
+        fork::fork,
         small::act,
         small::set_state,
         small::entropy,
@@ -73,8 +74,12 @@ struct Description;
 pub fn description() -> String {
     let mut api = Description::openapi();
     for (path, item) in &mut api.paths.paths {
-        let operations =
-            [("get", &mut item.get), ("put", &mut item.put), ("patch", &mut item.patch)];
+        let operations = [
+            ("get", &mut item.get),
+            ("put", &mut item.put),
+            ("patch", &mut item.patch),
+            ("post", &mut item.post),
+        ];
         for (method, operation) in operations {
             let Some(operation) = operation else { continue };
             refused(&mut operation.responses.responses);

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod fork;
 mod manual;
 mod run;
 mod snapshot;
@@ -14,6 +15,7 @@ use crate::exit::Code;
 use crate::logging::Level;
 use crate::session::ApiSocket;
 
+pub use fork::ForkArgs;
 pub use manual::{CompletionsArgs, completions, man};
 pub use run::{Format, RunArgs, UsageError, console, leading_path, read_option};
 pub use snapshot::{RestoreArgs, SnapshotArgs, SnapshotCommand};
@@ -57,6 +59,11 @@ pub enum Command {
     Snapshot(SnapshotArgs),
     /// Let a saved machine go on, and stay with it until it ends
     Restore(Box<RestoreArgs>),
+    /// Make copies of a machine, each of which runs for itself
+    Fork(ForkArgs),
+    /// Go on as a copy that is handed over on standard input
+    #[command(hide = true)]
+    Clone,
     /// Press a machine's power button; end it if that does not help
     Stop(StopArgs),
     /// Show how a machine is configured

@@ -13,8 +13,8 @@ const PAGE: usize = 4096;
 // From the first of the sections that are written to the end of bss, and some pages of stack below what the
 // kernel has put there; then on to the C library's entry, with registers as the kernel left them (System V
 // ABI for x86-64, section 3.4.1: rdx is 0 without a dynamic loader). A kernel that does not know
-// MADV_POPULATE_WRITE (23; before Linux 5.14) refuses, and nothing is lost. Calls are madvise (28).
-#[cfg(not(test))]
+// MADV_POPULATE_WRITE (23; before Linux 5.14) refuses, and nothing is lost. Calls are madvise (28). Unit tests
+// are linked with this entry as well.
 std::arch::global_asm!(
     ".globl hull_start",
     ".hidden hull_start",

@@ -7,6 +7,7 @@
 mod api;
 mod cli;
 mod client;
+mod clone;
 mod doctor;
 mod entry;
 mod exit;
@@ -15,6 +16,7 @@ mod host;
 mod keyvalue;
 mod last_words;
 mod logging;
+mod nursery;
 mod pidfile;
 mod ps;
 mod report;
@@ -80,6 +82,8 @@ fn run_command(start: Instant) -> Code {
         Command::Resume(args) => client::set_paused(&args, false),
         Command::Snapshot(args) => snapshots::snapshot(&args),
         Command::Restore(args) => restore::restore(&args, start),
+        Command::Fork(args) => client::fork(&args),
+        Command::Clone => clone::clone(start),
         Command::Stop(args) => stop::stop(&args),
         Command::Config(args) => client::config(&args),
         Command::Events(args) => client::events(&args),

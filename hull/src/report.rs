@@ -34,6 +34,19 @@ pub fn print(err: &(dyn Error + Send + Sync + 'static)) {
     streams::say(&text);
 }
 
+/// `err` and its causes in one line.
+pub fn line(err: &(dyn Error + Send + Sync + 'static)) -> String {
+    let mut text = err.to_string();
+    for cause in std::iter::successors(err.source(), |&err| err.source()) {
+        // Writing to a String cannot fail.
+        let _ = write!(text, ": {cause}");
+    }
+    if let Some(hint) = hint(err) {
+        let _ = write!(text, " ({hint})");
+    }
+    text
+}
+
 /// The exit code that says what kind of error it was.
 pub fn exit_code(err: &(dyn Error + Send + Sync + 'static)) -> Code {
     let usage = err.is::<UsageError>()

@@ -26,6 +26,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::cli::Result;
 use crate::host::KvmKind;
 use crate::last_words::{self, Leftovers, Published};
+use crate::nursery;
 use crate::pidfile::PidFile;
 use crate::runtime::{self, Entry, Record};
 use crate::terminal::{self, Escapes, RawMode};
@@ -231,6 +232,11 @@ impl Session {
         })
     }
 
+    /// Where the API is served.
+    pub fn api_path(&self) -> &Path {
+        &self.api_path
+    }
+
     /// Tells those who listen that there will be no machine.
     pub fn tell_quit(&self) {
         let (reason, message, again) = (Reason::Quit, None, false);
@@ -248,12 +254,14 @@ impl Session {
     /// # Errors
     /// There is no thread to be had.
     pub fn serve(&mut self, instance: Instance, filter: seccomp::Mode) -> Result<()> {
+        let instance = instance.with_pool(nursery::default_socket());
         let offer = self.listener.take().map(|listener| Offer { listener, instance, filter });
         offer.map_or(Ok(()), |offer| Ok(offer.serve()?))
     }
 
     /// Serves `instance` there, from when a machine runs and somebody comes.
     pub fn offer(&mut self, instance: Instance, filter: seccomp::Mode) {
+        let instance = instance.with_pool(nursery::default_socket());
         let offer = self.listener.take().map(|listener| Offer { listener, instance, filter });
         *self.door.offer() = offer;
     }

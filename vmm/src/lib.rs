@@ -8,7 +8,7 @@
 //! - [`io`]: io threads that own the virtio workers.
 //! - [`metrics`], [`journal`]: what can be seen of it from outside.
 //! - [`signals`], [`timings`], [`console`]: what a machine shares with its user.
-//! - [`snapshot`]: a machine as files.
+//! - [`snapshot`]: a machine as files; [`fork`]: handed over to other processes.
 //! - [`seccomp`]: the filter of each kind of thread.
 //!
 //! Nothing in here exits the process, prints, or reads the command line.
@@ -16,6 +16,7 @@
 pub mod config;
 pub mod console;
 pub mod files;
+pub mod fork;
 pub mod hypervisor;
 pub mod io;
 pub mod journal;

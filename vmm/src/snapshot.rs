@@ -31,7 +31,9 @@ pub use self::file::{FORMAT, StateError, parse, read, sealed, write};
 pub use self::load::{LoadError, MergeError, load, load_paged, merge};
 pub use self::memory::Progress;
 pub use self::overrides::Overrides;
-pub use self::store::{Diff, Files, StoreError, Taken, disks, now_ms, remove, store, this_host};
+pub use self::store::{
+    Diff, Files, StoreError, Taken, disks, now_ms, remove, store, this_host, word,
+};
 pub use self::verify::{Sum, Verified, verify};
 pub(crate) use self::working_set::Companion;
 pub use self::working_set::{Prefetch, Record, WorkingSetError};
@@ -115,9 +117,11 @@ pub struct DiskHeader {
 }
 
 /// Whose the list of pages is that a diff has.
-const MEMORY: &str = "memory";
+pub(crate) const MEMORY: &str = "memory";
 /// The kind of that list.
 const PAGES: &str = "pages";
+/// The kind of the lists of pages of layers that are handed over.
+pub(crate) const LAYERS: &str = "layers";
 
 /// A payload and whose it is.
 #[derive(Clone, Debug, PartialEq, Eq)]

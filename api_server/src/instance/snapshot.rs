@@ -47,10 +47,10 @@ enum SaveError {
 }
 
 /// Nobody else may save the machine as long as this lives.
-struct Saving(Shared);
+pub(super) struct Saving(pub(super) Shared);
 
 impl Saving {
-    fn begin(shared: &Shared) -> Result<Saving, Fault> {
+    pub(super) fn begin(shared: &Shared) -> Result<Saving, Fault> {
         let mut inner = shared.lock();
         if std::mem::replace(&mut inner.saving, true) {
             return Err(Fault::bad("Snapshot error: the machine is being saved already."));
@@ -65,7 +65,7 @@ impl Drop for Saving {
     }
 }
 
-fn micros(since: Instant) -> u64 {
+pub(super) fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -87,24 +87,8 @@ impl Saving {
     async fn save(self, handle: Handle, params: SnapshotCreateParams) -> Done {
         let shared = &self.0;
         let start = Instant::now();
-        let msrs = elsewhere(|| Kvm::open(Path::new(DEVICE)).and_then(|kvm| kvm.msr_numbers()));
-        let msrs = msrs.await?.map_err(|error| failed(&SaveError::Registers(error)))?;
-        let msrs = Arc::new(msrs);
         let is_diff = params.snapshot_type == SnapshotType::Diff;
-        let (frozen, halted) = loop {
-            let halted = Instant::now();
-            let (answer, frozen) = mpsc::sync_channel(1);
-            send(&handle, Command::Freeze { msrs: Arc::clone(&msrs), answer }).await?;
-            let frozen = frozen.try_recv().map_err(|_| Fault::gone())?;
-            if is_diff || !frozen.image.is_lazy() {
-                break (frozen, halted);
-            }
-            // What a pager still has is fetched first, while the machine goes on.
-            send(&handle, Command::Thaw { resume: frozen.was_running }).await?;
-            let image = frozen.image;
-            let fetched = elsewhere(move || image.populate()).await?;
-            fetched.map_err(|error| failed(&SaveError::Fetch(error)))?;
-        };
+        let (frozen, halted) = halt(&handle, is_diff).await?;
         let (resume, image) = (frozen.was_running, frozen.image.clone());
         let (config, base, machine) = {
             let inner = shared.lock();
@@ -159,15 +143,29 @@ impl Saving {
     }
 }
 
-/// Makes the memory of a halted machine a matter of layers.
-fn take(
-    frozen: Frozen,
-    mut config: VmConfig,
-    base: Option<Base>,
-    is_diff: bool,
-) -> Result<Taken, SaveError> {
-    let Frozen { parts, image, .. } = frozen;
-    // Whoever goes on from it is somewhere else.
+/// Halts the machine for others to go on from it, and says when that began. What a pager still has is fetched
+/// before, while it goes on, unless somebody can do without.
+pub(super) async fn halt(handle: &Handle, lazy_will_do: bool) -> Result<(Frozen, Instant), Fault> {
+    let msrs = elsewhere(|| Kvm::open(Path::new(DEVICE)).and_then(|kvm| kvm.msr_numbers()));
+    let msrs = msrs.await?.map_err(|error| failed(&SaveError::Registers(error)))?;
+    let msrs = Arc::new(msrs);
+    loop {
+        let halted = Instant::now();
+        let (answer, frozen) = mpsc::sync_channel(1);
+        send(handle, Command::Freeze { msrs: Arc::clone(&msrs), answer }).await?;
+        let frozen = frozen.try_recv().map_err(|_| Fault::gone())?;
+        if lazy_will_do || !frozen.image.is_lazy() {
+            return Ok((frozen, halted));
+        }
+        send(handle, Command::Thaw { resume: frozen.was_running }).await?;
+        let image = frozen.image;
+        let fetched = elsewhere(move || image.populate()).await?;
+        fetched.map_err(|error| failed(&SaveError::Fetch(error)))?;
+    }
+}
+
+/// The configuration for whoever goes on from it, who is somewhere else.
+pub(super) fn portable(mut config: VmConfig) -> VmConfig {
     let absolute = |path: &mut PathBuf| {
         if let Ok(whole) = std::path::absolute(&path) {
             *path = whole;
@@ -175,6 +173,18 @@ fn take(
     };
     config.disk.iter_mut().for_each(|disk| absolute(&mut disk.path));
     config.vsock.iter_mut().for_each(|vsock| absolute(&mut vsock.path));
+    config
+}
+
+/// Makes the memory of a halted machine a matter of layers.
+fn take(
+    frozen: Frozen,
+    config: VmConfig,
+    base: Option<Base>,
+    is_diff: bool,
+) -> Result<Taken, SaveError> {
+    let Frozen { parts, image, .. } = frozen;
+    let config = portable(config);
     let created_ms = snapshot::now_ms();
     image.freeze().map_err(SaveError::Freeze)?;
     let diff = diff(&image, base).filter(|_| is_diff);

@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod boot;
 pub mod cpu;
 pub mod drives;
+pub mod fork;
 pub mod info;
 pub mod machine;
 pub mod mmds;
@@ -15,7 +16,7 @@ pub mod snapshot;
 use axum::Router;
 use axum::extract::Request;
 use axum::http::{Method, StatusCode, Uri};
-use axum::routing::{get, patch, put};
+use axum::routing::{get, patch, post, put};
 
 use crate::fault::Fault;
 use crate::instance::Shared;
@@ -52,6 +53,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/entropy", get(small::entropy).put(small::put_entropy))
         .route("/snapshot/create", put(snapshot::create))
         .route("/snapshot/load", put(snapshot::load))
+        .route("/fork", post(fork::fork))
         .route("/pmem/{id}", put(small::later).patch(small::later))
         .route("/hotplug/memory", get(small::later).put(small::later).patch(small::later))
         .fallback(unknown_path)

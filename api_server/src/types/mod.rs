@@ -8,6 +8,7 @@ pub mod balloon;
 pub mod boot;
 pub mod cpu;
 pub mod drive;
+pub mod fork;
 pub mod info;
 pub mod machine;
 pub mod metrics;

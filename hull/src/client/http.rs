@@ -69,7 +69,20 @@ impl Api {
     /// The API does not know it, refuses, or does not answer with JSON.
     pub async fn get(&mut self, path: &str) -> Result<Value, ClientError> {
         let bytes = self.ask(Method::GET, path, None).await?;
-        serde_json::from_slice(&bytes)
+        self.json(&bytes)
+    }
+
+    /// Has something done that has an answer.
+    ///
+    /// # Errors
+    /// As those of [`Api::get`].
+    pub async fn post(&mut self, path: &str, body: &Value) -> Result<Value, ClientError> {
+        let bytes = self.ask(Method::POST, path, Some(body)).await?;
+        self.json(&bytes)
+    }
+
+    fn json(&self, bytes: &[u8]) -> Result<Value, ClientError> {
+        serde_json::from_slice(bytes)
             .map_err(|_| ClientError::Odd { who: self.who.clone(), expected: "JSON" })
     }
 

@@ -22,6 +22,8 @@ use super::{PAGE_SIZE, Ranges};
 const COPIERS: usize = 2;
 /// Pages that one takes at a time.
 const PIECE: u64 = (2 << 20) / PAGE_SIZE;
+/// Most layers that are left as they are; with more, all but the lowest become one.
+const MOST_LAYERS: usize = 32;
 /// Pages that one looks at at a time.
 const LOOK: u64 = (64 << 20) / PAGE_SIZE;
 /// Most mappings that freezing leaves behind; with more, pages between are copied as well. The kernel
@@ -48,6 +50,15 @@ struct Own {
     pages: Runs,
 }
 
+/// RAM of a machine as others go on from it.
+#[derive(Clone, Debug)]
+pub struct SharedRam {
+    /// Its layers, the lowest first. Nobody changes them.
+    pub layers: Vec<Layer>,
+    /// Bytes that were copied for it.
+    pub copied: u64,
+}
+
 /// RAM of a machine as somebody else sees who writes it out. It keeps the mappings.
 #[derive(Clone, Debug)]
 pub struct Image {
@@ -62,7 +73,7 @@ pub struct Image {
 fn memfd(size: u64) -> io::Result<File> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a C string.
-    let fd = unsafe { libc::memfd_create(c"hull-ram".as_ptr(), flags) };
+    let fd = unsafe { libc::memfd_create(c"hull".as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -73,6 +84,27 @@ fn memfd(size: u64) -> io::Result<File> {
     // SAFETY: fcntl with integer arguments.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
         0 => Ok(file),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A memfd with these bytes that nobody can change.
+///
+/// # Errors
+/// The host has no memory for it.
+pub fn sealed_copy(bytes: &[u8]) -> io::Result<File> {
+    let file = memfd(bytes.len() as u64)?;
+    file.write_all_at(bytes, 0)?;
+    seal(&file)?;
+    Ok(file)
+}
+
+/// Lets nobody write to a memfd any more (fcntl(2)).
+fn seal(file: &File) -> io::Result<()> {
+    let seals = libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
+    // SAFETY: fcntl with integer arguments.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
@@ -154,12 +186,13 @@ impl Image {
     }
 
     /// Makes all that RAM holds a matter of layers. The guest and its devices must be halted; afterwards
-    /// they may go on, and what they write is not seen in [`Image::contents`].
+    /// they may go on, and what they write is not seen in [`Image::contents`]. Returns the number of pages
+    /// that were copied.
     ///
     /// # Errors
     /// The host has no memory for it. RAM holds what it held, and what was done counts: it can be tried
     /// again.
-    pub fn freeze(&self) -> io::Result<()> {
+    pub fn freeze(&self) -> io::Result<u64> {
         let mut stack = self.stack();
         if self.huge_pages {
             // They stay where they are, and so belong to the next layer too.
@@ -173,8 +206,13 @@ impl Image {
             // Nobody shall have to wait until all of it was written.
             private = private.union(&leased.pages());
         }
+        let too_many = stack.layers.len() > MOST_LAYERS;
+        if too_many {
+            let upper = stack.layers.iter().skip(1);
+            private = upper.fold(private, |all, layer| all.union(&layer.pages()));
+        }
         if private.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         let file = match &stack.own {
             Some(own) => Arc::clone(&own.file),
@@ -202,7 +240,39 @@ impl Image {
         stack.changed = stack.changed.union(&done);
         moved?;
         stack.layers.retain(|layer| !layer.leased);
-        Ok(())
+        if too_many {
+            stack.layers.truncate(1);
+        }
+        Ok(private.pages())
+    }
+
+    /// [`Image::freeze`], and what RAM holds then as layers for other machines, the lowest first. None of them
+    /// changes any more, whoever tries: what is frozen here next goes elsewhere.
+    ///
+    /// # Errors
+    /// As of [`Image::freeze`].
+    pub fn share(&self) -> io::Result<SharedRam> {
+        let copied = self.freeze()? * PAGE_SIZE;
+        let mut stack = self.stack();
+        let Some(own) = stack.own.take() else {
+            return Ok(SharedRam { layers: stack.layers.clone(), copied });
+        };
+        if let Err(err) = seal(&own.file) {
+            stack.own = Some(own);
+            return Err(err);
+        }
+        let layer = Layer::new(own.file, &own.pages);
+        if self.huge_pages {
+            // It is a copy, which nothing here is mapped from.
+            let layers = stack.layers.iter().cloned().chain([layer]).collect();
+            return Ok(SharedRam { layers, copied });
+        }
+        for lower in &mut stack.layers {
+            lower.cover(&own.pages);
+        }
+        stack.layers.retain(|layer| !layer.is_empty());
+        stack.layers.push(layer);
+        Ok(SharedRam { layers: stack.layers.clone(), copied })
     }
 
     /// Pages that are mapped: of what lies in files or with a pager, those that were touched.

@@ -65,6 +65,21 @@ impl Layer {
         Ok(Layer::new(file, &pages))
     }
 
+    /// The file.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// True if it has no page.
+    pub fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
+    /// True if somebody may want to change its file.
+    pub fn is_leased(&self) -> bool {
+        self.leased
+    }
+
     /// The pages that it has.
     pub fn pages(&self) -> Runs {
         Runs::new(self.extents.iter().map(|extent| extent.at..extent.at + extent.len))
@@ -218,6 +233,16 @@ fn keep_end(map: &mut BTreeMap<u64, Piece>, piece: &Piece, start: u64) {
 }
 
 impl Layer {
+    /// Takes pages out of it that nobody looks for here any more.
+    pub(super) fn cover(&mut self, pages: &Runs) {
+        if self.extents.iter().all(|extent| extent.at == extent.from) {
+            let rest = self.pages().without(pages);
+            *self = Layer { leased: self.leased, ..Layer::new(Arc::clone(&self.file), &rest) };
+        } else {
+            pages.iter().for_each(|run| self.remove(run));
+        }
+    }
+
     /// Takes pages out of it.
     pub(super) fn remove(&mut self, range: Range<u64>) {
         let mut kept = Vec::with_capacity(self.extents.len() + 1);

@@ -35,7 +35,7 @@ use vm_memory::{Address, GuestAddress, GuestRegionMmap};
 use crate::hypervisor::{HypervisorError, Vm};
 pub use discard::Discarder;
 use freeze::Stack;
-pub use freeze::{Image, shared_out};
+pub use freeze::{Image, SharedRam, sealed_copy, shared_out};
 pub use layers::{Contents, Extent, Layer, Piece};
 pub use mapping::Mapping;
 pub use pager::{Check, LOOK_EVERY, PagerError, PagerHealth};

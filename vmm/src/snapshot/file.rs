@@ -165,7 +165,7 @@ pub fn parse(bytes: &[u8]) -> Result<State, StateError> {
 }
 
 /// Kinds of payloads that there are. One that is not known is refused, not left out.
-const KINDS: [&str; 13] = [
+const KINDS: [&str; 14] = [
     "vm",
     "vcpu",
     "transport",
@@ -179,6 +179,7 @@ const KINDS: [&str; 13] = [
     "virtio-balloon",
     "virtio-vsock",
     super::PAGES,
+    super::LAYERS,
 ];
 
 struct Fields<'a>(&'a [u8]);

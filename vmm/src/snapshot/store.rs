@@ -237,7 +237,10 @@ fn laid_over(
 }
 
 /// Letters and digits that nobody else has.
-pub(super) fn word() -> io::Result<String> {
+///
+/// # Errors
+/// The host has no random numbers.
+pub fn word() -> io::Result<String> {
     let mut bytes = [0; 16];
     random::fill(&mut bytes)?;
     Ok(format!("{:032x}", u128::from_le_bytes(bytes)))

@@ -1,0 +1,163 @@
+//! Copies of the machine, which go on as processes of their own.
+//!
+//! ```text
+//!   client          main           a thread of its own            pool               child
+//!     POST ────────> halt ────────> freeze, seal
+//!                    go on <─────── …
+//!                                   connect, state, layers ─────> hands it to ─────> map, run
+//!                                   <─────────────────────────────────────────────── name
+//!     200 <───────────────────────── …
+//! ```
+//!
+//! This process may not make others: its filters do not let it, and they would be inherited. Whoever
+//! listens at the pool's socket does.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use vmm::config::VmConfig;
+use vmm::files::SocketPath;
+use vmm::fork::{self, Child, HandOverError, Outcome, Seed};
+use vmm::machine::{Command, Frozen};
+use vmm::snapshot::{self, Header, MemoryHeader, State};
+
+use super::snapshot::{Saving, halt, micros, portable};
+use super::{Instance, Shared, elsewhere, send};
+use crate::fault::{Fault, chain};
+use crate::types::fork::{ForkParams, Forked};
+
+/// Most children of one request.
+const MOST: u32 = 10_000;
+/// Children that are waited for at a time.
+const AT_ONCE: usize = 4;
+/// How long one may take to run.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn failed(error: &dyn std::error::Error) -> Fault {
+    Fault::bad(format!("Fork error: {}.", chain(error)))
+}
+
+impl Instance {
+    /// Makes copies of the machine. It is done to its end also if the client does not wait for it.
+    ///
+    /// # Errors
+    /// The machine was not started, or is being saved; its memory cannot be frozen; nobody makes processes.
+    pub async fn fork(shared: Shared, params: ForkParams) -> Result<Forked, Fault> {
+        if !(1..=MOST).contains(&params.count) {
+            return Err(Fault::bad(format!("count: between 1 and {MOST} children are made.")));
+        }
+        if params.overrides.len() > params.count as usize {
+            return Err(Fault::bad("overrides: there are more of them than children."));
+        }
+        let pool = params.pool.clone().or_else(|| shared.pool.clone()).ok_or_else(|| {
+            Fault::bad("pool: nobody is known who makes processes; name the socket of a pool.")
+        })?;
+        let saving = Saving::begin(&shared)?;
+        tokio::spawn(saving.fork(params, pool)).await.map_err(|_| Fault::gone())?
+    }
+}
+
+impl Saving {
+    async fn fork(self, params: ForkParams, pool: PathBuf) -> Result<Forked, Fault> {
+        let shared = &self.0;
+        let handle = shared.handle()?;
+        // Before anything is halted for nothing.
+        let first = {
+            let pool = pool.clone();
+            elsewhere(move || connect(&pool)).await?.map_err(|error| failed(&error))?
+        };
+        let (frozen, halted) = halt(&handle, false).await?;
+        let (resume, config) = (frozen.was_running, shared.config());
+        let seed = elsewhere(move || seed(frozen, config)).await;
+        let resume = resume && !(params.template && matches!(seed, Ok(Ok(_))));
+        send(&handle, Command::Thaw { resume }).await?;
+        let pause_us = micros(halted);
+        let (seed, copied_bytes) = seed??;
+        let mut children = params.children();
+        {
+            let mut inner = shared.lock();
+            let name = inner.config.name.clone().unwrap_or_default();
+            for child in children.iter_mut().filter(|child| child.name.is_none()) {
+                inner.forked += 1;
+                child.name = Some(format!("{name}-{}", inner.forked));
+                child.named_by_number = true;
+            }
+        }
+        // The next may be made meanwhile.
+        drop(self);
+        let children = elsewhere(move || deliver(&seed, &children, &pool, first)).await?;
+        let children = children.into_iter().map(Into::into).collect();
+        Ok(Forked { children, pause_us, copied_bytes })
+    }
+}
+
+/// Makes a halted machine one that can be handed over, and says how many bytes were copied for that.
+fn seed(frozen: Frozen, config: VmConfig) -> Result<(Seed, u64), Fault> {
+    let Frozen { parts, image, .. } = frozen;
+    let config = portable(config);
+    let shared = image.share().map_err(|error| failed(&error))?;
+    let id = snapshot::word().map_err(|error| failed(&error))?;
+    let state = State { header: header(config, id, image.size()), parts };
+    let seed = Seed::new(state, shared.layers).map_err(|error| failed(&error))?;
+    Ok((seed, shared.copied))
+}
+
+fn header(config: VmConfig, id: String, size: u64) -> Header {
+    Header {
+        hull: env!("CARGO_PKG_VERSION").to_owned(),
+        created_ms: snapshot::now_ms(),
+        host: snapshot::this_host(),
+        disks: Vec::new(),
+        config,
+        memory: MemoryHeader {
+            id,
+            aside: String::new(),
+            size,
+            data: 0,
+            sum: None,
+            samples: Vec::new(),
+            base: None,
+        },
+    }
+}
+
+fn connect(pool: &Path) -> Result<UnixStream, HandOverError> {
+    let connected = SocketPath::of(pool).and_then(|short| UnixStream::connect(short.as_path()));
+    connected.map_err(|source| HandOverError::Pool { path: pool.to_owned(), source })
+}
+
+/// Has each child made, some at a time, and says what became of them, in order.
+fn deliver(seed: &Seed, children: &[Child], pool: &Path, first: UnixStream) -> Vec<Outcome> {
+    let next = AtomicUsize::new(0);
+    let first = std::sync::Mutex::new(Some(first));
+    let one = |child: &Child| -> Result<Outcome, HandOverError> {
+        let there = first.lock().ok().and_then(|mut first| first.take());
+        let stream = there.map_or_else(|| connect(pool), Ok)?;
+        seed.send(&stream, child)?;
+        fork::outcome(&stream, Instant::now() + PATIENCE)
+    };
+    let some = || {
+        let mut done = Vec::new();
+        loop {
+            let n = next.fetch_add(1, Ordering::Relaxed);
+            let Some(child) = children.get(n) else { return done };
+            done.push((n, one(child).unwrap_or_else(|error| Err(chain(&error)))));
+        }
+    };
+    let mut all = std::thread::scope(|scope| {
+        let threads = AT_ONCE.min(children.len()).saturating_sub(1);
+        // Fewer will do, where there are none to be had.
+        let others: Vec<_> = (0..threads)
+            .filter_map(|_| std::thread::Builder::new().spawn_scoped(scope, some).ok())
+            .collect();
+        let mut all = some();
+        for other in others {
+            all.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        all
+    });
+    all.sort_unstable_by_key(|(n, _)| *n);
+    all.into_iter().map(|(_, outcome)| outcome).collect()
+}

@@ -1,0 +1,154 @@
+//! `hull fork NAME`: has copies of a machine made, and says what they are called.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::{Api, Machine, block_on};
+use crate::cli::{ForkArgs, Result};
+use crate::exit::Code;
+use crate::nursery;
+use crate::runtime;
+use crate::streams;
+use crate::table::Table;
+
+/// How long all of them may take.
+const LONG: Duration = Duration::from_secs(3600);
+
+#[derive(Debug, thiserror::Error)]
+enum ForkError {
+    #[error("cannot listen at {} for the machine to hand over its copies", path.display())]
+    Listen { path: PathBuf, source: std::io::Error },
+    #[error("all copies would be called {0}; write {{n}} where their numbers are to be")]
+    Names(String),
+    #[error("{0}: write the device's id, =, and what it gets")]
+    Pair(&'static str),
+}
+
+/// Makes processes for who comes to a socket, which is gone with it.
+struct Maker(PathBuf);
+
+impl Maker {
+    fn start() -> std::result::Result<Maker, ForkError> {
+        let path = runtime::directory().join(format!(".fork-{}", std::process::id()));
+        let failed = |source| ForkError::Listen { path: path.clone(), source };
+        let listener = nursery::listen(&path).map_err(failed)?;
+        nursery::forget_children();
+        let serve = move || {
+            // One that cannot be had is a connection that ends, which the machine tells of.
+            for stream in listener.incoming().flatten() {
+                let _ = nursery::spawn(stream);
+            }
+        };
+        std::thread::Builder::new().spawn(serve).map_err(failed)?;
+        Ok(Maker(path))
+    }
+}
+
+impl Drop for Maker {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Has copies made.
+pub fn fork(args: &ForkArgs) -> Result {
+    let machine = Machine::find(&args.machine)?;
+    if let Some(name) = args.name.as_ref().filter(|name| args.count > 1 && !name.contains("{n}")) {
+        return Err(ForkError::Names(name.clone()).into());
+    }
+    let overrides = overrides(args)?;
+    let default = nursery::default_socket();
+    let there = args.pool.clone().or_else(|| is_served(&default).then_some(default));
+    let own = there.is_none().then(Maker::start).transpose()?;
+    let pool = there.or_else(|| own.as_ref().map(|maker| maker.0.clone()));
+    let body = json!({
+        "count": args.count, "template": args.template, "paused": args.paused, "pool": pool,
+        "overrides": overrides,
+    });
+    let forked = block_on(async {
+        let mut api = Api::connect(&machine, LONG).await?;
+        api.post("/fork", &body).await
+    })?;
+    drop(own);
+    let children = forked.get("children").and_then(Value::as_array).cloned().unwrap_or_default();
+    let failed = children.iter().filter(|child| child.get("fault_message").is_some()).count();
+    if args.json {
+        streams::print(&(serde_json::to_string_pretty(&forked)? + "\n"))?;
+    } else {
+        print(&children)?;
+    }
+    Ok(if failed == 0 { Code::SUCCESS } else { Code::FAILURE })
+}
+
+fn is_served(path: &Path) -> bool {
+    vmm::files::SocketPath::of(path)
+        .and_then(|short| std::os::unix::net::UnixStream::connect(short.as_path()))
+        .is_ok()
+}
+
+type Pairs = std::result::Result<Vec<Value>, ForkError>;
+
+/// What each copy has otherwise.
+fn overrides(args: &ForkArgs) -> std::result::Result<Vec<Value>, ForkError> {
+    let absolute = |path: String| std::path::absolute(&path).unwrap_or_else(|_| path.into());
+    let one = |n: u32| {
+        let numbered = |text: &String| text.replace("{n}", &n.to_string());
+        let pair = |option, text: &String| match text.split_once('=') {
+            Some((id, value)) if !id.is_empty() && !value.is_empty() => {
+                Ok((id.to_owned(), numbered(&value.to_owned())))
+            }
+            _ => Err(ForkError::Pair(option)),
+        };
+        let net = |text| {
+            let (id, tap) = pair("--net", text)?;
+            Ok(json!({ "iface_id": id, "host_dev_name": tap }))
+        };
+        let disk = |text| {
+            let (id, path) = pair("--disk", text)?;
+            Ok(json!({ "drive_id": id, "path_on_host": absolute(path) }))
+        };
+        let mut wish = json!({
+            "network_overrides": args.net.iter().map(net).collect::<Pairs>()?,
+            "drive_overrides": args.disk.iter().map(disk).collect::<Pairs>()?,
+        });
+        if let Some(name) = &args.name {
+            wish["name"] = numbered(name).into();
+        }
+        if let Some(path) = &args.netns {
+            wish["netns"] = json!(absolute(numbered(path)));
+        }
+        if let Some(path) = &args.vsock {
+            wish["vsock_override"] = json!({ "uds_path": absolute(numbered(path)) });
+        }
+        if let Some(path) = &args.console_file {
+            wish["serial_out_path"] = json!(absolute(numbered(path)));
+        }
+        Ok(wish)
+    };
+    (1..=args.count).map(one).collect()
+}
+
+fn print(children: &[Value]) -> std::io::Result<()> {
+    let text = |child: &Value, key: &str| -> String {
+        match child.get(key) {
+            Some(Value::String(text)) => text.clone(),
+            Some(value) => value.to_string(),
+            None => "-".to_owned(),
+        }
+    };
+    let mut table = Table::new(["NAME", "PID", "API"]);
+    for (n, child) in children.iter().enumerate() {
+        match child.get("fault_message").and_then(Value::as_str) {
+            Some(why) => streams::say(&format!(
+                "hull: copy {} of {}: {}\n",
+                n + 1,
+                children.len(),
+                streams::printable(&why)
+            )),
+            None => table.push(["name", "pid", "api_sock"].map(|key| text(child, key))),
+        }
+    }
+    streams::print(&table.to_string())
+}

@@ -1,0 +1,139 @@
+//! `hull clone`: a process that goes on as the copy of a machine which is handed over to it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use api_server::{Instance, Limits};
+use vmm::config::{ConsoleConfig, ConsoleMode, VmConfig};
+use vmm::fork::{self, Born, Child};
+use vmm::machine::{Command, LONGEST_METADATA, Origin};
+use vmm::timings::Timings;
+
+use crate::api::HULL;
+use crate::cli::Result;
+use crate::exit::Code;
+use crate::logging::{self, Level};
+use crate::report;
+use crate::run;
+use crate::runtime::RuntimeError;
+use crate::session::{ApiSocket, Session, Wanted};
+
+#[derive(Debug, thiserror::Error)]
+enum CloneError {
+    #[error("standard input is no socket; this is for `hull fork` and `hull pool`")]
+    NoSocket,
+    #[error("cannot enter the network namespace {}", path.display())]
+    Netns { path: PathBuf, source: io::Error },
+}
+
+/// Goes on as a copy of the machine that the other end of standard input hands over.
+pub fn clone(start: Instant) -> Result {
+    logging::start(Level::Warn);
+    let stream = socket()?;
+    let (child, origin) = fork::receive(&stream)?;
+    match serve(&stream, &child, &origin, start) {
+        Ok(code) => Ok(code),
+        Err(err) => {
+            // Whoever has it made is told; there is nobody else to be.
+            let told = fork::answer(&stream, &Err(report::line(err.as_ref())));
+            told.map_or_else(|_| Err(err), |()| Ok(Code::FAILURE))
+        }
+    }
+}
+
+/// Standard input, in whose place is nothing from then on.
+fn socket() -> Result<UnixStream> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    // SAFETY: the copy is fresh; standard input is replaced, which nobody has opened.
+    let stream = unsafe {
+        let copy = libc::fcntl(libc::STDIN_FILENO, libc::F_DUPFD_CLOEXEC, 3);
+        if copy < 0 || libc::dup2(null.as_raw_fd(), libc::STDIN_FILENO) < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        UnixStream::from(OwnedFd::from_raw_fd(copy))
+    };
+    stream.peer_addr().map_err(|_| CloneError::NoSocket)?;
+    Ok(stream)
+}
+
+fn serve(stream: &UnixStream, child: &Child, origin: &Origin, start: Instant) -> Result {
+    if let Some(path) = &child.netns {
+        enter(path).map_err(|source| CloneError::Netns { path: path.clone(), source })?;
+    }
+    let mut config = config(child, origin)?;
+    let wanted = Wanted { api: ApiSocket::ByName, ..Wanted::default() };
+    let mut session = match Session::prepare(&mut config, wanted) {
+        Err(err) if child.named_by_number && is_taken(err.as_ref()) => {
+            let name = child.name.as_deref().unwrap_or_default();
+            config.name = Some(format!("{name}-{}", std::process::id()));
+            Session::prepare(&mut config, wanted)?
+        }
+        session => session?,
+    };
+    let name = config.name.clone().unwrap_or_default();
+    if let Some(vsock) = &mut config.vsock {
+        if child.overrides.vsock.is_none() {
+            let mut path = vsock.path.clone().into_os_string();
+            path.push(format!(".{name}"));
+            vsock.path = path.into();
+        }
+        // Nobody else on this host has it as long as this one lives.
+        vsock.cid = child.overrides.cid.unwrap_or_else(|| std::process::id().into());
+    }
+    let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
+    let observed = session.observed().clone();
+    let (instance, link) = Instance::configured(HULL, limits, config, observed);
+    let config = link.config();
+    session.offer(instance, config.seccomp);
+    let machine = session.build(&config, Some(origin), &Arc::new(Timings::new(start)))?;
+    let console = session.console(&config)?;
+    let handle = machine.handle();
+    link.started(handle.clone(), None);
+    if child.resume {
+        handle.send(Command::Resume, Box::new(drop));
+    }
+    let api = session.api_path().to_owned();
+    // One that was not waited for lives all the same.
+    let _ = fork::answer(stream, &Ok(Born { name, pid: std::process::id(), api }));
+    // The parent is not kept waiting for an end of file.
+    let _ = stream.shutdown(std::net::Shutdown::Both);
+    Ok(run::end(&session.run_with(machine, &config, console)?))
+}
+
+fn is_taken(err: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    matches!(err.downcast_ref(), Some(RuntimeError::NameTaken(_)))
+}
+
+/// What is to be built: the parent's configuration, with what is otherwise here.
+fn config(child: &Child, origin: &Origin) -> Result<VmConfig> {
+    let mut config = VmConfig { name: child.name.clone(), ..origin.state.header.config.clone() };
+    child.overrides.apply(&mut config)?;
+    let console = match &child.console {
+        Some(path) => ConsoleConfig {
+            mode: ConsoleMode::File,
+            path: Some(path.clone()),
+            ..ConsoleConfig::default()
+        },
+        None => ConsoleConfig { mode: ConsoleMode::Stdio, ..ConsoleConfig::default() },
+    };
+    let has_none = config.console.mode == ConsoleMode::Off;
+    let wanted = (child.console.is_some() || !has_none).then_some(console);
+    config.console = config.console.elsewhere(wanted)?;
+    config.validate_without_kernel()?;
+    Ok(config)
+}
+
+/// Opens interfaces in this network namespace from now on.
+fn enter(path: &Path) -> io::Result<()> {
+    let namespace = File::open(path)?;
+    // SAFETY: setns has no memory arguments; there is one thread yet.
+    match unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

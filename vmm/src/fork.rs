@@ -1,0 +1,261 @@
+//! A machine handed over to other processes, which go on as copies of it.
+//!
+//! ```text
+//!   parent                        child
+//!     halt, freeze, seal
+//!     go on
+//!     message, descriptors ──────> what it is to be; state; layers of RAM
+//!                                  map, set state, run
+//!     <──────────────────────────  what it is called, or why there is none
+//! ```
+//!
+//! Both talk on a stream socket: four bytes of length, little-endian, and JSON. With the parent's message come
+//! the descriptor of the state, which is that of a snapshot ([`crate::snapshot::parse`]), and those of
+//! the layers, the lowest first. Which pages a layer has is in the state (owner `memory`, kind `layers`).
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::virtio::device::Payload;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::machine::{Origin, Source};
+use crate::memory::{Layer, Runs, sealed_copy};
+use crate::snapshot::{LAYERS, MEMORY, Overrides, Part, State, StateError, parse, write};
+
+/// Longest message, in bytes.
+const LONGEST: usize = 1 << 20;
+/// Most layers: with the state, as many descriptors as one message may have (Linux, SCM_MAX_FD).
+pub const MOST_LAYERS: usize = 252;
+
+/// What a child is to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Child {
+    /// Its name; made up if there is none.
+    pub name: Option<String>,
+    /// The name is only a proposal: another will do if somebody has it.
+    pub named_by_number: bool,
+    /// What it has otherwise than its parent.
+    pub overrides: Overrides,
+    /// A file for what its guest writes to the serial port; else that goes nowhere.
+    pub console: Option<PathBuf>,
+    /// The network namespace in which it opens its TAP interfaces.
+    pub netns: Option<PathBuf>,
+    /// It goes on at once.
+    pub resume: bool,
+    /// Which one it is, from 1.
+    pub number: u32,
+    /// Of how many.
+    pub of: u32,
+}
+
+/// What a child says when it runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Born {
+    /// Its name.
+    pub name: String,
+    /// Its process.
+    pub pid: u32,
+    /// Where its API is.
+    pub api: PathBuf,
+}
+
+/// What became of a child.
+pub type Outcome = Result<Born, String>;
+
+/// Why a machine is not handed over.
+#[derive(Debug, thiserror::Error)]
+pub enum HandOverError {
+    /// The state cannot be written or read.
+    #[error("the machine's state")]
+    State(#[from] StateError),
+    /// There are too many layers.
+    #[error("its memory lies in {0} layers; {MOST_LAYERS} can be handed over")]
+    Layers(usize),
+    /// Nobody makes processes.
+    #[error("nobody makes processes at {}; start `hull pool`, or use `hull fork`", path.display())]
+    Pool {
+        /// The socket.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A child took too long.
+    #[error("it did not run in time")]
+    Late,
+    /// A message cannot be sent or received.
+    #[error("cannot {verb} the other process")]
+    Talk {
+        /// `send to` or `receive from`.
+        verb: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A message makes no sense.
+    #[error("the other process says what makes no sense: {0}")]
+    Invalid(String),
+}
+
+fn talk(verb: &'static str) -> impl FnOnce(io::Error) -> HandOverError {
+    move |source| HandOverError::Talk { verb, source }
+}
+
+/// A machine at one moment, to be handed over any number of times.
+#[derive(Debug)]
+pub struct Seed {
+    state: File,
+    layers: Vec<Layer>,
+}
+
+impl Seed {
+    /// `state` with memory in `layers`, which nobody changes.
+    ///
+    /// # Errors
+    /// There are too many layers; the state cannot be written.
+    pub fn new(mut state: State, layers: Vec<Layer>) -> Result<Seed, HandOverError> {
+        if layers.len() > MOST_LAYERS {
+            return Err(HandOverError::Layers(layers.len()));
+        }
+        let mut bytes = Vec::new();
+        for layer in &layers {
+            let pages = layer.pages().to_bytes();
+            bytes.extend((pages.len() as u32).to_le_bytes());
+            bytes.extend(pages);
+        }
+        let payload = Payload { kind: LAYERS, version: 1, bytes };
+        state.parts.push(Part { owner: MEMORY.to_owned(), payload });
+        let bytes = write(&state)?;
+        let state =
+            sealed_copy(&bytes).map_err(|source| StateError::Io { verb: "copy", source })?;
+        Ok(Seed { state, layers })
+    }
+
+    /// Hands it over.
+    ///
+    /// # Errors
+    /// The other process does not take it.
+    pub fn send(&self, stream: &UnixStream, child: &Child) -> Result<(), HandOverError> {
+        let message = message(child)?;
+        let fds: Vec<RawFd> = std::iter::once(self.state.as_raw_fd())
+            .chain(self.layers.iter().map(|layer| layer.file().as_raw_fd()))
+            .collect();
+        let sent = stream.send_with_fds(&[&message[..]], &fds);
+        let sent = sent.map_err(|err| talk("send to")(err.into()))?;
+        // Descriptors go with the first byte.
+        let mut stream = stream;
+        stream.write_all(message.get(sent..).unwrap_or_default()).map_err(talk("send to"))
+    }
+}
+
+/// Waits for a machine that is handed over.
+///
+/// # Errors
+/// None comes, or what comes is none.
+pub fn receive(stream: &UnixStream) -> Result<(Child, Origin), HandOverError> {
+    let invalid = |what: &str| HandOverError::Invalid(what.to_owned());
+    let mut fds = [-1; MOST_LAYERS + 1];
+    let mut start = vec![0; 4096];
+    let (len, number) = {
+        let mut parts = [libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() }];
+        // SAFETY: the buffer lives as long as the call and is as long as is said.
+        let received = unsafe { stream.recv_with_fds(&mut parts, &mut fds) };
+        received.map_err(|err| talk("receive from")(err.into()))?
+    };
+    let mut fds = fds.iter().take(number).map(|&fd| {
+        // SAFETY: the descriptors are fresh, and each is taken once.
+        File::from(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) })
+    });
+    let state = fds.next();
+    let files: Vec<File> = fds.collect();
+    start.truncate(len);
+    let child: Child = read_message(start, stream)?;
+    let state = state.ok_or_else(|| invalid("there is no state"))?;
+    let mut bytes = vec![0; state.metadata().map_err(talk("receive from"))?.len() as usize];
+    state.read_exact_at(&mut bytes, 0).map_err(talk("receive from"))?;
+    let mut state = parse(&bytes)?;
+    let place = state.parts.iter().position(|part| part.payload.kind == LAYERS);
+    let place = place.ok_or_else(|| invalid("there are no layers"))?;
+    let list = state.parts.swap_remove(place).payload;
+    let list = list.expect(LAYERS, 1).map_err(|err| HandOverError::Invalid(err.to_string()))?;
+    let mut rest: &[u8] = list;
+    let layer = |file: File| {
+        let (len, after) = rest.split_first_chunk()?;
+        let (pages, after) = after.split_at_checked(u32::from_le_bytes(*len) as usize)?;
+        rest = after;
+        Some(Layer::new(Arc::new(file), &Runs::from_bytes(pages)?))
+    };
+    let layers: Option<Vec<Layer>> = files.into_iter().map(layer).collect();
+    let layers = layers.filter(|_| rest.is_empty());
+    let layers = layers.ok_or_else(|| invalid("its layers are not those of its state"))?;
+    Ok((child, Origin::new(state, Source::Layers(layers), None)))
+}
+
+/// Says what became of a child.
+///
+/// # Errors
+/// Nobody listens.
+pub fn answer(stream: &UnixStream, outcome: &Outcome) -> Result<(), HandOverError> {
+    let message = message(outcome)?;
+    let mut stream = stream;
+    stream.write_all(&message).map_err(talk("send to"))
+}
+
+/// Waits for what became of a child.
+///
+/// # Errors
+/// It ended without a word, or has none until `deadline`.
+pub fn outcome(stream: &UnixStream, deadline: Instant) -> Result<Outcome, HandOverError> {
+    let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+        let left = i32::try_from(left).unwrap_or(i32::MAX);
+        // SAFETY: one structure, as is said.
+        match unsafe { libc::poll(&raw mut poll, 1, left) } {
+            0 => return Err(HandOverError::Late),
+            1 => return read_message(Vec::new(), stream),
+            _ => match io::Error::last_os_error() {
+                err if err.kind() == io::ErrorKind::Interrupted => {}
+                err => return Err(talk("receive from")(err)),
+            },
+        }
+    }
+}
+
+fn message(what: &impl Serialize) -> Result<Vec<u8>, HandOverError> {
+    let invalid = |err: serde_json::Error| HandOverError::Invalid(err.to_string());
+    let text = serde_json::to_vec(what).map_err(invalid)?;
+    if text.len() > LONGEST {
+        return Err(HandOverError::Invalid("a message is too long".to_owned()));
+    }
+    Ok([&(text.len() as u32).to_le_bytes()[..], &text].concat())
+}
+
+/// Reads a message of which `start` is there already.
+fn read_message<T: DeserializeOwned>(
+    mut start: Vec<u8>,
+    mut stream: &UnixStream,
+) -> Result<T, HandOverError> {
+    let mut more = |start: &mut Vec<u8>, len: usize| {
+        let there = start.len();
+        start.resize(len.max(there), 0);
+        stream.read_exact(start.get_mut(there..).unwrap_or_default()).map_err(talk("receive from"))
+    };
+    more(&mut start, 4)?;
+    let (len, _) = start.split_first_chunk().unwrap_or((&[0; 4], &[]));
+    let len = u32::from_le_bytes(*len) as usize;
+    if len > LONGEST {
+        return Err(HandOverError::Invalid("a message is too long".to_owned()));
+    }
+    more(&mut start, 4 + len)?;
+    serde_json::from_slice(start.get(4..).unwrap_or_default())
+        .map_err(|err| HandOverError::Invalid(err.to_string()))
+}

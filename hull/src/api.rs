@@ -63,7 +63,7 @@ pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>) -> Result {
         let Some(start) = start else { continue };
         // Clients count from their wish, not from the process.
         let timings = Arc::new(Timings::new(Instant::now()));
-        let machine = session.build(&start.config, start.origin.as_ref(), &timings);
+        let machine = session.build(&start.config, start.origin.as_ref(), &timings, None);
         // Before the client is told that the machine runs.
         let ready = machine.and_then(|machine| Ok((machine, session.console(&start.config)?)));
         match ready {

@@ -15,7 +15,7 @@ use crate::exit::Code;
 use crate::logging::Level;
 use crate::session::ApiSocket;
 
-pub use fork::ForkArgs;
+pub use fork::{CloneArgs, ForkArgs, PoolArgs};
 pub use manual::{CompletionsArgs, completions, man};
 pub use run::{Format, RunArgs, UsageError, console, leading_path, read_option};
 pub use snapshot::{RestoreArgs, SnapshotArgs, SnapshotCommand};
@@ -63,7 +63,9 @@ pub enum Command {
     Fork(ForkArgs),
     /// Go on as a copy that is handed over on standard input
     #[command(hide = true)]
-    Clone,
+    Clone(CloneArgs),
+    /// Keep processes ready for machines that are forked
+    Pool(PoolArgs),
     /// Press a machine's power button; end it if that does not help
     Stop(StopArgs),
     /// Show how a machine is configured

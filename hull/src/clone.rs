@@ -11,13 +11,15 @@ use std::time::Instant;
 use api_server::{Instance, Limits};
 use vmm::config::{ConsoleConfig, ConsoleMode, VmConfig};
 use vmm::fork::{self, Born, Child};
-use vmm::machine::{Command, LONGEST_METADATA, Origin};
+use vmm::hypervisor::kvm::{DEVICE, Kvm};
+use vmm::machine::{Command, Hollow, LONGEST_METADATA, Origin};
 use vmm::timings::Timings;
 
 use crate::api::HULL;
-use crate::cli::Result;
+use crate::cli::{CloneArgs, Result};
 use crate::exit::Code;
 use crate::logging::{self, Level};
+use crate::nursery;
 use crate::report;
 use crate::run;
 use crate::runtime::RuntimeError;
@@ -31,12 +33,24 @@ enum CloneError {
     Netns { path: PathBuf, source: io::Error },
 }
 
-/// Goes on as a copy of the machine that the other end of standard input hands over.
-pub fn clone(start: Instant) -> Result {
+/// Goes on as a copy of the machine that the other end of standard input hands over. With a shape, standard
+/// input first brings who that is.
+pub fn clone(args: &CloneArgs, start: Instant) -> Result {
     logging::start(Level::Warn);
     let stream = socket()?;
+    let (stream, hollow) = match args.shape() {
+        None => (stream, None),
+        Some(shape) => {
+            let hollow = Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape)?;
+            match nursery::wait(&stream)? {
+                Some(stream) => (stream, Some(hollow)),
+                // The pool is gone.
+                None => return Ok(Code::SUCCESS),
+            }
+        }
+    };
     let (child, origin) = fork::receive(&stream)?;
-    match serve(&stream, &child, &origin, start) {
+    match serve(&stream, &child, &origin, hollow, start) {
         Ok(code) => Ok(code),
         Err(err) => {
             // Whoever has it made is told; there is nobody else to be.
@@ -61,7 +75,13 @@ fn socket() -> Result<UnixStream> {
     Ok(stream)
 }
 
-fn serve(stream: &UnixStream, child: &Child, origin: &Origin, start: Instant) -> Result {
+fn serve(
+    stream: &UnixStream,
+    child: &Child,
+    origin: &Origin,
+    hollow: Option<Hollow>,
+    start: Instant,
+) -> Result {
     if let Some(path) = &child.netns {
         enter(path).map_err(|source| CloneError::Netns { path: path.clone(), source })?;
     }
@@ -90,7 +110,7 @@ fn serve(stream: &UnixStream, child: &Child, origin: &Origin, start: Instant) ->
     let (instance, link) = Instance::configured(HULL, limits, config, observed);
     let config = link.config();
     session.offer(instance, config.seccomp);
-    let machine = session.build(&config, Some(origin), &Arc::new(Timings::new(start)))?;
+    let machine = session.build(&config, Some(origin), &Arc::new(Timings::new(start)), hollow)?;
     let console = session.console(&config)?;
     let handle = machine.handle();
     link.started(handle.clone(), None);

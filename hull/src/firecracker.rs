@@ -326,7 +326,7 @@ fn run(options: &Options, begun: Instant) -> Result {
     };
     let timings = Arc::new(Timings::new(begun));
     let machine = session
-        .build(&start.config, start.origin.as_ref(), &timings)
+        .build(&start.config, start.origin.as_ref(), &timings, None)
         .and_then(|machine| Ok((machine, session.console(&start.config)?)))
         .map_err(|source| BadConfiguration { path: path.clone(), source });
     let (machine, console) = machine?;

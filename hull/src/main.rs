@@ -18,6 +18,7 @@ mod last_words;
 mod logging;
 mod nursery;
 mod pidfile;
+mod pool;
 mod ps;
 mod report;
 mod restore;
@@ -83,7 +84,8 @@ fn run_command(start: Instant) -> Code {
         Command::Snapshot(args) => snapshots::snapshot(&args),
         Command::Restore(args) => restore::restore(&args, start),
         Command::Fork(args) => client::fork(&args),
-        Command::Clone => clone::clone(start),
+        Command::Clone(args) => clone::clone(&args, start),
+        Command::Pool(args) => pool::pool(&args),
         Command::Stop(args) => stop::stop(&args),
         Command::Config(args) => client::config(&args),
         Command::Events(args) => client::events(&args),

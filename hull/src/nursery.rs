@@ -3,15 +3,16 @@
 //! A machine cannot make processes: its filters do not let it. It connects here; whoever comes in is a new
 //! process's standard input, and the machine speaks with that one from then on.
 
-use std::ffi::OsStr;
-use std::io;
-use std::os::fd::OwnedFd;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use vmm::files::SocketPath;
+use vmm::machine::Shape;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::runtime;
 
@@ -52,8 +53,66 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 /// # Errors
 /// There is no process to be had.
 pub fn spawn(stream: UnixStream) -> io::Result<()> {
+    start(stream, &[])
+}
+
+/// A process that has a machine's parts ready and waits for one to be handed over.
+#[derive(Debug)]
+pub struct Zygote(UnixStream);
+
+impl Zygote {
+    /// Has one made. It is ready when its descriptor can be read; if nothing is there then, it is gone.
+    ///
+    /// # Errors
+    /// There is no process to be had.
+    pub fn start(shape: Shape) -> io::Result<Zygote> {
+        let (own, theirs) = UnixStream::pair()?;
+        let (cpus, memory) = (shape.cpus.to_string(), shape.memory.to_string());
+        let mut options = vec!["--cpus", &cpus, "--memory", &memory];
+        if shape.huge_pages {
+            options.push("--huge-pages");
+        }
+        start(theirs, &options)?;
+        Ok(Zygote(own))
+    }
+
+    /// True if it is ready; false if it is gone. To be asked when its descriptor can be read.
+    pub fn is_ready(&mut self) -> bool {
+        self.0.read(&mut [0]).is_ok_and(|len| len == 1)
+    }
+
+    /// Has it serve whoever is at the other end of `stream`.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn give(self, stream: &UnixStream) -> io::Result<()> {
+        let sent = self.0.send_with_fd(&[1u8][..], stream.as_raw_fd());
+        sent.map(drop).map_err(io::Error::from)
+    }
+}
+
+impl AsFd for Zygote {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Says that this process is ready, and waits for who is to be served. Nobody if the pool is gone.
+///
+/// # Errors
+/// The pool does not take it, or what comes is no socket.
+pub fn wait(mut pool: &UnixStream) -> io::Result<Option<UnixStream>> {
+    pool.write_all(&[1])?;
+    match pool.recv_with_fd(&mut [0]) {
+        Ok((1, Some(file))) => Ok(Some(UnixStream::from(OwnedFd::from(file)))),
+        Ok(_) => Ok(None),
+        Err(err) => Err(err.into()),
+    }
+}
+
+fn start(stream: UnixStream, options: &[&str]) -> io::Result<()> {
     let mut command = Command::new("/proc/self/exe");
-    command.arg(OsStr::new(CLONE)).stdin(Stdio::from(OwnedFd::from(stream)));
+    command.arg(CLONE).args(options).stdin(Stdio::from(OwnedFd::from(stream)));
     command.stdout(Stdio::null()).stderr(Stdio::null());
     // SAFETY: setsid and signal are all that is called between fork and exec, and may be.
     unsafe {
@@ -66,10 +125,8 @@ pub fn spawn(stream: UnixStream) -> io::Result<()> {
             Ok(())
         });
     }
-    let child = command.spawn()?;
     // Who ends is taken away by the kernel: see `forget_children`.
-    drop(child);
-    Ok(())
+    command.spawn().map(drop)
 }
 
 /// Has the kernel take away processes that ended: nobody asks how.

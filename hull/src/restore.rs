@@ -51,7 +51,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     session.offer(instance, link.config().seccomp);
     let config = link.config();
     let timings = Arc::new(Timings::new(start));
-    let machine = session.build(&config, Some(&origin), &timings)?;
+    let machine = session.build(&config, Some(&origin), &timings, None)?;
     let base = origin.base;
     let handle = machine.handle();
     link.started(handle.clone(), base);

@@ -68,7 +68,7 @@ fn run_once(
     config: &VmConfig,
     timings: &Arc<Timings>,
 ) -> Result<Ending> {
-    let machine = session.build(config, None, timings)?;
+    let machine = session.build(config, None, timings, None)?;
     link.started(machine.handle(), None);
     session.run(machine, config)
 }

@@ -27,7 +27,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::machine::{Origin, Source};
+use crate::machine::{Origin, Shape, Source};
 use crate::memory::{Layer, Runs, sealed_copy};
 use crate::snapshot::{LAYERS, MEMORY, Overrides, Part, State, StateError, parse, write};
 
@@ -50,6 +50,8 @@ pub struct Child {
     pub console: Option<PathBuf>,
     /// The network namespace in which it opens its TAP interfaces.
     pub netns: Option<PathBuf>,
+    /// What it has in common with others, for whoever has something ready.
+    pub shape: Shape,
     /// It goes on at once.
     pub resume: bool,
     /// Which one it is, from 1.
@@ -154,6 +156,18 @@ impl Seed {
         let mut stream = stream;
         stream.write_all(message.get(sent..).unwrap_or_default()).map_err(talk("send to"))
     }
+}
+
+/// What will be handed over, as far as it is there: nothing is taken.
+pub fn peek(stream: &UnixStream) -> Option<Child> {
+    let mut bytes = [0; 4096];
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: the buffer is as long as is said.
+    let len =
+        unsafe { libc::recv(stream.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), flags) };
+    let there = bytes.get(..usize::try_from(len).ok()?)?;
+    let (len, rest) = there.split_first_chunk()?;
+    serde_json::from_slice(rest.get(..u32::from_le_bytes(*len) as usize)?).ok()
 }
 
 /// Waits for a machine that is handed over.

@@ -307,8 +307,7 @@ mod tests {
         }
         for kind in KINDS {
             // A socket device's thread, and who hands machines over to a pool.
-            let may =
-                matches!(kind, ThreadKind::IoSockets | ThreadKind::Api | ThreadKind::MainApi);
+            let may = matches!(kind, ThreadKind::IoSockets | ThreadKind::Api | ThreadKind::MainApi);
             let expected = if may { 0 } else { EXIT_CODE };
             assert_eq!(in_filtered_child(kind, local).0, expected, "{kind:?}");
             assert_eq!(in_filtered_child(kind, internet).0, EXIT_CODE, "{kind:?}");

@@ -88,7 +88,7 @@ fn restored(config: VmConfig, origin: Origin) -> Running {
         let (observed, kvm) = (Observed::default(), kvm());
         let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
         let machine =
-            Machine::restore(&config, &origin, &host).map_err(|err| common::chain(&err))?;
+            Machine::restore(&config, &origin, &host, None).map_err(|err| common::chain(&err))?;
         sender.send(machine.handle()).unwrap();
         let thread = ThreadKind::Main;
         let options =
@@ -152,7 +152,7 @@ fn what_does_not_fit_is_refused_with_the_reason() {
         let (observed, kvm) = (Observed::default(), kvm());
         let timings = Arc::new(Timings::new(Instant::now()));
         let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
-        match Machine::restore(&config, &origin, &host) {
+        match Machine::restore(&config, &origin, &host, None) {
             Ok(_) => panic!("it was taken"),
             Err(err) => common::chain(&err),
         }
@@ -352,7 +352,7 @@ fn what_was_saved_once_is_read_for_ever() {
         let timings = Arc::new(Timings::new(Instant::now()));
         let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
         // The CPU that it was saved on may be another than this one, and KVM too; nothing else may.
-        match Machine::restore(saved, &origin, &host) {
+        match Machine::restore(saved, &origin, &host, None) {
             Ok(machine) => drop(machine),
             Err(BuildError::Origin(OriginError::Cpu(_)) | BuildError::Hypervisor(_)) => {}
             Err(error) => panic!("{name}: {}", common::chain(&error)),

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use vmm::config::VmConfig;
 use vmm::files::SocketPath;
 use vmm::fork::{self, Child, HandOverError, Outcome, Seed};
-use vmm::machine::{Command, Frozen};
+use vmm::machine::{Command, Frozen, Shape};
 use vmm::snapshot::{self, Header, MemoryHeader, State};
 
 use super::snapshot::{Saving, halt, micros, portable};
@@ -70,12 +70,12 @@ impl Saving {
         };
         let (frozen, halted) = halt(&handle, false).await?;
         let (resume, config) = (frozen.was_running, shared.config());
+        let mut children = params.children(Shape::of(&config));
         let seed = elsewhere(move || seed(frozen, config)).await;
         let resume = resume && !(params.template && matches!(seed, Ok(Ok(_))));
         send(&handle, Command::Thaw { resume }).await?;
         let pause_us = micros(halted);
         let (seed, copied_bytes) = seed??;
-        let mut children = params.children();
         {
             let mut inner = shared.lock();
             let name = inner.config.name.clone().unwrap_or_default();

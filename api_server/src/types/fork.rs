@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmm::fork::{Child, Outcome};
+use vmm::machine::Shape;
 use vmm::snapshot::Overrides;
 
 use super::snapshot::{DriveOverride, NetworkOverride, VsockOverride};
@@ -64,8 +65,8 @@ fn one() -> u32 {
 }
 
 impl ForkParams {
-    /// What each child is to be.
-    pub fn children(&self) -> Vec<Child> {
+    /// What each child of a machine of this shape is to be.
+    pub fn children(&self, shape: Shape) -> Vec<Child> {
         let child = |n: u32| {
             let wish = self.overrides.get(n as usize).cloned().unwrap_or_default();
             let net = |net: NetworkOverride| (net.iface_id, net.host_dev_name);
@@ -74,6 +75,7 @@ impl ForkParams {
                 wish.vsock_override.map(|vsock| (vsock.uds_path, vsock.guest_cid)).unzip();
             Child {
                 name: wish.name,
+                shape,
                 named_by_number: false,
                 overrides: Overrides {
                     nets: wish.network_overrides.into_iter().map(net).collect(),

@@ -4,6 +4,9 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
+use vmm::machine::Shape;
+
+use crate::logging::Level;
 
 const FORK_EXAMPLES: &str = "\
 Examples:
@@ -51,4 +54,44 @@ pub struct ForkArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+// Options of `hull clone`.
+#[derive(Debug, Args)]
+pub struct CloneArgs {
+    #[arg(long, requires = "memory")]
+    pub cpus: Option<u32>,
+    #[arg(long, requires = "cpus")]
+    pub memory: Option<u64>,
+    #[arg(long)]
+    pub huge_pages: bool,
+}
+
+impl CloneArgs {
+    /// What is to be made beforehand.
+    pub fn shape(&self) -> Option<Shape> {
+        let (cpus, memory) = self.cpus.zip(self.memory)?;
+        Some(Shape { cpus, memory, huge_pages: self.huge_pages })
+    }
+}
+
+const POOL_EXAMPLES: &str = "\
+Examples:
+  hull pool                                       # eight for guests of 1 CPU and 128 MiB
+  hull pool --keep number=32,cpus=2,memory=512M --keep number=4,memory=2G";
+
+// Options of `hull pool`.
+#[derive(Debug, Args)]
+#[command(after_help = POOL_EXAMPLES)]
+pub struct PoolArgs {
+    /// Keep so many processes ready for machines with so many CPUs and so much memory
+    /// [default: number=8,cpus=1,memory=128M]
+    #[arg(long, value_name = "OPTIONS")]
+    pub keep: Vec<String>,
+    /// Where machines that are forked ask for them [default: .pool in the runtime directory]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// What is logged to standard error
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    pub log: Level,
 }

@@ -5,6 +5,7 @@
 //! was made before is dropped again.
 
 mod cpus;
+pub(super) mod hollow;
 pub(super) mod restore;
 
 use std::io;
@@ -26,6 +27,7 @@ use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::cpus::{Cpus, TemplateError};
+use self::hollow::{Hollow, Shape};
 use self::restore::{Origin, OriginError, Restored};
 use super::Machine;
 use super::bus::{AcpiPort, Buses, KeyboardPort, SerialPort};
@@ -139,11 +141,11 @@ impl Machine {
     /// [`BuildError`]; nothing of the machine is left then.
     pub fn new(config: &VmConfig, host_side: &Host<'_>) -> Result<Machine, BuildError> {
         config.validate()?;
-        Machine::assemble(config, host_side, None)
+        Machine::assemble(config, host_side, None, None)
     }
 
     /// Assembles the machine of a snapshot, as `config` has it, which may name other files and
-    /// interfaces than the one that was saved. It is paused.
+    /// interfaces than the one that was saved. It is paused. If it fits into `hollow`, that is used.
     ///
     /// # Errors
     /// [`BuildError`]; nothing of the machine is left then.
@@ -151,15 +153,17 @@ impl Machine {
         config: &VmConfig,
         origin: &Origin,
         host_side: &Host<'_>,
+        hollow: Option<Hollow>,
     ) -> Result<Machine, BuildError> {
         config.validate()?;
-        Machine::assemble(config, host_side, Some(origin))
+        Machine::assemble(config, host_side, Some(origin), hollow)
     }
 
     fn assemble(
         config: &VmConfig,
         host_side: &Host<'_>,
         origin: Option<&Origin>,
+        hollow: Option<Hollow>,
     ) -> Result<Machine, BuildError> {
         warn_if_larger_than_host(config);
         let hypervisor = host_side.hypervisor;
@@ -183,16 +187,20 @@ impl Machine {
             check_addresses(config, cpus.cpuid().address_limit())?;
         }
 
-        let mut ram = GuestRam::new(config.memory.size.0, config.memory.huge_pages)?;
+        // Its vCPUs have nothing that could be compared.
+        let fits = |hollow: &Hollow| cpus.is_none() && hollow.shape == Shape::of(config);
+        let (mut ram, made) = match hollow.filter(fits) {
+            Some(Hollow { ram, vm, vcpus, .. }) => (ram, Some((vm, vcpus))),
+            None => (GuestRam::new(config.memory.size.0, config.memory.huge_pages)?, None),
+        };
         if let Some(origin) = origin {
             restore::memory(origin, &mut ram)?;
         }
         let devices = table::devices(config, &output, host_side.window, &ram)?;
-        let vm = hypervisor.create_vm()?;
-        ram.register(vm.as_ref())?;
-        vm.set_tss_address(layout::KVM_TSS)?;
-        vm.create_irqchip()?;
-        vm.create_pit()?;
+        let (vm, made) = match made {
+            Some((vm, vcpus)) => (vm, Some(vcpus)),
+            None => (hollow::vm(hypervisor, &ram)?, None),
+        };
         let mut wiring = Wiring {
             vm: vm.as_ref(),
             events: events.clone(),
@@ -211,9 +219,10 @@ impl Machine {
         let Wiring { buses, mut slots, io: io_threads, .. } = wiring;
         host_side.timings.mark(Milestone::VmCreated);
 
-        let vcpus = match &cpus {
-            Some(cpus) => cpus.make(vm.as_ref())?,
-            None => cpus::bare(vm.as_ref(), config.cpus)?,
+        let vcpus = match (made, &cpus) {
+            (Some(vcpus), _) => vcpus,
+            (None, Some(cpus)) => cpus.make(vm.as_ref())?,
+            (None, None) => cpus::bare(vm.as_ref(), config.cpus)?,
         };
         write_identity(&mut ram)?;
         let mut leased = None;

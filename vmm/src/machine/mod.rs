@@ -24,6 +24,7 @@ mod vcpu;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+pub use build::hollow::{Hollow, Shape};
 pub use build::restore::{Clock, Origin, OriginError, Source};
 pub use build::{BuildError, Host, Observed, root_arguments};
 pub use devices::virtio::device::{BackEnd, Message, Status as DeviceStatus, Traffic};

@@ -1,0 +1,219 @@
+//! `hull pool`: keeps processes ready for machines that are forked.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::Deserialize;
+use vmm::config::ByteSize;
+use vmm::fork;
+use vmm::machine::Shape;
+use vmm::signals::{Hooks, Meaning, Signals};
+
+use crate::cli::{PoolArgs, Result, read_option};
+use crate::exit::Code;
+use crate::keyvalue;
+use crate::logging;
+use crate::nursery::{self, Zygote};
+
+/// Most processes of one shape.
+const MOST: u32 = 4096;
+/// So long after somebody took one no other is made: who takes many in a row gets the processor.
+const REST: Duration = Duration::from_millis(20);
+/// After a process could not be made, it is not tried again for so long.
+const SULK: Duration = Duration::from_secs(1);
+/// How long who connected may take to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, thiserror::Error)]
+enum PoolError {
+    #[error("cannot listen at {}", path.display())]
+    Listen { path: PathBuf, source: std::io::Error },
+    #[error("--keep: number can be 1 to {MOST}, cpus 1 to 64")]
+    Keep,
+}
+
+/// `--keep`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+struct Keep {
+    number: u32,
+    cpus: u32,
+    memory: ByteSize,
+    huge_pages: bool,
+}
+
+impl Default for Keep {
+    fn default() -> Keep {
+        Keep { number: 8, cpus: 1, memory: ByteSize(128 << 20), huge_pages: false }
+    }
+}
+
+/// Processes of one shape.
+struct Shelf {
+    shape: Shape,
+    number: usize,
+    ready: Vec<Zygote>,
+    /// The one that is being made.
+    coming: Option<Zygote>,
+    /// No other is made before.
+    not_before: Instant,
+}
+
+impl Shelf {
+    fn fill(&mut self, now: Instant) {
+        if self.coming.is_some() || self.ready.len() >= self.number || now < self.not_before {
+            return;
+        }
+        match Zygote::start(self.shape) {
+            Ok(zygote) => self.coming = Some(zygote),
+            Err(error) => {
+                tracing::warn!(%error, "no process can be made");
+                self.not_before = now + SULK;
+            }
+        }
+    }
+
+    /// The one that was being made is ready, or gone.
+    fn arrived(&mut self, now: Instant) {
+        let Some(mut zygote) = self.coming.take() else { return };
+        if zygote.is_ready() {
+            self.ready.push(zygote);
+        } else {
+            tracing::warn!(shape = ?self.shape, "a process ended before it was ready");
+            self.not_before = now + SULK;
+        }
+    }
+}
+
+/// Keeps processes ready until it is told to end.
+pub fn pool(args: &PoolArgs) -> Result {
+    logging::start(args.log);
+    let keep = match args.keep.as_slice() {
+        [] => vec![Keep::default()],
+        some => {
+            let keep = |text: &String| read_option("keep", text, keyvalue::split(text));
+            some.iter().map(keep).collect::<std::result::Result<Vec<Keep>, _>>()?
+        }
+    };
+    if keep.iter().any(|keep| !(1..=MOST).contains(&keep.number) || !(1..=64).contains(&keep.cpus))
+    {
+        return Err(PoolError::Keep.into());
+    }
+    let path = args.socket.clone().unwrap_or_else(nursery::default_socket);
+    let failed = |source| PoolError::Listen { path: path.clone(), source };
+    let listener = nursery::listen(&path).map_err(failed)?;
+    let _socket = Remove(&path);
+    listener.set_nonblocking(true)?;
+    nursery::forget_children();
+    let now = Instant::now();
+    let shelf = |keep: &Keep| Shelf {
+        shape: Shape { cpus: keep.cpus, memory: keep.memory.0, huge_pages: keep.huge_pages },
+        number: keep.number as usize,
+        ready: Vec::new(),
+        coming: None,
+        not_before: now,
+    };
+    serve(&listener, keep.iter().map(shelf).collect())
+}
+
+struct Remove<'a>(&'a Path);
+
+impl Drop for Remove<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.0);
+    }
+}
+
+fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
+    let signals = Signals::block()?.with_hooks(Hooks::default());
+    // Who connected, and until when they may say what they want.
+    let mut asking: Vec<(UnixStream, Instant)> = Vec::new();
+    loop {
+        let now = Instant::now();
+        asking.retain(|(_, until)| *until > now);
+        for shelf in &mut shelves {
+            shelf.fill(now);
+        }
+        let mut fds = vec![PollFd::new(listener, PollFlags::IN)];
+        // SAFETY: it lives as long as `signals`, which outlives the loop.
+        let signal = unsafe { std::os::fd::BorrowedFd::borrow_raw(signals.fd()) };
+        fds.push(PollFd::from_borrowed_fd(signal, PollFlags::IN));
+        fds.extend(asking.iter().map(|(stream, _)| PollFd::new(stream, PollFlags::IN)));
+        let coming = shelves.iter().filter_map(|shelf| shelf.coming.as_ref());
+        fds.extend(coming.map(|zygote| PollFd::from_borrowed_fd(zygote.as_fd(), PollFlags::IN)));
+        let waits = shelves
+            .iter()
+            .filter(|shelf| shelf.ready.len() < shelf.number && shelf.coming.is_none());
+        let next =
+            waits.map(|shelf| shelf.not_before).chain(asking.iter().map(|(_, until)| *until)).min();
+        let left = next.map(|next| next.saturating_duration_since(now));
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut fds, left.as_ref()) {
+            Err(rustix::io::Errno::INTR) => continue,
+            polled => polled?,
+        };
+        let is_ready = |fd: std::os::fd::RawFd| {
+            fds.iter().any(|one| one.as_fd().as_raw_fd() == fd && !one.revents().is_empty())
+        };
+        let ended = is_ready(signals.fd());
+        let connecting = is_ready(listener.as_raw_fd());
+        let arrived: Vec<bool> = shelves
+            .iter()
+            .map(|shelf| shelf.coming.as_ref().is_some_and(|z| is_ready(z.as_fd().as_raw_fd())))
+            .collect();
+        let speaking: Vec<bool> =
+            asking.iter().map(|(stream, _)| is_ready(stream.as_raw_fd())).collect();
+        drop(fds);
+        if ended && matches!(signals.take(), Some(Meaning::End(_))) {
+            return Ok(Code::SUCCESS);
+        }
+        let now = Instant::now();
+        for (shelf, arrived) in shelves.iter_mut().zip(arrived) {
+            if arrived {
+                shelf.arrived(now);
+            }
+        }
+        let mut speaking = speaking.into_iter();
+        let mut heard = Vec::new();
+        asking.retain_mut(|(stream, _)| {
+            let speaks = speaking.next().unwrap_or_default();
+            if speaks {
+                heard.extend(stream.try_clone());
+            }
+            !speaks
+        });
+        let come = || connecting.then(|| listener.accept().ok()).flatten();
+        while let Some((stream, _)) = come() {
+            // Who hands a machine over speaks at once.
+            if fork::peek(&stream).is_some() {
+                heard.push(stream);
+            } else {
+                asking.push((stream, now + PATIENCE));
+            }
+        }
+        for stream in heard {
+            hand_over(stream, &mut shelves, now);
+        }
+    }
+}
+
+/// Gives who connected a process that is ready for it, or else a new one.
+fn hand_over(stream: UnixStream, shelves: &mut [Shelf], now: Instant) {
+    let shape = fork::peek(&stream).map(|child| child.shape);
+    let shelf = shelves.iter_mut().find(|shelf| Some(shelf.shape) == shape);
+    if let Some(shelf) = shelf {
+        shelf.not_before = now + REST;
+        while let Some(zygote) = shelf.ready.pop() {
+            if zygote.give(&stream).is_ok() {
+                return;
+            }
+        }
+    }
+    if let Err(error) = nursery::spawn(stream) {
+        // The connection ends, which whoever asked tells of.
+        tracing::warn!(%error, "no process can be made");
+    }
+}

@@ -1,0 +1,61 @@
+//! What of a machine can be made before it is known which one it will be.
+
+use super::{BuildError, cpus};
+use crate::config::VmConfig;
+use crate::hypervisor::{Hypervisor, Vcpu, Vm};
+use crate::memory::GuestRam;
+use arch::layout;
+use serde::{Deserialize, Serialize};
+
+/// What machines have in common that can be made beforehand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Shape {
+    /// vCPUs.
+    pub cpus: u32,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// RAM is from the host's pool of huge pages.
+    pub huge_pages: bool,
+}
+
+impl Shape {
+    /// That of the machine of `config`.
+    pub fn of(config: &VmConfig) -> Shape {
+        let memory = &config.memory;
+        Shape { cpus: config.cpus, memory: memory.size.0, huge_pages: memory.huge_pages }
+    }
+}
+
+/// A VM with memory slots, interrupt controllers and vCPUs, and nothing in it: one that was saved on this
+/// host, since that was started, can go on in it.
+pub struct Hollow {
+    pub(super) shape: Shape,
+    pub(super) vm: Box<dyn Vm>,
+    pub(super) vcpus: Vec<Box<dyn Vcpu>>,
+    // Dropped after the VM that has slots in it.
+    pub(super) ram: GuestRam,
+}
+
+impl Hollow {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// KVM refused, or there is no memory.
+    pub fn new(hypervisor: &dyn Hypervisor, shape: Shape) -> Result<Hollow, BuildError> {
+        let ram = GuestRam::new(shape.memory, shape.huge_pages)?;
+        let vm = vm(hypervisor, &ram)?;
+        let vcpus = cpus::bare(vm.as_ref(), shape.cpus)?;
+        Ok(Hollow { shape, vm, vcpus, ram })
+    }
+}
+
+/// A VM with this RAM and interrupt controllers.
+pub(super) fn vm(hypervisor: &dyn Hypervisor, ram: &GuestRam) -> Result<Box<dyn Vm>, BuildError> {
+    let vm = hypervisor.create_vm()?;
+    ram.register(vm.as_ref())?;
+    vm.set_tss_address(layout::KVM_TSS)?;
+    vm.create_irqchip()?;
+    vm.create_pit()?;
+    Ok(vm)
+}

@@ -1,5 +1,6 @@
 //! A machine that is saved, ended and goes on, round after round, while its disks, its network and its
-//! sockets are under load and its programs look at the clock. What they do is in [`crate::load`].
+//! sockets are under load and its programs look at the clock. What they do is in [`crate::load`]. In turns
+//! all of it is saved, and what changed since.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -78,7 +79,7 @@ fn under_load(site: &Site, network: Network, clock_source: &str) -> Result<(), F
     for round in 1..=ROUNDS {
         // Once, whoever counts the time in between would find that its CPUs were away.
         let away = (round == ROUNDS / 2).then_some(WATCHDOG + Duration::from_secs(2));
-        guest = go_on(site, guest, &folder.path().join("saved"), away, &mut times)?;
+        guest = go_on(site, guest, folder.path(), round, away, &mut times)?;
         let mut watch = Instant::now();
         for name in works(&mut guest, round)? {
             *times.last.entry(name).or_default() += 1;
@@ -120,17 +121,24 @@ fn have_it_complain_early(guest: &mut Guest) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Saves a machine in `place` and ends it. Returns the one that goes on from there, perhaps some time
-/// later.
+/// Saves a machine in `folder` and ends it: all of it, and in each second round what changed since the one
+/// before. Returns the one that goes on from there, perhaps some time later.
 fn go_on(
     site: &Site,
     mut guest: Guest,
-    place: &Path,
+    folder: &Path,
+    round: u64,
     away: Option<Duration>,
     times: &mut Times,
 ) -> Result<Guest, Failure> {
     let mut watch = Instant::now();
-    save(site, &guest, &["--stop"], place)?;
+    let (whole, diff) = (folder.join("whole"), folder.join("diff"));
+    let (place, options): (_, &[&str]) = if round.is_multiple_of(2) {
+        (&diff, &["--stop", "--diff"])
+    } else {
+        (&whole, &["--stop"])
+    };
+    save(site, &guest, options, place)?;
     guest.wait_success()?;
     times.saving.push(lap(&mut watch));
     if let Some(away) = away {
@@ -141,8 +149,17 @@ fn go_on(
     times.going_on.push(lap(&mut watch));
     // Such as that a disk is not as it was.
     check(guest.stderr().is_empty(), || guest.failure("there are warnings").to_string())?;
+    if *place == whole {
+        // The next round stands on it.
+        return Ok(guest);
+    }
+    let mut command = Command::new(&site.hull);
+    let output = command.args(["snapshot", "show"]).arg(place).output()?;
+    let shown = String::from_utf8_lossy(&output.stdout);
+    check(shown.contains("../whole"), || format!("all of it was saved, not a diff: {output:?}"))?;
     // What is mapped stays there.
-    fs::remove_dir_all(place)?;
+    fs::remove_dir_all(&whole)?;
+    fs::remove_dir_all(&diff)?;
     Ok(guest)
 }
 

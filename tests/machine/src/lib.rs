@@ -3,6 +3,7 @@
 //! Hull and the payload are built on first use, so that a bare `cargo test` tests what is in the
 //! tree. `HULL=` names another binary.
 
+mod pool;
 mod surroundings;
 mod terminal;
 mod trespass;
@@ -19,6 +20,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+pub use pool::HugePages;
 pub use surroundings::{NOBODY, Surroundings};
 use terminal::Terminal;
 pub use trespass::{Trespass, trespass};

@@ -325,7 +325,10 @@ impl GuestRam {
         let (sender, answer) = mpsc::channel();
         // It may wait for ever.
         let body = move || {
-            let _ = sender.send(known.iter().all(|(page, check)| image.check(*page, check)));
+            let is_right = known.iter().all(|(page, check)| image.check(*page, check));
+            // Whoever hears of it may need the room at once: of huge pages there are not many.
+            drop(image);
+            let _ = sender.send(is_right);
         };
         std::thread::Builder::new().spawn(body).map_err(PagerError::Register)?;
         let refusal = match answer.recv_timeout(PATIENCE) {

@@ -25,6 +25,8 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 pub use build::hollow::{Hollow, Shape};
+#[cfg(test)]
+pub(crate) use build::restore::memory as restore_memory;
 pub use build::restore::{Clock, Origin, OriginError, Source};
 pub use build::{BuildError, Host, Observed, root_arguments};
 pub use devices::virtio::device::{BackEnd, Message, Status as DeviceStatus, Traffic};

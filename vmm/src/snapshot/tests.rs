@@ -1,18 +1,22 @@
 //! Layers against a plain array: whatever is written, frozen, given back, saved, merged and gone on from,
 //! memory is what it should be.
 
+mod pager;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use devices::virtio::balloon::Discard;
+use machine_tests::HugePages;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::machine::Source;
-use crate::memory::{GuestRam, Layer, PAGE_SIZE};
+use crate::machine::{Origin, restore_memory};
+use crate::memory::{GuestRam, PAGE_SIZE};
 
 const PAGES: u64 = 64;
-const RAM: u64 = 1 << 20;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -36,9 +40,10 @@ enum Step {
     SaveOver {
         which: prop::sample::Index,
     },
-    /// Goes on from a snapshot.
+    /// Goes on from a snapshot, whose memory a pager may bring.
     Restore {
         which: prop::sample::Index,
+        paged: bool,
     },
     /// Makes a diff whole, where it is.
     Merge {
@@ -46,59 +51,122 @@ enum Step {
     },
 }
 
-fn step() -> impl Strategy<Value = Step> {
-    let pages = || (0..PAGES, 1u64..20);
+fn step(pagers: bool) -> impl Strategy<Value = Step> {
+    let pages = |most: u64| (0..PAGES, 1..most);
     let which = any::<prop::sample::Index>;
+    let paged = any::<bool>().prop_map(move |paged| paged && pagers);
     prop_oneof![
-        6 => (pages(), prop_oneof![Just(0u8), 1u8..5])
+        6 => (pages(20), prop_oneof![Just(0u8), 1u8..5])
             .prop_map(|((page, len), byte)| Step::Write { page, len, byte }),
-        2 => pages().prop_map(|(page, len)| Step::Discard { page, len }),
+        2 => pages(40).prop_map(|(page, len)| Step::Discard { page, len }),
         1 => Just(Step::Freeze),
         3 => any::<bool>().prop_map(|diff| Step::Save { diff }),
         1 => which().prop_map(|which| Step::SaveOver { which }),
-        2 => which().prop_map(|which| Step::Restore { which }),
+        2 => (which(), paged).prop_map(|(which, paged)| Step::Restore { which, paged }),
         1 => which().prop_map(|which| Step::Merge { which }),
     ]
 }
 
-/// A byte for each page.
-type Model = [u8; PAGES as usize];
+/// A byte for each page; nothing where a guest may find one thing or another.
+type Model = [Option<u8>; PAGES as usize];
+
+/// What RAM is made of.
+#[derive(Clone, Copy)]
+struct Kind {
+    huge_pages: bool,
+    /// Bytes from one page of the model to the next.
+    apart: u64,
+}
+
+const SMALL: Kind = Kind { huge_pages: false, apart: PAGE_SIZE };
+/// Four of them, in each of which some pages are looked at.
+const HUGE: Kind = Kind { huge_pages: true, apart: 128 << 10 };
+const HUGE_PAGE: u64 = 2 << 20;
+
+impl Kind {
+    fn size(self) -> u64 {
+        (self.apart * PAGES).max(1 << 20)
+    }
+
+    fn ram(self) -> GuestRam {
+        GuestRam::new(self.size(), self.huge_pages).unwrap()
+    }
+
+    fn at(self, page: u64) -> GuestAddress {
+        GuestAddress(page * self.apart)
+    }
+
+    fn byte(self, ram: &GuestRam, page: u64) -> u8 {
+        let mut bytes = [0; PAGE_SIZE as usize];
+        ram.memory().guest().read_slice(&mut bytes, self.at(page)).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]), "page {page} is torn");
+        bytes[0]
+    }
+
+    fn compare(self, ram: &GuestRam, model: &Model, what: &str) {
+        for (page, byte) in (0..).zip(model) {
+            if let Some(byte) = byte {
+                assert_eq!(self.byte(ram, page), *byte, "page {page} of {what}");
+            }
+        }
+    }
+
+    /// RAM of a machine that goes on from this snapshot.
+    fn loaded(self, files: &Files) -> (GuestRam, Origin) {
+        let mut ram = self.ram();
+        let origin = load(files, None).unwrap();
+        restore_memory(&origin, &mut ram).unwrap();
+        (ram, origin)
+    }
+}
 
 struct Run<'a> {
+    kind: Kind,
     folder: &'a Path,
     ram: GuestRam,
     now: Model,
     /// What a page is when it is given back.
     below: Model,
+    /// What the pager has.
+    paged: Option<Model>,
     /// What was saved, as it was and as it should be read.
     saved: Vec<(Files, Model)>,
     base: Option<Base>,
     folders: u32,
 }
 
-fn layers(files: &Files) -> Vec<Layer> {
-    match load(files, None).unwrap().memory {
-        Source::Layers(layers) => layers,
-        Source::Pager(_) => panic!("there is none"),
-    }
-}
-
-fn ram() -> GuestRam {
-    GuestRam::new(RAM, false).unwrap()
-}
-
 impl Run<'_> {
     fn freeze(&mut self) {
         self.ram.image().freeze().unwrap();
-        self.below = self.now;
+        // Huge pages stay where they are.
+        if !self.kind.huge_pages {
+            self.below = self.now;
+        }
     }
 
     fn save(&mut self, diff: bool, files: Files) {
-        self.freeze();
         let image = self.ram.image();
+        if !diff {
+            image.populate().unwrap();
+            self.paged = None;
+        }
+        self.freeze();
+        let partial = image.is_lazy();
         let base = self.base.take().filter(|_| diff);
-        let diff =
-            base.map(|base| Diff { pages: image.changed(), base: Some(base), partial: false });
+        if let (None, Some(paged)) = (&base, &self.paged) {
+            // What changed is nothing without what the pager has.
+            let file = File::create(&files.memory).unwrap();
+            file.set_len(self.kind.size()).unwrap();
+            for (page, byte) in (0..).zip(paged) {
+                let bytes = [byte.unwrap(); PAGE_SIZE as usize];
+                file.write_all_at(&bytes, self.kind.at(page).0).unwrap();
+            }
+        }
+        let diff = (diff && (partial || base.is_some())).then(|| Diff {
+            pages: image.changed(),
+            base,
+            partial,
+        });
         let contents = image.contents();
         let taken = Taken {
             id: None,
@@ -127,20 +195,48 @@ impl Run<'_> {
         assert!(self.saved.iter().any(|(_, model)| *model == self.now), "the last one is gone");
     }
 
+    fn restore(&mut self, files: &Files, mut model: Model, paged: bool) {
+        let (ram, origin) = self.kind.loaded(files);
+        self.base = origin.base;
+        if !paged {
+            self.ram = ram;
+            self.paged = None;
+            self.now = model;
+            let zeroes = [Some(0); PAGES as usize];
+            self.below = if self.kind.huge_pages { zeroes } else { model };
+            return;
+        }
+        for (page, byte) in (0..).zip(&mut model) {
+            byte.get_or_insert_with(|| self.kind.byte(&ram, page));
+        }
+        drop(ram);
+        let socket = self.folder.join("pager");
+        pager::start(&socket, self.kind, model.map(Option::unwrap));
+        let origin = load_paged(&files.state, socket.clone()).unwrap();
+        self.ram = self.kind.ram();
+        restore_memory(&origin, &mut self.ram).unwrap();
+        std::fs::remove_file(socket).unwrap();
+        (self.now, self.below, self.paged, self.base) = (model, model, Some(model), origin.base);
+    }
+
     fn step(&mut self, step: Step) {
         match step {
             Step::Write { page, len, byte } => {
                 for page in page..PAGES.min(page + len) {
                     let bytes = [byte; PAGE_SIZE as usize];
-                    let at = GuestAddress(page * PAGE_SIZE);
-                    self.ram.memory().guest().write_slice(&bytes, at).unwrap();
-                    self.now[page as usize] = byte;
+                    self.ram.memory().guest().write_slice(&bytes, self.kind.at(page)).unwrap();
+                    self.now[page as usize] = Some(byte);
                 }
             }
             Step::Discard { page, len } => {
-                self.ram.discarder().discard(page * PAGE_SIZE, len * PAGE_SIZE);
-                for page in page..PAGES.min(page + len) {
-                    self.now[page as usize] = self.below[page as usize];
+                let Kind { huge_pages, apart } = self.kind;
+                let end = PAGES.min(page + len);
+                self.ram.discarder().discard(self.kind.at(page).0, len * apart);
+                let unit = if huge_pages { HUGE_PAGE / apart } else { 1 };
+                for page in page.next_multiple_of(unit)..end / unit * unit {
+                    // Of a huge page that is not there anything may be saved that it ever was.
+                    let below = self.below[page as usize];
+                    self.now[page as usize] = if huge_pages { None } else { below };
                 }
             }
             Step::Freeze => self.freeze(),
@@ -152,15 +248,12 @@ impl Run<'_> {
             }
             Step::SaveOver { which } if !self.saved.is_empty() => {
                 let files = which.get(&self.saved).0.clone();
-                self.save(true, files);
+                // What is there is not what the pager has.
+                self.save(self.paged.is_none(), files);
             }
-            Step::Restore { which } if !self.saved.is_empty() => {
-                let (files, model) = which.get(&self.saved);
-                let origin = load(files, None).unwrap();
-                (self.now, self.below) = (*model, *model);
-                self.ram = ram();
-                self.ram.map_layers(layers(files)).unwrap();
-                self.base = origin.base;
+            Step::Restore { which, paged } if !self.saved.is_empty() => {
+                let (files, model) = which.get(&self.saved).clone();
+                self.restore(&files, model, paged);
             }
             Step::Merge { which } if !self.saved.is_empty() => {
                 let (files, _) = which.get(&self.saved).clone();
@@ -171,38 +264,49 @@ impl Run<'_> {
     }
 
     fn check(&self) {
-        let page = |ram: &GuestRam, page: usize| -> u8 {
-            let mut bytes = [0; PAGE_SIZE as usize];
-            let at = GuestAddress(page as u64 * PAGE_SIZE);
-            ram.memory().guest().read_slice(&mut bytes, at).unwrap();
-            assert!(bytes.iter().all(|byte| *byte == bytes[0]), "page {page} is torn");
-            bytes[0]
-        };
-        for (n, byte) in self.now.iter().enumerate() {
-            assert_eq!(page(&self.ram, n), *byte, "page {n}");
-        }
+        self.kind.compare(&self.ram, &self.now, "the machine");
         for (files, model) in &self.saved {
-            let mut ram = ram();
-            ram.map_layers(layers(files)).unwrap();
-            for (n, byte) in model.iter().enumerate() {
-                assert_eq!(page(&ram, n), *byte, "page {n} of {files:?}");
-            }
+            let (ram, _) = self.kind.loaded(files);
+            self.kind.compare(&ram, model, &format!("{files:?}"));
         }
     }
+}
+
+fn run(kind: Kind, steps: impl FnOnce(&mut Run)) {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let zeroes = [Some(0); PAGES as usize];
+    let mut run = Run {
+        kind,
+        folder: folder.path(),
+        ram: kind.ram(),
+        now: zeroes,
+        below: zeroes,
+        paged: None,
+        saved: Vec::new(),
+        base: None,
+        folders: 0,
+    };
+    steps(&mut run);
+    run.check();
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn layers_are_what_was_written(steps in prop::collection::vec(step(), 1..40)) {
-        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-        let (now, below) = ([0; PAGES as usize], [0; PAGES as usize]);
-        let (folder, saved) = (folder.path(), Vec::new());
-        let mut run = Run { folder, ram: ram(), now, below, saved, base: None, folders: 0 };
-        for step in steps {
-            run.step(step);
-        }
-        run.check();
+    fn layers_are_what_was_written(steps in prop::collection::vec(step(false), 1..40)) {
+        run(SMALL, |run| steps.into_iter().for_each(|step| run.step(step)));
+    }
+
+    #[test]
+    fn what_a_pager_brings_is_too(steps in prop::collection::vec(step(true), 1..40)) {
+        run(SMALL, |run| steps.into_iter().for_each(|step| run.step(step)));
+    }
+
+    #[test]
+    fn huge_pages_are_too(steps in prop::collection::vec(step(true), 1..25)) {
+        // A machine's, and those of one that is looked at or takes its place.
+        let _pool = HugePages::new(8);
+        run(HUGE, |run| steps.into_iter().for_each(|step| run.step(step)));
     }
 }

@@ -141,7 +141,7 @@ fn taken<T>(owner: &str, result: Result<T, RestoreError>) -> Result<T, OriginErr
 const LOOKS: usize = 4;
 
 /// Puts the memory of `origin` into `ram`.
-pub(super) fn memory(origin: &Origin, ram: &mut GuestRam) -> Result<(), BuildError> {
+pub(crate) fn memory(origin: &Origin, ram: &mut GuestRam) -> Result<(), BuildError> {
     let (saved, wanted) = (origin.state.header.memory.size, ram.size());
     if saved != wanted {
         return Err(OriginError::MemorySize { saved, wanted }.into());

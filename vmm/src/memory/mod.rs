@@ -287,7 +287,10 @@ impl GuestRam {
             },
         )
         .map_err(|source| MemoryError::Load { gpa: 0, len: self.size(), source })?;
-        self.stack.lock().unwrap_or_else(PoisonError::into_inner).layers = layers;
+        // What was copied is frozen as long as it is there; what the guest gave back of it is gone.
+        if !self.huge_pages {
+            self.stack.lock().unwrap_or_else(PoisonError::into_inner).layers = layers;
+        }
         Ok(())
     }
 

@@ -310,3 +310,21 @@ proptest! {
         run(HUGE, |run| steps.into_iter().for_each(|step| run.step(step)));
     }
 }
+
+/// What a page was where the machine was restored is not what its last snapshot has.
+#[test]
+fn a_diff_can_be_loaded_after_huge_pages_were_given_back() {
+    let _pool = HugePages::new(8);
+    run(HUGE, |run| {
+        let all = |byte| Step::Write { page: 0, len: PAGES, byte };
+        run.step(all(1));
+        run.step(Step::Save { diff: false });
+        let (files, model) = run.saved[0].clone();
+        run.restore(&files, model, false);
+        run.step(all(2));
+        run.step(Step::Save { diff: false });
+        run.step(Step::Discard { page: PAGES / 4, len: PAGES / 2 });
+        run.step(Step::Save { diff: true });
+        assert_eq!(run.saved.len(), 3);
+    });
+}

@@ -20,6 +20,8 @@ mod mmds;
 #[cfg(test)]
 mod pager;
 #[cfg(test)]
+mod settings;
+#[cfg(test)]
 mod snapshot;
 #[cfg(test)]
 mod verbs;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use api_tests::{Answer, Server};
+use machine_tests::HugePages;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -56,9 +57,14 @@ impl Drop for Pager {
 
 /// Room for a snapshot of a guest with 2,048 pages that it knows.
 fn saved() -> TempDir {
+    saved_with("None")
+}
+
+fn saved_with(huge_pages: &str) -> TempDir {
     let mut first = Server::hull();
     let folder = tempfile::tempdir().unwrap();
-    first.put("/machine-config", json!({ "vcpu_count": 1, "mem_size_mib": 48 })).done();
+    let machine = json!({ "vcpu_count": 1, "mem_size_mib": 48, "huge_pages": huge_pages });
+    first.put("/machine-config", machine).done();
     first.boot("work dirty=8388608 size=65536");
     first.process.wait_for("ready");
     first.process.write("d");
@@ -107,7 +113,20 @@ fn memory_comes_when_it_is_touched() {
 
 #[test]
 fn one_that_lives_on_a_pager_can_be_saved() {
-    let saved = saved();
+    let machine = is_saved_all_the_while(&saved());
+    assert_eq!(machine.process.kilobytes("HugetlbPages"), 0);
+}
+
+#[test]
+fn one_of_huge_pages_that_lives_on_a_pager_can_be_saved() {
+    // 48 MiB, twice.
+    let _pool = HugePages::for_guests(48);
+    let machine = is_saved_all_the_while(&saved_with("2M"));
+    assert_eq!(machine.process.kilobytes("HugetlbPages"), 48 << 10);
+}
+
+/// The machine that went on from a pager, in the end.
+fn is_saved_all_the_while(saved: &TempDir) -> Server {
     let mut pager = Pager::new(saved.path(), "good");
     let mut machine = Server::firecracker();
     pager.load(&machine, saved.path()).done();
@@ -145,6 +164,23 @@ fn one_that_lives_on_a_pager_can_be_saved() {
         copy.put("/snapshot/load", load(folder.path(), &json!({ "resume_vm": true }))).done();
         is_intact(&mut copy, pages);
     }
+    machine
+}
+
+#[test]
+fn huge_pages_come_when_they_are_touched() {
+    let _pool = HugePages::for_guests(24);
+    let saved = saved_with("2M");
+    let pager = Pager::new(saved.path(), "good");
+    let mut machine = Server::firecracker();
+    pager.load(&machine, saved.path()).done();
+    machine.process.write("p");
+    machine.process.wait_for("pause=");
+    let little = machine.process.kilobytes("HugetlbPages");
+    assert!((2 << 10..48 << 10).contains(&little), "{little} kB");
+    is_intact(&mut machine, 2048);
+    let all = machine.process.kilobytes("HugetlbPages");
+    assert!(all > little && all < 48 << 10, "{little} kB, {all} kB");
 }
 
 #[test]

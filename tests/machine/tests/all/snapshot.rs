@@ -1,6 +1,6 @@
 //! Machines that are saved and go on, from the command line.
 
-use machine_tests::{Guest, Running};
+use machine_tests::{Guest, HugePages, PAYLOAD, Running};
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use tempfile::TempDir;
@@ -76,7 +76,11 @@ fn what_cannot_be_saved_or_restored_is_named() {
 
 /// A guest with 2,048 pages that it knows, and a snapshot of it.
 fn working(saved: &str) -> Running {
-    let mut guest = Guest::new("work dirty=8388608 size=65536").option("--name", "first").start();
+    begun(Guest::new("work dirty=8388608 size=65536"), saved)
+}
+
+fn begun(guest: Guest, saved: &str) -> Running {
+    let mut guest = guest.option("--name", "first").start();
     guest.wait_for("ready");
     guest.write("d");
     guest.wait_for("dirty");
@@ -196,6 +200,62 @@ fn damage_is_found_wherever_it_is() {
     file.write_all_at(&[0; 4096], page(false) * 4096).unwrap();
     verify(&[&at("base")]).failed(&["base/memory is damaged"]);
     verify(&[&at("nothing")]).failed(&["nothing/state", "No such file"]);
+}
+
+#[test]
+fn huge_pages_are_saved_and_go_on_as_such() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    // 64 MiB, twice.
+    let _pool = HugePages::for_guests(64);
+    let guest = Guest::bare()
+        .option("--kernel", &*PAYLOAD)
+        .option("--memory", "64M")
+        .option("--cmdline", "payload=work dirty=8388608 size=65536")
+        .flag("--huge-pages");
+    let mut guest = begun(guest, &at("base"));
+    guest.write("dc");
+    guest.wait_for("pages=4096");
+    let save = |guest: &Running, words: &[&str]| {
+        words.iter().fold(beside(guest, "snapshot"), |save, word| save.flag(word)).run().ok();
+    };
+    save(&guest, &["--diff", "first", &at("one")]);
+    let restored = |name: &str, pages: u32| {
+        let mut copy = beside(&guest, "restore").flag(&at(name)).option("--name", "copy").start();
+        copy.write("c");
+        copy.wait_for(&format!("pages={pages}"));
+        // All that it ever wrote, at least.
+        let huge = copy.kilobytes("HugetlbPages");
+        assert!((u64::from(pages) * 4..64 << 10).contains(&huge), "{huge} kB");
+        copy
+    };
+    let ended = |copy: Running| {
+        stop(&guest, "copy");
+        assert_eq!(copy.finish().code(), 0);
+    };
+    ended(restored("base", 2048));
+    // A copy is saved in its turn, twice.
+    let mut copy = restored("one", 4096);
+    copy.write("dc");
+    copy.wait_for("pages=6144");
+    save(&guest, &["--diff", "copy", &at("two")]);
+    copy.write("dc");
+    copy.wait_for("pages=8192");
+    save(&guest, &["copy", &at("whole")]);
+    ended(copy);
+    let snapshot = |words: &[&str]| {
+        words.iter().fold(Guest::hull("snapshot"), |guest, word| guest.flag(word)).run()
+    };
+    let shown = |name: &str| snapshot(&["show", &at(name)]).ok().to_owned();
+    assert!(shown("two").contains("../one"), "{}", shown("two"));
+    ended(restored("two", 6144));
+    snapshot(&["merge", &at("two")]).ok();
+    snapshot(&["rm", &at("one"), &at("base")]).ok();
+    snapshot(&["verify", &at("two"), &at("whole")]).ok();
+    ended(restored("two", 6144));
+    ended(restored("whole", 8192));
+    stop(&guest, "first");
+    assert_eq!(guest.finish().code(), 0);
 }
 
 #[test]

@@ -152,12 +152,12 @@ impl Contents {
         Contents { pages, pieces: map.into_values().collect() }
     }
 
-    /// The same over another layer, in RAM of this many bytes.
-    pub fn over(self, size: u64, below: &Layer) -> Contents {
+    /// The same over other layers, of which the first is the lowest, in RAM of this many bytes.
+    pub fn over(self, size: u64, below: &[Layer]) -> Contents {
         let one =
             |piece: Piece| Layer { file: piece.file, extents: vec![piece.extent], leased: false };
         let above: Vec<Layer> = self.pieces.into_iter().map(one).collect();
-        Contents::new(size, std::iter::once(below).chain(&above))
+        Contents::new(size, below.iter().chain(&above))
     }
 
     /// Size of RAM in pages.

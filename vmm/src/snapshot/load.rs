@@ -1,5 +1,6 @@
 //! Reading snapshots, and making one of a diff and what it is a diff to.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -119,6 +120,18 @@ pub(super) fn chain(files: &Files, base: Option<&Files>) -> Result<Chain, LoadEr
     Ok(chain)
 }
 
+/// What a memory file stands for that says of itself to be the diff's at `files`: alone it is not all of memory.
+///
+/// # Errors
+/// As of [`load`].
+pub(super) fn of_diff(files: &Files, file: &File) -> Result<Option<Vec<Layer>>, LoadError> {
+    let Ok(mut state) = state(files) else { return Ok(None) };
+    if !state.parts.iter().any(is_list) || labelled(file) != Some(state.header.memory.id.clone()) {
+        return Ok(None);
+    }
+    layers(files, &mut state, None, &mut Chain::new()).map(Some)
+}
+
 /// The layers of a snapshot's memory, the lowest first. The list of a diff's pages is taken out of the state.
 /// Adds the file to `chain`, and then those of what it stands on.
 fn layers(
@@ -208,9 +221,13 @@ pub(super) fn stands(base: &Base) -> bool {
     false
 }
 
+/// True if it says which pages a diff has.
+fn is_list(part: &super::Part) -> bool {
+    part.owner == MEMORY && part.payload.kind == PAGES
+}
+
 /// The pages that a diff has, if it is one.
 fn diff_pages(parts: &mut Vec<super::Part>) -> Result<Option<Runs>, StateError> {
-    let is_list = |part: &super::Part| part.owner == MEMORY && part.payload.kind == PAGES;
     let Some(place) = parts.iter().position(is_list) else { return Ok(None) };
     let payload = parts.swap_remove(place).payload;
     let bytes = payload.expect(PAGES, 1).map_err(|err| StateError::Invalid(err.to_string()))?;

@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use devices::virtio::device::Payload;
 
 use super::aside::Aside;
-use super::load::stands;
+use super::load::{LoadError, of_diff, stands};
 use super::memory::{samples_of, samples_of_file, save};
 use super::{
     Base, DiskHeader, Header, MEMORY, MemoryHeader, PAGES, Part, Progress, State, StateError, read,
@@ -76,6 +76,14 @@ pub enum StoreError {
         /// The guest's RAM in bytes.
         expected: u64,
     },
+    /// A file that is there already is a diff's, and what that stands on cannot be had.
+    #[error("what changed cannot be laid over {}", path.display())]
+    Below {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<LoadError>,
+    },
     /// The host has no random numbers.
     #[error("the host refused random numbers")]
     Random(#[source] io::Error),
@@ -135,7 +143,7 @@ pub fn store(taken: Taken, files: &Files, progress: Progress<'_>) -> Result<Head
         !gone
     });
     let (contents, diff) = match diff {
-        Some(diff) => laid_over(contents, diff, &files.memory)?,
+        Some(diff) => laid_over(contents, diff, files)?,
         None => (contents, None),
     };
     let aside = word().map_err(StoreError::Random)?;
@@ -212,8 +220,9 @@ fn check(config: &VmConfig, files: &Files) -> Result<(), StoreError> {
 fn laid_over(
     contents: Contents,
     diff: Diff,
-    path: &Path,
+    files: &Files,
 ) -> Result<(Contents, Option<Diff>), StoreError> {
+    let path = &files.memory;
     let failed = |source| StoreError::File { verb: "read", path: path.to_owned(), source };
     let file = match open(path) {
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok((contents, Some(diff))),
@@ -232,7 +241,11 @@ fn laid_over(
         // All of it is known here, also what that file should say.
         return Ok((contents, None));
     }
-    let below = Layer::of_data(Arc::new(file)).map_err(failed)?;
+    let refused = |error| StoreError::Below { path: path.clone(), source: Box::new(error) };
+    let below = match of_diff(files, &file).map_err(refused)? {
+        Some(layers) => layers,
+        None => vec![Layer::of_data(Arc::new(file)).map_err(failed)?],
+    };
     Ok((contents.over(expected, &below), None))
 }
 

@@ -248,8 +248,9 @@ impl Run<'_> {
             }
             Step::SaveOver { which } if !self.saved.is_empty() => {
                 let files = which.get(&self.saved).0.clone();
-                // What is there is not what the pager has.
-                self.save(self.paged.is_none(), files);
+                // What changed is nothing without what the pager has.
+                let is_base = self.base.as_ref().is_some_and(|base| base.state == files.state);
+                self.save(is_base || self.paged.is_none(), files);
             }
             Step::Restore { which, paged } if !self.saved.is_empty() => {
                 let (files, model) = which.get(&self.saved).clone();
@@ -326,5 +327,23 @@ fn a_diff_can_be_loaded_after_huge_pages_were_given_back() {
         run.step(Step::Discard { page: PAGES / 4, len: PAGES / 2 });
         run.step(Step::Save { diff: true });
         assert_eq!(run.saved.len(), 3);
+    });
+}
+
+/// The guest lives on a pager: what did not change since the second diff is in what that stands on.
+#[test]
+fn a_diff_can_be_laid_over_a_diff() {
+    run(SMALL, |run| {
+        run.step(Step::Write { page: 0, len: 30, byte: 1 });
+        run.step(Step::Save { diff: false });
+        let (files, model) = run.saved[0].clone();
+        run.restore(&files, model, true);
+        for (page, len) in [(0, 10), (5, 10)] {
+            run.step(Step::Write { page, len, byte: 2 });
+            run.step(Step::Save { diff: true });
+        }
+        run.step(Step::Write { page: 6, len: 1, byte: 3 });
+        let files = run.saved[2].0.clone();
+        run.save(true, files);
     });
 }

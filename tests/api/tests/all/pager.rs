@@ -143,6 +143,10 @@ fn is_saved_all_the_while(saved: &TempDir) -> Server {
     refused
         .put("/snapshot/load", load(part.path(), &json!({})))
         .refused(400, &["went on from a pager"]);
+    // Nor does it become whole by more of the kind.
+    machine
+        .put("/snapshot/create", diff(part.path()))
+        .refused(400, &["laid over", "went on from a pager"]);
     let over = tempfile::tempdir().unwrap();
     fs::copy(part.path().join("memory"), over.path().join("changed")).unwrap();
     fs::copy(saved.path().join("memory"), over.path().join("memory")).unwrap();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::aside::{find, labelled};
-use super::memory::has;
+use super::memory::{has, has_more};
 use super::store::{Taken, disks};
 use super::verify::Written;
 use super::{
@@ -172,10 +172,16 @@ fn layers(
     }
     let others = || other("its pages are others".to_owned());
     let Some(pages) = pages else { return Err(others()) };
-    let base = header.base.as_ref().ok_or_else(|| LoadError::Part(path.clone()))?;
     if pages.end() > header.size / PAGE_SIZE {
         return Err(others());
     }
+    let Some(base) = header.base.as_ref() else {
+        // Nothing is known of what it was to be laid over, but that there was something.
+        if !has_more(&Contents::new(header.size, &whole), &pages).map_err(failed)? {
+            return Err(LoadError::Part(path.clone()));
+        }
+        return if known(&whole)? { Ok(whole.into()) } else { Err(others()) };
+    };
     let below = elsewhere.cloned().unwrap_or_else(|| base.files(&files.state));
     let (id, mut layers) = base_layers(&below, &[&base.id, &header.id], header.size, chain)?;
     if id == base.id {

@@ -147,6 +147,23 @@ fn sample(contents: &Contents, page: u64) -> io::Result<Option<Sample>> {
     Ok((bytes != ZEROES).then(|| Sample::new(page, &bytes)))
 }
 
+/// True if `contents` have something beside `pages` that is not zero.
+///
+/// # Errors
+/// A layer cannot be read.
+pub(super) fn has_more(contents: &Contents, pages: &Runs) -> io::Result<bool> {
+    let there =
+        contents.pieces().iter().map(|piece| piece.extent.at..piece.extent.at + piece.extent.len);
+    let mut bytes = [0; PAGE];
+    for page in Runs::new(there).without(pages).iter().flatten() {
+        contents.read_page(page, &mut bytes)?;
+        if bytes != ZEROES {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// True if `contents` have all of these pages as they were.
 ///
 /// # Errors

@@ -151,6 +151,13 @@ fn is_saved_all_the_while(saved: &TempDir) -> Server {
     fs::copy(part.path().join("memory"), over.path().join("changed")).unwrap();
     fs::copy(saved.path().join("memory"), over.path().join("memory")).unwrap();
     lay_over(&over.path().join("changed"), &over.path().join("memory"));
+    // With what it was laid over its state is a snapshot.
+    let both = json!({ "snapshot_path": part.path().join("state"), "resume_vm": true,
+        "mem_backend": { "backend_type": "File", "backend_path": over.path().join("memory") } });
+    let mut copy = Server::hull();
+    copy.put("/snapshot/load", &both).done();
+    is_intact(&mut copy, 4096);
+    drop(copy);
     machine.put("/snapshot/create", diff(over.path())).done();
     // All of it is fetched first; then nobody needs the pager any more.
     let whole = tempfile::tempdir().unwrap();

@@ -18,6 +18,8 @@ const TIMER_DIVIDER: u64 = 0x3e0;
 /// I/O APIC: index and data windows (82093AA datasheet § 3.0).
 const IO_APIC: u64 = 0xfec0_0000;
 
+/// Line of the machine's own events, as its ACPI tables have it.
+const EVENTS: u32 = 5;
 const DEVICE_VECTOR: u8 = 0x40;
 const TIMER_VECTOR: u8 = 0x41;
 /// Ticks to wait for an interrupt.
@@ -115,6 +117,17 @@ pub fn timer(boot: &Boot) {
     }
     let each = (ticks() - begin) / count.max(1);
     println!("result timer interrupts={} ticks={each}", machine::interrupts());
+}
+
+/// Halts until the machine's events (GED) say that something happened: that this is a copy by now.
+pub fn halt_until_told() {
+    machine::set_interrupt_gate(DEVICE_VECTOR);
+    set_up_local_apic();
+    route(EVENTS, DEVICE_VECTOR);
+    let before = machine::interrupts();
+    while machine::interrupts() == before {
+        machine::halt();
+    }
 }
 
 /// Starts all other processors and waits until there are as many as expected, this one included.

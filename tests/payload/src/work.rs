@@ -3,7 +3,7 @@
 
 use crate::boot::Boot;
 use crate::machine::{self, read, ticks, write};
-use crate::{basic, println, serial};
+use crate::{basic, interrupts, println, serial};
 
 /// What is dirtied and written to starts here, behind the image and the scratch memory.
 pub const FIRST: u64 = 16 << 20;
@@ -32,6 +32,8 @@ pub fn dirty(boot: &Boot, start: u64, length: u64) -> bool {
 ///   prints the ticks of a round;
 /// - `c` looks whether all that was dirtied so is as it was;
 /// - `i` prints the first bytes of the identity pages;
+/// - `h` halts until the machine is told of something, which a copy is at once; says `woken`, and halts
+///   again;
 /// - `p` prints the ticks of the longest pause between two looks at the clock since the last key;
 /// - `q` ends it.
 pub fn scenario(boot: &Boot) {
@@ -63,6 +65,13 @@ pub fn scenario(boot: &Boot) {
                 Some(page) => println!("result work lost={page:#x}"),
             },
             Some(b'i') => basic::ids(boot),
+            Some(b'h') => {
+                println!("halted");
+                loop {
+                    interrupts::halt_until_told();
+                    println!("woken");
+                }
+            }
             Some(b'p') => println!("result work pause={longest}"),
             Some(b'd' | b'q') => return,
             _ => continue,

@@ -208,13 +208,19 @@ impl Machine {
             frozen: false,
             end: None,
         });
-        give_back_heap();
         if let Ok(control) = manager.subscriber_mut(id) {
             control.start();
         }
+        // The guest does not wait for it.
+        let mut heap_given_back = false;
         loop {
             match manager.subscriber_mut(id) {
-                Ok(control) if control.end.is_none() => {}
+                Ok(control) if control.end.is_none() => {
+                    if !heap_given_back && matches!(control.state, State::Running) {
+                        give_back_heap();
+                        heap_given_back = true;
+                    }
+                }
                 _ => break,
             }
             if let Err(err) = manager.run() {

@@ -130,6 +130,8 @@ struct Inner {
     saving: bool,
     /// Children that were given a number.
     forked: u64,
+    /// Numbers of the registers that a vCPU's state has, once they were asked for.
+    msrs: Option<Arc<Vec<u32>>>,
     /// The last snapshot that was written, or the one that the machine goes on from.
     base: Option<Base>,
     /// What the guest's metadata service has to say; `None` until somebody puts something.
@@ -213,6 +215,7 @@ impl Instance {
             machines: 0,
             saving: false,
             forked: 0,
+            msrs: None,
             base: None,
             metadata: None,
         };

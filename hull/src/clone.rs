@@ -17,6 +17,7 @@ use vmm::timings::Timings;
 
 use crate::api::HULL;
 use crate::cli::{CloneArgs, Result};
+use crate::entry;
 use crate::exit::Code;
 use crate::logging::{self, Level};
 use crate::nursery;
@@ -42,6 +43,7 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
         None => (stream, None),
         Some(shape) => {
             let hollow = Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape)?;
+            entry::populate_code();
             match nursery::wait(&stream)? {
                 Some(stream) => (stream, Some(hollow)),
                 // The pool is gone.

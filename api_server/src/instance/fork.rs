@@ -12,19 +12,22 @@
 //! This process may not make others: its filters do not let it, and they would be inherited. Whoever
 //! listens at the pool's socket does.
 
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use vmm::config::VmConfig;
+use vmm::devices::virtio::vsock;
 use vmm::files::SocketPath;
 use vmm::fork::{self, Child, HandOverError, Outcome, Seed};
 use vmm::machine::{Command, Frozen, Shape};
 use vmm::snapshot::{self, Header, MemoryHeader, State};
 
 use super::snapshot::{Saving, halt, micros, portable};
-use super::{Instance, Shared, elsewhere, send};
+use super::{Instance, Shared, elsewhere};
 use crate::fault::{Fault, chain};
 use crate::types::fork::{ForkParams, Forked};
 
@@ -55,41 +58,55 @@ impl Instance {
             Fault::bad("pool: nobody is known who makes processes; name the socket of a pool.")
         })?;
         let saving = Saving::begin(&shared)?;
-        tokio::spawn(saving.fork(params, pool)).await.map_err(|_| Fault::gone())?
+        // Before anything is halted for nothing.
+        let first = connect_at_once(&pool).map_err(|error| failed(&error))?;
+        tokio::spawn(saving.fork(params, pool, first)).await.map_err(|_| Fault::gone())?
     }
 }
 
 impl Saving {
-    async fn fork(self, params: ForkParams, pool: PathBuf) -> Result<Forked, Fault> {
-        let shared = &self.0;
-        let handle = shared.handle()?;
-        // Before anything is halted for nothing.
-        let first = {
-            let pool = pool.clone();
-            elsewhere(move || connect(&pool)).await?.map_err(|error| failed(&error))?
-        };
-        let (frozen, halted) = halt(&handle, false).await?;
-        let (resume, config) = (frozen.was_running, shared.config());
-        let mut children = params.children(Shape::of(&config));
-        let seed = elsewhere(move || seed(frozen, config)).await;
-        let resume = resume && !(params.template && matches!(seed, Ok(Ok(_))));
-        send(&handle, Command::Thaw { resume }).await?;
-        let pause_us = micros(halted);
-        let (seed, copied_bytes) = seed??;
-        {
-            let mut inner = shared.lock();
-            let name = inner.config.name.clone().unwrap_or_default();
-            for child in children.iter_mut().filter(|child| child.name.is_none()) {
-                inner.forked += 1;
-                child.name = Some(format!("{name}-{}", inner.forked));
-                child.named_by_number = true;
-            }
+    async fn fork(
+        self,
+        params: ForkParams,
+        pool: PathBuf,
+        first: Option<UnixStream>,
+    ) -> Result<Forked, Fault> {
+        let handle = self.0.handle()?;
+        let (frozen, halted) = halt(&self.0, &handle, false).await?;
+        elsewhere(move || {
+            let (was_running, config) = (frozen.was_running, self.0.config());
+            let mut children = params.children(Shape::of(&config));
+            self.0.name_children(&mut children);
+            let seed = seed(frozen, config);
+            let resume = was_running && !(params.template && seed.is_ok());
+            let (told, goes_on) = mpsc::sync_channel(1);
+            // Counted where it happens: this thread may be late.
+            let reply = move |_| {
+                let _ = told.try_send(micros(halted));
+            };
+            handle.send(Command::Thaw { resume }, Box::new(reply));
+            // The next may be made meanwhile.
+            drop(self);
+            let (seed, copied_bytes) = seed?;
+            let children = deliver(&seed, &children, &pool, first);
+            let children = children.into_iter().map(Into::into).collect();
+            let pause_us = goes_on.recv().map_err(|_| Fault::gone())?;
+            Ok(Forked { children, pause_us, copied_bytes })
+        })
+        .await?
+    }
+}
+
+impl Instance {
+    /// Gives children without a name one of the machine's, with a number.
+    fn name_children(&self, children: &mut [Child]) {
+        let mut inner = self.lock();
+        let name = inner.config.name.clone().unwrap_or_default();
+        for child in children.iter_mut().filter(|child| child.name.is_none()) {
+            inner.forked += 1;
+            child.name = Some(format!("{name}-{}", inner.forked));
+            child.named_by_number = true;
         }
-        // The next may be made meanwhile.
-        drop(self);
-        let children = elsewhere(move || deliver(&seed, &children, &pool, first)).await?;
-        let children = children.into_iter().map(Into::into).collect();
-        Ok(Forked { children, pause_us, copied_bytes })
     }
 }
 
@@ -123,15 +140,35 @@ fn header(config: VmConfig, id: String, size: u64) -> Header {
     }
 }
 
+fn no_pool(path: &Path) -> impl FnOnce(io::Error) -> HandOverError {
+    let path = path.to_owned();
+    move |source| HandOverError::Pool { path, source }
+}
+
 fn connect(pool: &Path) -> Result<UnixStream, HandOverError> {
     let connected = SocketPath::of(pool).and_then(|short| UnixStream::connect(short.as_path()));
-    connected.map_err(|source| HandOverError::Pool { path: pool.to_owned(), source })
+    connected.map_err(no_pool(pool))
+}
+
+/// The same, and nothing if it would have to be waited for.
+fn connect_at_once(pool: &Path) -> Result<Option<UnixStream>, HandOverError> {
+    let connected = SocketPath::of(pool).and_then(|short| vsock::connect(short.as_path()));
+    match connected.map(UnixStream::from) {
+        Ok(stream) => stream.set_nonblocking(false).map(|()| Some(stream)).map_err(no_pool(pool)),
+        Err(err) if err.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(err) => Err(no_pool(pool)(err)),
+    }
 }
 
 /// Has each child made, some at a time, and says what became of them, in order.
-fn deliver(seed: &Seed, children: &[Child], pool: &Path, first: UnixStream) -> Vec<Outcome> {
+fn deliver(
+    seed: &Seed,
+    children: &[Child],
+    pool: &Path,
+    first: Option<UnixStream>,
+) -> Vec<Outcome> {
     let next = AtomicUsize::new(0);
-    let first = std::sync::Mutex::new(Some(first));
+    let first = Mutex::new(first);
     let one = |child: &Child| -> Result<Outcome, HandOverError> {
         let there = first.lock().ok().and_then(|mut first| first.take());
         let stream = there.map_or_else(|| connect(pool), Ok)?;

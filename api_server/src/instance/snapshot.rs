@@ -88,7 +88,7 @@ impl Saving {
         let shared = &self.0;
         let start = Instant::now();
         let is_diff = params.snapshot_type == SnapshotType::Diff;
-        let (frozen, halted) = halt(&handle, is_diff).await?;
+        let (frozen, halted) = halt(shared, &handle, is_diff).await?;
         let (resume, image) = (frozen.was_running, frozen.image.clone());
         let (config, base, machine) = {
             let inner = shared.lock();
@@ -145,10 +145,12 @@ impl Saving {
 
 /// Halts the machine for others to go on from it, and says when that began. What a pager still has is fetched
 /// before, while it goes on, unless somebody can do without.
-pub(super) async fn halt(handle: &Handle, lazy_will_do: bool) -> Result<(Frozen, Instant), Fault> {
-    let msrs = elsewhere(|| Kvm::open(Path::new(DEVICE)).and_then(|kvm| kvm.msr_numbers()));
-    let msrs = msrs.await?.map_err(|error| failed(&SaveError::Registers(error)))?;
-    let msrs = Arc::new(msrs);
+pub(super) async fn halt(
+    shared: &Shared,
+    handle: &Handle,
+    lazy_will_do: bool,
+) -> Result<(Frozen, Instant), Fault> {
+    let msrs = msrs(shared).await?;
     loop {
         let halted = Instant::now();
         let (answer, frozen) = mpsc::sync_channel(1);
@@ -162,6 +164,17 @@ pub(super) async fn halt(handle: &Handle, lazy_will_do: bool) -> Result<(Frozen,
         let fetched = elsewhere(move || image.populate()).await?;
         fetched.map_err(|error| failed(&SaveError::Fetch(error)))?;
     }
+}
+
+/// Numbers of the registers that a vCPU's state has: they are the host's.
+async fn msrs(shared: &Shared) -> Result<Arc<Vec<u32>>, Fault> {
+    if let Some(msrs) = &shared.lock().msrs {
+        return Ok(Arc::clone(msrs));
+    }
+    let msrs = elsewhere(|| Kvm::open(Path::new(DEVICE)).and_then(|kvm| kvm.msr_numbers()));
+    let msrs = Arc::new(msrs.await?.map_err(|error| failed(&SaveError::Registers(error)))?);
+    shared.lock().msrs = Some(Arc::clone(&msrs));
+    Ok(msrs)
 }
 
 /// The configuration for whoever goes on from it, who is somewhere else.

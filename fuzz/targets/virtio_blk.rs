@@ -27,5 +27,5 @@ fuzz_target!(|data: &[u8]| {
     let file = DiskFile::open(&image(), choice & 8 != 0, false).unwrap();
     let cache = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe][usize::from(choice) % 3];
     let queues = u16::from(choice >> 6) + 1;
-    fuzz(Block::new(Options { file, cache, id: "fuzz".into(), queues }), data);
+    fuzz(Block::new(Options { disk: file.into(), cache, id: "fuzz".into(), queues }), data);
 });

@@ -259,6 +259,9 @@ pub enum CacheMode {
 pub struct DiskConfig {
     /// Raw file or block device.
     pub path: PathBuf,
+    /// File that takes what the guest writes; `path` is only read then. It is made if it is not there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<PathBuf>,
     /// The guest cannot write.
     pub ro: bool,
     /// Name in messages and serial number in the guest, which sees the first 20 bytes; at most 64.
@@ -279,6 +282,13 @@ pub struct DiskConfig {
     /// Limit of the data that is read and written, and of requests.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<RateLimit>,
+}
+
+impl DiskConfig {
+    /// The file that the guest's writes go to.
+    pub fn file(&self) -> &Path {
+        self.overlay.as_deref().unwrap_or(&self.path)
+    }
 }
 
 /// A network card.
@@ -382,6 +392,9 @@ impl VmConfig {
         for (n, disk) in self.disk.iter().enumerate() {
             if disk.path.as_os_str().is_empty() {
                 return error(format!("disk[{n}].path"), "a disk needs a file or block device");
+            }
+            if disk.overlay.as_ref().is_some_and(|overlay| overlay.as_os_str().is_empty()) {
+                return error(format!("disk[{n}].overlay"), "an overlay needs a file");
             }
             let fits = |id: &&String| {
                 (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
@@ -488,7 +501,8 @@ impl VmConfig {
 
     /// The files that the guest is made from: kernel, initial RAM disk, CPU template, disks.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
-        let disks = self.disk.iter().map(|disk| &disk.path);
+        let disks =
+            self.disk.iter().flat_map(|disk| std::iter::once(&disk.path).chain(&disk.overlay));
         let files = std::iter::once(&self.kernel.path).chain(&self.kernel.initrd);
         files.chain(&self.cpu.config).chain(disks).map(PathBuf::as_path)
     }

@@ -124,7 +124,13 @@ impl Instance {
             return Err(Fault::bad("path_on_host or rate_limiter: one of them has to be there."));
         }
         if let Some(path) = update.path_on_host {
-            let DiskConfig { ro, direct, .. } = self.config().disk[place];
+            let DiskConfig { ro, direct, overlay, .. } = self.config().disk[place].clone();
+            if let Some(overlay) = overlay {
+                let overlay = overlay.display();
+                return Err(Fault::bad(format!(
+                    "path_on_host: the drive has the overlay {overlay}, which stands on the file that it has."
+                )));
+            }
             let opened = path.clone();
             // On a thread of its own: a file system that hangs shall hang nobody else.
             let candidate = elsewhere(move || Candidate::open(&opened, ro, direct)).await?;

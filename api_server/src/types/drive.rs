@@ -58,6 +58,11 @@ pub struct Drive {
     /// Socket of a vhost-user back-end; not supported.
     #[serde(default)]
     pub socket: Option<String>,
+    /// Hull's own: file that takes what the guest writes, so that the one at `path_on_host` is only read. It is
+    /// made if it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub overlay: Option<PathBuf>,
 }
 
 /// A change of a disk of a running machine.
@@ -95,6 +100,7 @@ impl TryFrom<Drive> for DiskConfig {
             id: Some(drive.drive_id),
             root: drive.is_root_device,
             partuuid: drive.partuuid,
+            overlay: drive.overlay,
             cache,
             rate: drive.rate_limiter.map(Into::into),
             ..DiskConfig::default()
@@ -117,6 +123,7 @@ impl From<&DiskConfig> for Drive {
             io_engine: Some(IoEngine::Sync),
             rate_limiter: RateLimiter::of(disk.rate),
             socket: None,
+            overlay: disk.overlay.clone(),
         }
     }
 }

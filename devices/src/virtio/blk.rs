@@ -1,13 +1,18 @@
-//! Virtio block device (virtio 1.3 § 5.2) on a raw file or block device.
+//! Virtio block device (virtio 1.3 § 5.2) on a raw file or block device, or on an overlay of one.
 //!
 //! - this file: what the driver sees: features, configuration space, saved state;
-//! - [`file`]: opening, locking and measuring the file behind it;
+//! - [`backing`]: what is behind it; [`file`]: opening, locking and measuring a raw file;
+//! - [`overlay`]: a file that has what was written, over others that have the rest;
 //! - [`request`]: what a chain asks for, checked;
-//! - [`worker`]: serving a queue;
+//! - [`worker`]: serving a queue; [`overlaid`] and [`cow`]: what is otherwise with an overlay;
 //! - [`metrics`]: what is counted meanwhile.
 
+mod backing;
+mod cow;
 mod file;
 mod metrics;
+mod overlaid;
+pub mod overlay;
 mod pending;
 mod request;
 mod worker;
@@ -17,6 +22,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub use backing::Backing;
 pub use file::{Candidate, DiskFile, OpenError};
 pub use metrics::BlockMetrics;
 
@@ -74,8 +80,8 @@ pub enum Cache {
 /// What a [`Block`] is made from.
 #[derive(Debug)]
 pub struct Options {
-    /// The file behind it.
-    pub file: DiskFile,
+    /// What is behind it.
+    pub disk: Backing,
     /// Write cache.
     pub cache: Cache,
     /// Name that the driver can ask for, cut to 20 bytes.
@@ -87,7 +93,7 @@ pub struct Options {
 /// The device.
 #[derive(Debug)]
 pub struct Block {
-    file: Arc<DiskFile>,
+    disk: Arc<Backing>,
     cache: Cache,
     id: [u8; ID_LEN],
     queues: Vec<u16>,
@@ -106,7 +112,7 @@ impl Block {
         }
         let writeback = Arc::new(AtomicBool::new(options.cache != Cache::Writethrough));
         Block {
-            file: Arc::new(options.file),
+            disk: Arc::new(options.disk),
             cache: options.cache,
             id,
             queues: vec![MAX_SIZE; usize::from(options.queues.max(1))],
@@ -121,6 +127,11 @@ impl Block {
     pub fn set_limit(&mut self, limit: Option<RateLimiter>) {
         self.limit = limit;
     }
+
+    /// What is behind it: for [`overlay::freeze`], while no worker runs.
+    pub fn disk(&self) -> &Arc<Backing> {
+        &self.disk
+    }
 }
 
 impl Device for Block {
@@ -130,7 +141,7 @@ impl Device for Block {
 
     fn features(&self) -> u64 {
         let common = feature::SEG_MAX | feature::BLK_SIZE | feature::MQ;
-        if self.file.read_only() {
+        if self.disk.read_only() {
             return common | feature::RO;
         }
         common | feature::FLUSH | feature::CONFIG_WCE | feature::DISCARD | feature::WRITE_ZEROES
@@ -141,6 +152,10 @@ impl Device for Block {
     }
 
     fn groups(&self) -> Vec<Range<u16>> {
+        if self.disk.overlay().is_some() {
+            // Which blocks are on their way is known to one worker.
+            return std::iter::once(0..self.queues.len() as u16).collect();
+        }
         (0..self.queues.len() as u16).map(|queue| queue..queue + 1).collect()
     }
 
@@ -149,13 +164,13 @@ impl Device for Block {
         let mut put = |offset: usize, bytes: &[u8]| {
             config[offset..offset + bytes.len()].copy_from_slice(bytes);
         };
-        put(0, &(self.file.len() / SECTOR).to_le_bytes());
+        put(0, &(self.disk.len() / SECTOR).to_le_bytes());
         // A header and a status byte beside the data.
         put(12, &(u32::from(MAX_SIZE) - 2).to_le_bytes());
-        put(20, &self.file.block_size().to_le_bytes());
+        put(20, &self.disk.block_size().to_le_bytes());
         put(WRITEBACK_OFFSET, &[self.writeback.load(Ordering::Relaxed).into()]);
         put(34, &(self.queues.len() as u16).to_le_bytes());
-        let alignment = self.file.block_size() / SECTOR as u32;
+        let alignment = self.disk.block_size() / SECTOR as u32;
         put(36, &MAX_RANGE_SECTORS.to_le_bytes());
         put(40, &MAX_RANGE_SEGMENTS.to_le_bytes());
         put(44, &alignment.to_le_bytes());
@@ -168,7 +183,7 @@ impl Device for Block {
     fn write_config(&mut self, offset: u64, data: &[u8]) -> Option<Vec<u8>> {
         // § 5.2.4: `writeback` is the only field that a driver may write, with 0 or 1.
         match data {
-            [value @ (0 | 1)] if offset == WRITEBACK_OFFSET as u64 && !self.file.read_only() => {
+            [value @ (0 | 1)] if offset == WRITEBACK_OFFSET as u64 && !self.disk.read_only() => {
                 self.writeback.store(*value == 1, Ordering::Relaxed);
                 Some(self.config())
             }
@@ -184,28 +199,41 @@ impl Device for Block {
     }
 
     fn replace(&mut self, back_end: BackEnd) -> Result<Vec<u8>, ReplaceError> {
-        let BackEnd::Disk(candidate) = back_end;
-        let replaced = self.file.replaced_by(candidate);
+        let replaced = match back_end {
+            BackEnd::Disk(candidate) => self.disk.replaced_by(candidate).map(Backing::from),
+            BackEnd::Frozen(disk) => Ok(disk),
+        };
         match &replaced {
             Ok(_) => self.metrics.update_count.count(),
             Err(_) => self.metrics.update_fails.count(),
         }
-        self.file = Arc::new(replaced?);
+        self.disk = Arc::new(replaced?);
         Ok(self.config())
     }
 
     fn worker(&mut self, _group: usize, negotiated: u64) -> io::Result<Box<dyn Worker>> {
         // § 5.2.6.2: without FLUSH the driver cannot ask for durability, so it always gets it.
         let always_durable = negotiated & feature::FLUSH == 0;
-        Ok(Box::new(worker::BlockWorker::new(worker::Settings {
-            file: Arc::clone(&self.file),
+        let settings = worker::Settings {
+            disk: Arc::clone(&self.disk),
             id: self.id,
             writeback: Arc::clone(&self.writeback),
             always_durable,
             ignore_flush: self.cache == Cache::Unsafe,
             limit: self.limit.clone(),
             metrics: Arc::clone(&self.metrics),
-        })))
+        };
+        Ok(match self.disk.overlay() {
+            Some(_) => Box::new(overlaid::OverlayWorker::new(settings)),
+            None => Box::new(worker::BlockWorker::new(settings)),
+        })
+    }
+
+    fn end(&mut self) {
+        let saved = self.disk.overlay().map_or(Ok(()), overlay::Overlay::close);
+        if let Err(err) = saved {
+            tracing::error!(path = %self.disk.path().display(), %err, "the last writes to a disk are not on it");
+        }
     }
 
     fn metrics(&self) -> Vec<Set> {

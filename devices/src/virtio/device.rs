@@ -27,7 +27,7 @@ use serde_json::Value;
 
 use super::Kind;
 use super::balloon::BalloonStatus;
-use super::blk::Candidate;
+use super::blk::{Backing, Candidate};
 use super::queue::{Queue, QueueError, QueueState};
 use crate::metrics::Set;
 use crate::rate::RateLimiter;
@@ -208,6 +208,8 @@ pub trait Worker: Send {
 pub enum BackEnd {
     /// The file of a disk.
     Disk(Candidate),
+    /// What a disk goes on with that became the base of others.
+    Frozen(Backing),
 }
 
 /// Why a device keeps its back-end.
@@ -391,6 +393,40 @@ impl IoVecs {
             &[one] => IoVecs(List::One(one)),
             many => IoVecs(List::Many(many.to_vec())),
         }
+    }
+
+    /// `len` bytes of `buf` behind its first `skip`; fewer if there are fewer.
+    pub fn part(buf: &super::iobuf::IoBuf, skip: u64, len: u64) -> IoVecs {
+        let (mut skip, mut len) = (skip as usize, len as usize);
+        let mut list = Vec::new();
+        for iov in buf.iovecs() {
+            if skip >= iov.iov_len {
+                skip -= iov.iov_len;
+                continue;
+            }
+            let part = (iov.iov_len - skip).min(len);
+            if part == 0 {
+                break;
+            }
+            // SAFETY: skip is below the length of the buffer.
+            let base = unsafe { iov.iov_base.cast::<u8>().add(skip) };
+            list.push(iovec { iov_base: base.cast(), iov_len: part });
+            len -= part;
+            skip = 0;
+        }
+        match list[..] {
+            [one] => IoVecs(List::One(one)),
+            _ => IoVecs(List::Many(list)),
+        }
+    }
+
+    /// Bytes of ours.
+    ///
+    /// # Safety
+    /// They stay where they are until the operation ended, and are not touched meanwhile if it reads into them.
+    pub unsafe fn of_bytes(bytes: &[u8]) -> IoVecs {
+        let iov_base = bytes.as_ptr().cast_mut().cast();
+        IoVecs(List::One(iovec { iov_base, iov_len: bytes.len() }))
     }
 
     /// `len` bytes of which each is 0: as many references to `zeroes` as that takes.

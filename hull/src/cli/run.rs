@@ -60,7 +60,7 @@ pub struct RunArgs {
     /// Take the guest's memory from the host's pool of 2 MiB pages
     #[arg(long)]
     pub huge_pages: bool,
-    /// A disk: path=FILE[,ro][,id=NAME][,root][,cache=writeback|writethrough|unsafe][,direct][,queues=N][,rate=RATE]
+    /// A disk: path=FILE[,overlay=FILE][,ro][,id=NAME][,root][,cache=writeback|writethrough|unsafe][,direct][,queues=N][,rate=RATE]
     #[arg(short, long, value_name = "OPTIONS")]
     pub disk: Vec<String>,
     /// A network card: tap[=NAME][,mac=ADDR][,host=ADDR/PREFIX][,mtu=N][,queues=N][,rx-rate=RATE][,tx-rate=RATE], or fd=N

@@ -123,8 +123,9 @@ pub(super) struct EventLoop {
 
 struct Loop {
     commands: mpsc::Receiver<Command>,
-    slots: Vec<Option<Slot>>,
+    // Goes before the workers: its end waits for operations on their memory.
     core: Core,
+    slots: Vec<Option<Slot>>,
     shutdown: bool,
 }
 

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use devices::rate::RateLimiter;
 use devices::virtio::balloon::{Balloon, BalloonOptions};
-use devices::virtio::blk::{Block, Cache, DiskFile, OpenError, Options};
+use devices::virtio::blk::overlay::{Overlay, OverlayError};
+use devices::virtio::blk::{Backing, Block, Cache, DiskFile, OpenError, Options};
 use devices::virtio::console::{Console, ConsoleOutput};
 use devices::virtio::device::{Device, Message, Traffic};
 use devices::virtio::net::mmds::{self, TokenKey};
@@ -67,13 +68,19 @@ pub(super) fn devices(
     }
     for (n, disk) in config.disk.iter().enumerate() {
         let name = config.disk_name(n);
-        let cached_writes = !disk.ro && !disk.direct;
+        // An overlay writes its bits in between.
+        let cached_writes = !disk.ro && (!disk.direct || disk.overlay.is_some());
         let back_end = if cached_writes { BackEnd::CachedWrites } else { BackEnd::File };
         let device = block(name.clone(), disk).map_err(|err| {
+            let err = match err {
+                // Whoever looks for hints finds it as it is.
+                OverlayError::Open(err) => err,
+                err => return BuildError::Device { device: name.clone(), source: err.into() },
+            };
             let taken = matches!(err, OpenError::Locked { .. } | OpenError::Claimed { .. });
             let source = match same_file(config, n).filter(|_| taken) {
                 Some(other) => {
-                    format!("{} is {other} of this machine already", disk.path.display()).into()
+                    format!("{} is {other} of this machine already", disk.file().display()).into()
                 }
                 None => err.into(),
             };
@@ -114,17 +121,32 @@ pub(super) fn devices(
     Ok(devices)
 }
 
-/// Opens the disk of this configuration, and closes it again: whether a machine could have it.
+/// Opens the disk of this configuration, and closes it again: whether a machine could have it. An overlay that is
+/// not there is not made.
 ///
 /// # Errors
 /// What is wrong with the file.
-pub fn check_disk(disk: &DiskConfig) -> Result<(), OpenError> {
-    block(String::new(), disk).map(drop)
+pub fn check_disk(disk: &DiskConfig) -> Result<(), OverlayError> {
+    match &disk.overlay {
+        Some(overlay) if !overlay.exists() => {
+            DiskFile::open(&disk.path, true, disk.direct)?;
+            Ok(())
+        }
+        _ => backing(disk).map(drop),
+    }
+}
+
+fn backing(config: &DiskConfig) -> Result<Backing, OverlayError> {
+    let DiskConfig { path, overlay, ro, direct, .. } = config;
+    Ok(match overlay {
+        Some(overlay) => Overlay::open_or_create(overlay, path, *ro, *direct)?.into(),
+        None => DiskFile::open(path, *ro, *direct)?.into(),
+    })
 }
 
 /// Name of the disk before the `n`th one that is the same file, if there is one.
 fn same_file(config: &VmConfig, n: usize) -> Option<String> {
-    let identity = |n: usize| files::identity(&config.disk.get(n)?.path);
+    let identity = |n: usize| files::identity(config.disk.get(n)?.file());
     let this = identity(n)?;
     (0..n).find(|&other| identity(other) == Some(this)).map(|other| config.disk_name(other))
 }
@@ -145,15 +167,15 @@ pub(super) fn limiter(rate: Option<RateLimit>) -> Option<RateLimiter> {
     rate.and_then(|rate| rate.limiter())
 }
 
-fn block(name: String, config: &DiskConfig) -> Result<Block, OpenError> {
-    let file = DiskFile::open(&config.path, config.ro, config.direct)?;
+fn block(name: String, config: &DiskConfig) -> Result<Block, OverlayError> {
+    let disk = backing(config)?;
     let cache = match config.cache {
         CacheMode::Writeback => Cache::Writeback,
         CacheMode::Writethrough => Cache::Writethrough,
         CacheMode::Unsafe => Cache::Unsafe,
     };
     let queues = config.queues.unwrap_or(1);
-    let mut block = Block::new(Options { file, cache, id: name, queues });
+    let mut block = Block::new(Options { disk, cache, id: name, queues });
     block.set_limit(limiter(config.rate));
     Ok(block)
 }

@@ -302,14 +302,14 @@ pub fn now_ms() -> u64 {
 /// The disks of a machine as they are now.
 pub fn disks(config: &VmConfig) -> Vec<DiskHeader> {
     let disk = |(n, disk): (usize, &crate::config::DiskConfig)| {
-        let file = fs::metadata(&disk.path).ok();
+        let file = fs::metadata(disk.file()).ok();
         let modified = file.as_ref().map_or(0, |file| {
             let seconds = u64::try_from(file.mtime()).unwrap_or_default();
             seconds.saturating_mul(1_000_000_000).saturating_add(file.mtime_nsec() as u64)
         });
         DiskHeader {
             name: config.disk_name(n),
-            path: disk.path.clone(),
+            path: disk.file().to_owned(),
             size: file.map_or(0, |file| file.len()),
             modified_ns: modified,
         }

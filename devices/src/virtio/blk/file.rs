@@ -67,6 +67,7 @@ pub enum OpenError {
 #[derive(Debug)]
 pub struct DiskFile {
     file: File,
+    path: PathBuf,
     len: u64,
     block_size: u32,
     read_only: bool,
@@ -99,6 +100,15 @@ impl Candidate {
         };
         Ok(Candidate { path: path.to_owned(), claimed, disk })
     }
+
+    /// Locks it, in the place of something else than a raw disk.
+    ///
+    /// # Errors
+    /// Another process has the file.
+    pub(super) fn locked(self) -> Result<DiskFile, OpenError> {
+        let Candidate { path, claimed, disk } = self;
+        if claimed { disk.locked(&path) } else { Err(OpenError::Claimed { path }) }
+    }
 }
 
 impl DiskFile {
@@ -118,10 +128,7 @@ impl DiskFile {
             })?;
             return Ok(disk);
         }
-        if !claimed {
-            return Err(OpenError::Claimed { path });
-        }
-        disk.locked(&path)
+        Candidate { path, claimed, disk }.locked()
     }
 
     /// Opens the raw disk at `path`: read-only, or for writing; past the page cache with `direct`.
@@ -134,6 +141,29 @@ impl DiskFile {
     /// [`OpenError`].
     pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<DiskFile, OpenError> {
         DiskFile::unlocked(path, read_only, direct, true)?.locked(path)
+    }
+
+    /// The raw disk that `file` is, which somebody else opened, or which was opened for a purpose of its own.
+    ///
+    /// # Errors
+    /// As of [`DiskFile::open`].
+    pub(super) fn of(
+        file: File,
+        path: &Path,
+        read_only: bool,
+        direct: bool,
+    ) -> Result<DiskFile, OpenError> {
+        DiskFile::measured(file, path, read_only, direct)?.locked(path)
+    }
+
+    /// As [`DiskFile::of`], of a descriptor that has its lock.
+    pub(super) fn of_shared(file: File, path: &Path, direct: bool) -> Result<DiskFile, OpenError> {
+        DiskFile::measured(file, path, true, direct)
+    }
+
+    /// The raw disk at `path`, for somebody who only looks.
+    pub(super) fn unlocked_reader(path: &Path) -> Result<DiskFile, OpenError> {
+        DiskFile::unlocked(path, true, false, false)
     }
 
     fn locked(self, path: &Path) -> Result<DiskFile, OpenError> {
@@ -164,7 +194,7 @@ impl DiskFile {
             // Without O_CREAT it means something for block devices only (open(2)).
             flags |= libc::O_EXCL;
         }
-        let mut file =
+        let file =
             File::options().read(true).write(!read_only).custom_flags(flags).open(path).map_err(
                 |source| match source.raw_os_error() {
                     // Opening a directory for writing says so before anything can be looked at.
@@ -173,7 +203,18 @@ impl DiskFile {
                     _ => open(source),
                 },
             )?;
-        let metadata = file.metadata().map_err(open)?;
+        DiskFile::measured(file, path, read_only, direct)
+    }
+
+    /// An open file as a disk.
+    fn measured(
+        mut file: File,
+        path: &Path,
+        read_only: bool,
+        direct: bool,
+    ) -> Result<DiskFile, OpenError> {
+        let measure = |source| OpenError::Host { what: "measure", path: path.to_owned(), source };
+        let metadata = file.metadata().map_err(measure)?;
         let kind = metadata.file_type();
         let identity = match kind.is_block_device() {
             true => (0, metadata.rdev()),
@@ -182,7 +223,6 @@ impl DiskFile {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::Kind { path: path.to_owned() });
         }
-        let measure = |source| OpenError::Host { what: "measure", path: path.to_owned(), source };
         let len = file.seek(SeekFrom::End(0)).map_err(measure)?;
         let block_size = if kind.is_block_device() {
             logical_block_size(&file).map_err(measure)?
@@ -195,7 +235,8 @@ impl DiskFile {
             let block = u64::from(block_size);
             return Err(OpenError::Size { path: path.to_owned(), size: len, block });
         }
-        Ok(DiskFile { file, len, block_size, read_only, direct, identity })
+        let path = path.to_owned();
+        Ok(DiskFile { file, path, len, block_size, read_only, direct, identity })
     }
 
     /// Length in bytes, a multiple of the sector size.
@@ -223,12 +264,30 @@ impl DiskFile {
         self.direct
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Of a regular file.
+    pub(super) fn is_file(&self) -> bool {
+        self.identity.0 != 0
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn into_file(self) -> File {
+        self.file
+    }
+
     pub(super) fn fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
 }
 
-fn lock(file: &File, read_only: bool) -> io::Result<()> {
+pub(super) fn lock(file: &File, read_only: bool) -> io::Result<()> {
     // SAFETY: flock is plain data; all of the file is meant by start and length 0.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = if read_only { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short;
@@ -253,7 +312,7 @@ fn logical_block_size(file: &File) -> io::Result<u32> {
 }
 
 /// Alignment that O_DIRECT needs on this file; 512 where the kernel does not tell (before 6.1).
-fn direct_alignment(file: &File) -> u32 {
+pub(super) fn direct_alignment(file: &File) -> u32 {
     // SAFETY: statx is plain data; the empty path with AT_EMPTY_PATH means the descriptor.
     let (result, stat) = unsafe {
         let mut stat: libc::statx = std::mem::zeroed();

@@ -4,8 +4,9 @@
 use std::collections::VecDeque;
 use std::io;
 
+use super::overlaid::{Edges, Fill};
 use super::request::{ByteRange, Status};
-use super::{MAX_RANGE_SECTORS, SECTOR};
+use super::{Backing, MAX_RANGE_SECTORS, SECTOR};
 use crate::virtio::device::{Action, FileOperation, IoVecs};
 use crate::virtio::iobuf::{GuestByte, IoBuf};
 
@@ -15,11 +16,21 @@ pub(super) struct Pending {
     pub(super) step: Step,
     /// When it was seen, by its worker's clock.
     pub(super) start: u64,
+    /// Of blocks that are written in part to where they were not: the other parts.
+    pub(super) edges: Option<Box<Edges>>,
+    /// Ranges that come after this step.
+    pub(super) later: VecDeque<ByteRange>,
+    /// The driver asked for ranges to be zeroes, not for a write.
+    pub(super) was_range: bool,
 }
 
 /// What is left of a request.
 pub(super) enum Step {
-    /// The rest of the buffers, where in the file they go on, and what was filled before.
+    /// A write to blocks that the overlay does not have: `data` at `offset`, of `len` bytes in all.
+    Hold { data: IoBuf, offset: u64, len: u64 },
+    /// As above; what is around the data is read first.
+    Fill { data: IoBuf, offset: u64, len: u64 },
+    /// The rest of the buffers, where on the disk they go on, and what was filled before.
     Read { rest: IoBuf, offset: u64, done: u32 },
     /// Likewise; `len` bytes in all.
     Write { rest: IoBuf, offset: u64, len: u64 },
@@ -39,34 +50,58 @@ pub(super) enum Method {
 }
 
 impl Pending {
+    pub(super) fn new(status: GuestByte, step: Step, start: u64) -> Pending {
+        Pending { status, step, start, edges: None, later: VecDeque::new(), was_range: false }
+    }
+
     /// A request to zero or discard `ranges`, of which there is at least one.
     pub(super) fn ranges(status: GuestByte, ranges: VecDeque<ByteRange>) -> Pending {
         let method = first_method(ranges.front());
-        Pending { status, step: Step::Ranges { ranges, method }, start: 0 }
+        Pending::new(status, Step::Ranges { ranges, method }, 0)
     }
 
     /// A request for what was written to be on the disk.
     pub(super) fn flush(status: GuestByte) -> Pending {
-        Pending { status, step: Step::Sync { zeroed: false }, start: 0 }
+        Pending::new(status, Step::Sync { zeroed: false }, 0)
     }
 
     /// The operation that comes next. With `durable`, what is written is on the disk when it ends.
-    pub(super) fn operation(&self, fd: i32, durable: bool) -> FileOperation {
+    pub(super) fn operation(&self, disk: &Backing, durable: bool) -> FileOperation {
+        let fd = disk.fd();
+        let sync = FileOperation { fd, offset: 0, action: Action::Sync };
         match &self.step {
             Step::Read { rest, offset, .. } => {
-                FileOperation { fd, offset: *offset, action: Action::Read(IoVecs::of(rest)) }
+                let place = disk.place(*offset, rest.len());
+                let bufs = match place.len == rest.len() {
+                    true => IoVecs::of(rest),
+                    false => IoVecs::part(rest, 0, place.len),
+                };
+                FileOperation { fd: place.fd, offset: place.offset, action: Action::Read(bufs) }
             }
             Step::Write { rest, offset, .. } => {
                 let bufs = IoVecs::of(rest);
                 let action = Action::Write { bufs, durable };
-                FileOperation { fd, offset: *offset, action }
+                FileOperation { fd, offset: disk.in_top(*offset), action }
             }
-            Step::Sync { .. } => FileOperation { fd, offset: 0, action: Action::Sync },
-            Step::Ranges { ranges, method } => match ranges.front() {
-                Some(range) => range_operation(fd, range, *method),
-                // Not reached: a request with no range left is finished.
-                None => FileOperation { fd, offset: 0, action: Action::Sync },
+            Step::Fill { .. } => match self.edges.as_ref().and_then(|edges| edges.next()) {
+                Some(Fill { offset, bytes }) => {
+                    let place = disk.place(offset, bytes.len() as u64);
+                    // SAFETY: the edges are on the heap, where they stay until the request ended.
+                    let bufs = unsafe { IoVecs::of_bytes(bytes) };
+                    FileOperation { fd: place.fd, offset: place.offset, action: Action::Read(bufs) }
+                }
+                None => sync,
             },
+            Step::Ranges { ranges, method } => match ranges.front() {
+                Some(range) => {
+                    let operation = range_operation(fd, range, *method);
+                    FileOperation { offset: disk.in_top(operation.offset), ..operation }
+                }
+                // Not reached: a request with no range left is finished.
+                None => sync,
+            },
+            // The first is not reached: nothing is done while a request waits for blocks.
+            Step::Hold { .. } | Step::Sync { .. } => sync,
         }
     }
 
@@ -100,6 +135,15 @@ impl Pending {
                     *offset += u64::from(written);
                     rest.is_empty().then_some((Status::Ok, 0))
                 }
+                _ => Some((Status::IoError, 0)),
+            },
+            Step::Hold { .. } => None,
+            Step::Fill { .. } => match (result, &mut self.edges) {
+                (Ok(read), Some(edges)) if read > 0 => {
+                    edges.filled(read);
+                    None
+                }
+                // 0: what is below is shorter than it was when it was opened.
                 _ => Some((Status::IoError, 0)),
             },
             Step::Sync { .. } => {
@@ -150,7 +194,7 @@ impl Pending {
     }
 }
 
-fn first_method(range: Option<&ByteRange>) -> Method {
+pub(super) fn first_method(range: Option<&ByteRange>) -> Method {
     match range {
         Some(range) if range.zero && !range.unmap => Method::ZeroRange,
         _ => Method::PunchHole,
@@ -158,7 +202,7 @@ fn first_method(range: Option<&ByteRange>) -> Method {
 }
 
 /// Zeroes to write where nothing better is possible.
-static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+pub(super) static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 fn range_operation(fd: i32, range: &ByteRange, method: Method) -> FileOperation {
     let allocate = |mode| FileOperation {

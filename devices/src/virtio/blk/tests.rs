@@ -52,7 +52,7 @@ fn image() -> NamedTempFile {
 fn disk_with(cache: Cache, read_only: bool, queues: u16) -> Subject {
     let image = image();
     let file = DiskFile::open(image.path(), read_only, false).unwrap();
-    (Block::new(Options { file, cache, id: "a disk".into(), queues }), image)
+    (Block::new(Options { disk: file.into(), cache, id: "a disk".into(), queues }), image)
 }
 
 fn disk() -> Subject {
@@ -353,7 +353,7 @@ fn the_id_has_twenty_bytes() {
     let image = image();
     let file = DiskFile::open(image.path(), true, false).unwrap();
     let id = "exactly twenty bytes, and more".to_owned();
-    let block = Block::new(Options { file, cache: Cache::Writeback, id, queues: 1 });
+    let block = Block::new(Options { disk: file.into(), cache: Cache::Writeback, id, queues: 1 });
     let mut harness = started((block, image));
     assert_eq!(ask(&mut harness, GET_ID, 0, &[], 20).data, b"exactly twenty bytes");
 }
@@ -686,7 +686,8 @@ fn the_longest_range_is_written_where_nothing_better_works() {
         image.as_file().write_all_at(&[0xff], at).unwrap();
     }
     let file = DiskFile::open(image.path(), false, false).unwrap();
-    let options = Options { file, cache: Cache::Writeback, id: String::new(), queues: 1 };
+    let options =
+        Options { disk: file.into(), cache: Cache::Writeback, id: String::new(), queues: 1 };
     let mut harness = started((Block::new(options), image));
     let request = begin(&mut harness, WRITE_ZEROES, 0, &segment(0, 32768, 0), 0);
     while mode(&harness).is_some() {
@@ -1053,3 +1054,6 @@ fn the_payload_is_as_it_was() {
         assert!(block.restore(&wrong).is_err());
     }
 }
+
+#[path = "overlay/tests.rs"]
+mod overlay;

@@ -11,19 +11,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::cow::{Cow, Who, blocks};
 use super::metrics::BlockMetrics;
 use super::pending::{Pending, Step};
 use super::request::{self, Disk, Kind, Status};
-use super::{DiskFile, ID_LEN};
+use super::{Backing, ID_LEN};
 use crate::metrics::Batch;
 use crate::rate::RateLimiter;
-use crate::virtio::device::{BATCH, Fault, Message, Reactor, Traffic, Worker};
+use crate::virtio::device::{BATCH, Fault, IoVecs, Message, Reactor, Traffic, Worker};
 use crate::virtio::iobuf::{GuestByte, IoBuf};
 use crate::virtio::queue::{Chain, Queue, QueueError, QueueState};
 
 /// What a worker is made from.
+#[derive(Clone)]
 pub(super) struct Settings {
-    pub(super) file: Arc<DiskFile>,
+    pub(super) disk: Arc<Backing>,
     pub(super) id: [u8; ID_LEN],
     pub(super) writeback: Arc<AtomicBool>,
     pub(super) always_durable: bool,
@@ -34,15 +36,17 @@ pub(super) struct Settings {
 
 /// The data half of a disk queue.
 pub(super) struct BlockWorker {
-    settings: Settings,
+    pub(super) settings: Settings,
     queue: Option<Queue>,
-    index: u16,
+    pub(super) index: u16,
     stopping: bool,
     chain: Chain,
     /// Requests under way, by the head of their chain.
-    pending: Vec<Option<Pending>>,
+    pub(super) pending: Vec<Option<Pending>>,
     /// Lists of requests that ended, for the next ones.
-    spare: Vec<IoBuf>,
+    pub(super) spare: Vec<IoBuf>,
+    /// What the queues of an overlay share, while this one is served.
+    pub(super) cow: Option<Box<Cow>>,
     /// Requests that may be taken before other workers have their turn.
     budget: usize,
     /// Requests wait for [`Worker::on_settled`].
@@ -128,7 +132,7 @@ enum Next {
 
 impl BlockWorker {
     pub(super) fn new(settings: Settings) -> BlockWorker {
-        let nowait = !settings.file.direct();
+        let nowait = !settings.disk.direct();
         BlockWorker {
             settings,
             queue: None,
@@ -137,6 +141,7 @@ impl BlockWorker {
             chain: Chain::default(),
             pending: Vec::new(),
             spare: Vec::new(),
+            cow: None,
             budget: 0,
             more: false,
             nowait_reads: nowait,
@@ -157,7 +162,7 @@ impl BlockWorker {
         let index = self.index;
         let ring = |err: QueueError| Fault::Queue(index, err);
         let disk =
-            Disk { len: self.settings.file.len(), read_only: self.settings.file.read_only() };
+            Disk { len: self.settings.disk.len(), read_only: self.settings.disk.read_only() };
         let together = self.nowait_reads
             && reactor.batches()
             && queue.available().map_err(ring)? >= WORTH_A_BATCH;
@@ -205,6 +210,14 @@ impl BlockWorker {
                     }
                 }
                 Ok(Kind::Read(offset)) => self.read(queue, head, status, offset, reactor),
+                Ok(Kind::Write(offset)) if self.has_to_copy(offset) => {
+                    let len = self.chain.readable.len();
+                    let spare = self.spare.pop().unwrap_or_default();
+                    let data = std::mem::replace(&mut self.chain.readable, spare);
+                    let step = Step::Hold { data, offset, len };
+                    self.put(head, Pending::new(status, step, self.tally.now));
+                    self.begin(queue, head, reactor);
+                }
                 Ok(Kind::Write(offset)) => self.write(queue, head, status, offset, reactor),
                 Ok(Kind::GetId) => {
                     self.chain.writable.write(&self.settings.id);
@@ -217,13 +230,18 @@ impl BlockWorker {
                 Ok(Kind::Flush)
                     if queue.in_flight() == 1
                         && self.may_wait(reactor)
+                        && self.cow.as_ref().is_none_or(|cow| cow.is_still())
                         && self.flushes.is_quick() =>
                 {
                     self.flush(queue, head, &status);
                 }
-                Ok(Kind::Flush) => self.submit(head, Pending::flush(status), reactor),
+                Ok(Kind::Flush) => {
+                    self.put(head, Pending::flush(status));
+                    self.begin(queue, head, reactor);
+                }
                 Ok(Kind::Ranges(ranges)) => {
-                    self.submit(head, Pending::ranges(status, ranges), reactor);
+                    self.put(head, Pending::ranges(status, ranges));
+                    self.begin(queue, head, reactor);
                 }
                 Err(refused) => {
                     self.settings.metrics.execute_fails.count();
@@ -261,18 +279,34 @@ impl BlockWorker {
         offset: u64,
         reactor: &mut dyn Reactor,
     ) {
-        let fd = self.settings.file.fd();
         let len = self.chain.writable.len();
         let mut done = 0;
-        if self.nowait_reads {
-            match transfer(libc::preadv2, fd, &self.chain.writable, offset, libc::RWF_NOWAIT) {
-                Ok(read) if read == len => {
-                    self.was_read(self.tally.now, len);
-                    return finish(queue, head, &status, Status::Ok, len as u32);
+        while self.nowait_reads && done < len {
+            let place = self.settings.disk.place(offset + done, len - done);
+            let part;
+            let into = match place.len == len {
+                true => self.chain.writable.iovecs(),
+                false => {
+                    part = IoVecs::part(&self.chain.writable, done, place.len);
+                    part.as_slice()
                 }
-                Ok(read) => done = read,
-                Err(err) => self.nowait_reads = err.raw_os_error() != Some(libc::EOPNOTSUPP),
+            };
+            match transfer(libc::preadv2, place.fd, into, place.offset, libc::RWF_NOWAIT) {
+                Ok(read) => {
+                    done += read;
+                    if read != place.len {
+                        break;
+                    }
+                }
+                Err(err) => {
+                    self.nowait_reads = err.raw_os_error() != Some(libc::EOPNOTSUPP);
+                    break;
+                }
             }
+        }
+        if done == len {
+            self.was_read(self.tally.now, len);
+            return finish(queue, head, &status, Status::Ok, len as u32);
         }
         self.submit_read(head, status, offset, done, reactor);
     }
@@ -290,7 +324,7 @@ impl BlockWorker {
         let mut rest = std::mem::replace(&mut self.chain.writable, spare);
         rest.advance(done);
         let step = Step::Read { rest, offset: offset + done, done: done as u32 };
-        self.submit(head, Pending { status, step, start: self.tally.now }, reactor);
+        self.submit(head, Pending::new(status, step, self.tally.now), reactor);
     }
 
     fn write(
@@ -301,42 +335,56 @@ impl BlockWorker {
         offset: u64,
         reactor: &mut dyn Reactor,
     ) {
-        let fd = self.settings.file.fd();
         let len = self.chain.readable.len();
         let mut done = 0;
-        // A durable write waits for the disk, so it is never done here.
-        let here = self.nowait_writes || self.may_wait(reactor) && self.writes.is_quick();
-        if here && !self.durable() {
-            let flags = if self.nowait_writes { libc::RWF_NOWAIT } else { 0 };
-            let from = &self.chain.readable;
-            match self.writes.time(|| transfer(libc::pwritev2, fd, from, offset, flags)).0 {
-                Ok(written) if written == len => {
-                    self.was_written(self.tally.now, len);
-                    return finish(queue, head, &status, Status::Ok, 0);
-                }
-                Ok(written) => done = written,
-                Err(err) => self.nowait_writes &= err.raw_os_error() != Some(libc::EOPNOTSUPP),
+        if self.may_write_here(reactor) {
+            let place = self.settings.disk.in_top(offset);
+            let from = self.chain.readable.iovecs();
+            done =
+                write_here(&self.settings, &mut self.writes, &mut self.nowait_writes, from, place);
+            if done == len {
+                self.was_written(self.tally.now, len);
+                return finish(queue, head, &status, Status::Ok, 0);
             }
         }
         let spare = self.spare.pop().unwrap_or_default();
         let mut rest = std::mem::replace(&mut self.chain.readable, spare);
         rest.advance(done);
         let step = Step::Write { rest, offset: offset + done, len };
-        self.submit(head, Pending { status, step, start: self.tally.now }, reactor);
+        self.submit(head, Pending::new(status, step, self.tally.now), reactor);
+    }
+
+    /// True if a write may be tried here. One that is to be durable waits for the disk.
+    pub(super) fn may_write_here(&self, reactor: &dyn Reactor) -> bool {
+        let here = self.nowait_writes || self.may_wait(reactor) && self.writes.is_quick();
+        here && !self.durable()
+    }
+
+    /// Writes `from` at `offset` of the disk, which the top has; returns the bytes done.
+    pub(super) fn try_write(&mut self, from: &IoBuf, offset: u64) -> u64 {
+        let place = self.settings.disk.in_top(offset);
+        let from = from.iovecs();
+        write_here(&self.settings, &mut self.writes, &mut self.nowait_writes, from, place)
+    }
+
+    /// True if the write in `chain` is one to blocks that the overlay does not have.
+    fn has_to_copy(&self, offset: u64) -> bool {
+        let Some(overlay) = self.settings.disk.overlay() else { return false };
+        overlay.wrote();
+        !overlay.has_all(blocks(offset, self.chain.readable.len()))
     }
 
     /// With nothing else under way. A driver that sent nothing meanwhile has not waited for anything
     /// but the flush, so that the next one is done here again, unless it took very long.
     fn flush(&mut self, queue: &mut Queue, head: u16, status: &GuestByte) {
         const LONG: Duration = Duration::from_millis(100);
-        let fd = self.settings.file.fd();
-        // SAFETY: no memory is involved.
-        let (done, took) = self.flushes.time(|| unsafe { libc::fdatasync(fd) });
+        let disk = &self.settings.disk;
+        let (done, took) = self.flushes.time(|| disk.save());
         // A broken ring is for the next look at it to find.
         if took < LONG && !queue.has_available().unwrap_or(true) {
             self.flushes = Pace::default();
         }
-        let result = if done == 0 { Status::Ok } else { Status::IoError };
+        let result = if done.is_ok() { Status::Ok } else { Status::IoError };
         match result {
             Status::Ok => self.settings.metrics.flush_count.count(),
             _ => self.settings.metrics.execute_fails.count(),
@@ -361,10 +409,10 @@ impl BlockWorker {
     /// hand each to another thread and wait for its answer. While calls of a kind do wait, they go
     /// through the io_uring, so that others pass them.
     fn may_wait(&self, reactor: &dyn Reactor) -> bool {
-        reactor.alone() && !self.settings.file.direct()
+        reactor.alone() && !self.settings.disk.direct()
     }
 
-    fn durable(&self) -> bool {
+    pub(super) fn durable(&self) -> bool {
         let settings = &self.settings;
         !settings.ignore_flush
             && (settings.always_durable || !settings.writeback.load(Ordering::Relaxed))
@@ -372,13 +420,84 @@ impl BlockWorker {
 
     /// Starts the next operation of `pending`, which becomes the request at `head`.
     fn submit(&mut self, head: u16, pending: Pending, reactor: &mut dyn Reactor) {
-        let operation = pending.operation(self.settings.file.fd(), self.durable());
+        self.put(head, pending);
+        self.start_operation(head, reactor);
+    }
+
+    fn put(&mut self, head: u16, pending: Pending) {
         let slot = usize::from(head);
         if self.pending.len() <= slot {
             self.pending.resize_with(slot + 1, || None);
         }
         self.pending[slot] = Some(pending);
-        reactor.submit(u64::from(head), operation);
+    }
+
+    /// Starts the next operation of the request at `head`.
+    pub(super) fn start_operation(&mut self, head: u16, reactor: &mut dyn Reactor) {
+        // What an overlay is to make durable takes more than one operation.
+        let durable = self.durable() && self.settings.disk.overlay().is_none();
+        if let Some(Some(pending)) = self.pending.get(usize::from(head)) {
+            let operation = pending.operation(&self.settings.disk, durable);
+            reactor.submit(Who { queue: self.index, head }.token(), operation);
+        }
+    }
+
+    /// Starts the request at `head`, which may end at once.
+    fn begin(&mut self, queue: &mut Queue, head: u16, reactor: &mut dyn Reactor) {
+        if self.settings.disk.overlay().is_none() {
+            return self.start_operation(head, reactor);
+        }
+        if let Some(status) = self.go_on(head, reactor) {
+            self.end(queue, head, status, 0);
+        }
+    }
+
+    /// Answers the request at `head`: `written` bytes of data, and the status byte. The driver is told later.
+    fn end(&mut self, queue: &mut Queue, head: u16, status: Status, written: u32) {
+        let pending = self.pending.get_mut(usize::from(head)).and_then(Option::take);
+        let Some(pending) = pending else { return };
+        pending.status.set(status as u8);
+        queue.stage(head, written + 1);
+        match (status, &pending.step) {
+            (Status::Ok, Step::Read { .. }) => self.was_read(pending.start, written.into()),
+            (Status::Ok, Step::Write { .. }) if pending.was_range => {
+                self.settings.metrics.range_count.count();
+            }
+            (Status::Ok, Step::Write { len, .. }) => self.was_written(pending.start, *len),
+            (Status::Ok, Step::Sync { zeroed: false }) => self.settings.metrics.flush_count.count(),
+            (Status::Ok, _) => self.settings.metrics.range_count.count(),
+            _ => self.settings.metrics.execute_fails.count(),
+        }
+        if let Step::Read { rest, .. } | Step::Write { rest, .. } = pending.step {
+            self.spare.push(rest);
+        }
+    }
+
+    /// As [`BlockWorker::end`], while the queue is not being served.
+    pub(super) fn end_later(&mut self, head: u16, status: Status, written: u32) {
+        if let Some(mut queue) = self.queue.take() {
+            self.end(&mut queue, head, status, written);
+            self.queue = Some(queue);
+        }
+    }
+}
+
+/// Tries a write, as far as it goes without a reactor; returns the bytes done.
+fn write_here(
+    settings: &Settings,
+    pace: &mut Pace,
+    nowait: &mut bool,
+    from: &[libc::iovec],
+    offset: u64,
+) -> u64 {
+    let flags = if *nowait { libc::RWF_NOWAIT } else { 0 };
+    let fd = settings.disk.fd();
+    match pace.time(|| transfer(libc::pwritev2, fd, from, offset, flags)).0 {
+        Ok(written) => written,
+        Err(err) => {
+            *nowait &= err.raw_os_error() != Some(libc::EOPNOTSUPP);
+            0
+        }
     }
 }
 
@@ -405,27 +524,16 @@ impl Worker for BlockWorker {
     }
 
     fn on_completion(&mut self, token: u64, result: io::Result<u32>, reactor: &mut dyn Reactor) {
-        let slot = usize::try_from(token).unwrap_or(usize::MAX);
-        let Some(mut pending) = self.pending.get_mut(slot).and_then(Option::take) else { return };
-        let head = token as u16;
-        let Some((status, written)) = pending.advance(result, self.durable()) else {
-            return self.submit(head, pending, reactor);
-        };
-        if let Some(queue) = &mut self.queue {
-            pending.status.set(status as u8);
-            queue.stage(head, written + 1);
+        let head = Who::of(token).head;
+        if self.settings.disk.overlay().is_some() {
+            return self.on_overlay_completion(head, result, reactor);
         }
-        match (status, &pending.step) {
-            (Status::Ok, Step::Read { .. }) => self.was_read(pending.start, written.into()),
-            (Status::Ok, Step::Write { len, .. }) => self.was_written(pending.start, *len),
-            (Status::Ok, Step::Sync { zeroed: false }) => self.settings.metrics.flush_count.count(),
-            (Status::Ok, Step::Ranges { .. } | Step::Sync { .. }) => {
-                self.settings.metrics.range_count.count()
-            }
-            _ => self.settings.metrics.execute_fails.count(),
-        }
-        if let Step::Read { rest, .. } | Step::Write { rest, .. } = pending.step {
-            self.spare.push(rest);
+        let durable = self.durable();
+        let slot = self.pending.get_mut(usize::from(head));
+        let Some(pending) = slot.and_then(Option::as_mut) else { return };
+        match pending.advance(result, durable) {
+            Some((status, written)) => self.end_later(head, status, written),
+            None => self.start_operation(head, reactor),
         }
     }
 
@@ -458,7 +566,7 @@ fn finish(queue: &mut Queue, head: u16, byte: &GuestByte, status: Status, writte
     queue.complete(head, written + 1);
 }
 
-type Vectored = unsafe extern "C" fn(
+pub(super) type Vectored = unsafe extern "C" fn(
     libc::c_int,
     *const libc::iovec,
     libc::c_int,
@@ -467,10 +575,15 @@ type Vectored = unsafe extern "C" fn(
 ) -> libc::ssize_t;
 
 /// One vectored read or write; returns the bytes done.
-fn transfer(call: Vectored, fd: i32, buf: &IoBuf, offset: u64, flags: i32) -> io::Result<u64> {
-    let iovecs = buf.iovecs();
-    // SAFETY: the list describes guest RAM that is mapped for as long as the queue lives. A chain
-    // has at most as many buffers as the queue (256), below IOV_MAX.
+pub(super) fn transfer(
+    call: Vectored,
+    fd: i32,
+    iovecs: &[libc::iovec],
+    offset: u64,
+    flags: i32,
+) -> io::Result<u64> {
+    // SAFETY: the list describes guest RAM that is mapped for as long as the queue lives, or memory of the
+    // request. A chain has at most as many buffers as the queue (256), below IOV_MAX.
     let done =
         unsafe { call(fd, iovecs.as_ptr(), iovecs.len() as i32, offset as libc::off_t, flags) };
     u64::try_from(done).map_err(|_| io::Error::last_os_error())

@@ -1,0 +1,260 @@
+//! Which blocks an overlay has is in its file twice.
+//!
+//! - The **bitmap** holds after a power cut: a bit is set only once the block's data is on the disk. A flush does
+//!   that: sync the data, write the bits, sync them.
+//! - The **second bitmap** is written without a sync when the queues stop. It holds for as long as the host is not
+//!   started anew, as the page cache does, and later if somebody noted that all of the file was synced. So a
+//!   machine that is paused, saved or forked does not wait for the disk, and one that is killed then has lost
+//!   nothing.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+
+use super::format::{BITMAP_START, BLOCKS_PER_PAGE, NO_ID, NOTE_START};
+use super::{Note, Overlay, PAGE};
+
+/// The page has bits that are not on the disk.
+pub(in crate::virtio::blk) const UNSAVED: u8 = 1;
+/// The page has bits that are not in the second bitmap.
+pub(in crate::virtio::blk) const UNNOTED: u8 = 2;
+
+/// A page that O_DIRECT takes.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+struct Aligned([u8; PAGE]);
+
+/// Bits at one moment, on their way to the disk.
+#[derive(Default)]
+pub(in crate::virtio::blk) struct Bits {
+    pages: Vec<(u64, Box<Aligned>)>,
+}
+
+impl std::fmt::Debug for Bits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} pages of bits", self.pages.len())
+    }
+}
+
+impl Bits {
+    /// What is to be written where, one page after the other.
+    pub(in crate::virtio::blk) fn last(&self) -> Option<(u64, &[u8])> {
+        self.pages.last().map(|(offset, page)| (*offset, &page.0[..]))
+    }
+
+    /// The last page was written.
+    pub(in crate::virtio::blk) fn done(&mut self) {
+        self.pages.pop();
+    }
+
+    pub(in crate::virtio::blk) fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+}
+
+impl Overlay {
+    /// True if a flush has only to sync the top.
+    pub(in crate::virtio::blk) fn is_saved(&self) -> bool {
+        self.is_base_synced() && self.pages_with(UNSAVED).next().is_none()
+    }
+
+    /// True if all below is on the disk.
+    pub(in crate::virtio::blk) fn is_base_synced(&self) -> bool {
+        self.base_synced.load(Ordering::Relaxed)
+    }
+
+    /// What has to be synced before anything that this disk flushes counts: files below that may be in the page
+    /// cache only, and the folder that the top was made in.
+    pub(in crate::virtio::blk) fn unsynced_below(&self) -> Vec<RawFd> {
+        if self.is_base_synced() {
+            return Vec::new();
+        }
+        self.layers
+            .iter()
+            .filter(|layer| layer.unsynced)
+            .map(|layer| &layer.file)
+            .chain(&self.folder)
+            .map(|file| file.as_raw_fd())
+            .collect()
+    }
+
+    /// The files of [`Overlay::unsynced_below`] were synced: the page that says so is to be written.
+    pub(in crate::virtio::blk) fn base_is_synced(&self) -> Bits {
+        self.base_synced.store(true, Ordering::Relaxed);
+        if self.layers.iter().all(|layer| layer.stamp == NO_ID) {
+            return Bits::default();
+        }
+        Bits { pages: vec![(NOTE_START, aligned(&self.note(false).to_page()[..]))] }
+    }
+
+    /// The bits that are not on the disk, as they are now; the data that they tell of has to be synced before
+    /// they are written.
+    pub(in crate::virtio::blk) fn unsaved(&self) -> Bits {
+        let mut bits = Bits::default();
+        for page in self.pages_with(UNSAVED) {
+            self.pages[page].fetch_and(!UNSAVED, Ordering::Relaxed);
+            bits.pages.push((BITMAP_START + (page * PAGE) as u64, self.page_of_bits(page)));
+        }
+        bits
+    }
+
+    /// Bits that were taken could not be written, or the data could not be synced.
+    pub(in crate::virtio::blk) fn not_saved(&self) {
+        self.written.store(true, Ordering::Relaxed);
+        let unsynced = self.folder.is_some() || self.layers.iter().any(|layer| layer.unsynced);
+        self.base_synced.fetch_and(!unsynced, Ordering::Relaxed);
+        for (page, flags) in self.pages.iter().enumerate() {
+            // Which were taken is not kept: each page with bits counts as one.
+            if self.page_of_bits(page).0.iter().any(|byte| *byte != 0) {
+                flags.fetch_or(UNSAVED, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn pages_with(&self, flag: u8) -> impl Iterator<Item = usize> {
+        let pages = self.pages.iter().enumerate();
+        let wanted =
+            move |flags: &std::sync::atomic::AtomicU8| flags.load(Ordering::Relaxed) & flag != 0;
+        pages.filter(move |(_, flags)| wanted(flags)).map(|(page, _)| page)
+    }
+
+    fn page_of_bits(&self, page: usize) -> Box<Aligned> {
+        let mut bits = Box::new(Aligned([0; PAGE]));
+        let first = page * BLOCKS_PER_PAGE as usize;
+        let owners = self.owners.0.get(first..).unwrap_or_default();
+        let top = self.top();
+        for (byte, owners) in bits.0.iter_mut().zip(owners.chunks(8)) {
+            for (bit, owner) in owners.iter().enumerate() {
+                *byte |= u8::from(owner.load(Ordering::Relaxed) == top) << bit;
+            }
+        }
+        bits
+    }
+
+    pub(super) fn note(&self, committing: bool) -> Note {
+        let committing = committing || self.committing;
+        let synced = if self.is_base_synced() {
+            let stamps = self.layers.iter().rev().skip(1).map(|layer| layer.stamp);
+            stamps.filter(|stamp| *stamp != NO_ID).collect()
+        } else {
+            self.vouched.clone()
+        };
+        let boot = self.boot.filter(|_| self.noted.load(Ordering::Relaxed));
+        Note { boot, stamp: self.stamp, synced, committing }
+    }
+
+    /// Writes what is not on the disk into the second bitmap. Waits for no disk, unless writes go past the page
+    /// cache.
+    ///
+    /// # Errors
+    /// A write failed.
+    pub fn note_bits(&self) -> io::Result<()> {
+        if self.read_only || self.pages_with(UNNOTED).next().is_none() {
+            return Ok(());
+        }
+        if self.boot.is_none() {
+            // Whether the second bitmap holds could not be seen later.
+            return self.save();
+        }
+        let file = &self.top_layer().file;
+        let start = self.header.noted_start();
+        for page in self.pages_with(UNNOTED) {
+            self.pages[page].fetch_and(!UNNOTED, Ordering::Relaxed);
+            let bits = self.page_of_bits(page);
+            let written = file.write_all_at(&bits.0, start + (page * PAGE) as u64);
+            if written.is_err() {
+                self.pages[page].fetch_or(UNNOTED, Ordering::Relaxed);
+            }
+            written?;
+        }
+        self.noted.store(true, Ordering::Relaxed);
+        file.write_all_at(&aligned(&self.note(false).to_page()[..]).0, NOTE_START)
+    }
+
+    /// Makes everything that was written durable, and waits for it.
+    ///
+    /// # Errors
+    /// A write or sync failed; what is not on the disk is still known then.
+    pub fn save(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        let saved = self.try_save();
+        if saved.is_err() {
+            self.not_saved();
+        }
+        saved
+    }
+
+    fn try_save(&self) -> io::Result<()> {
+        let file = &self.top_layer().file;
+        let mut below = Bits::default();
+        if !self.is_base_synced() {
+            for fd in self.unsynced_below() {
+                sync(fd)?;
+            }
+            below = self.base_is_synced();
+        }
+        let mut bits = self.unsaved();
+        if self.written.swap(false, Ordering::Relaxed) || !bits.is_empty() {
+            sync(file.as_raw_fd())?;
+        }
+        if bits.is_empty() && below.is_empty() {
+            return Ok(());
+        }
+        for bits in [&mut bits, &mut below] {
+            while let Some((offset, page)) = bits.last() {
+                file.write_all_at(page, offset)?;
+                bits.done();
+            }
+        }
+        sync(file.as_raw_fd())
+    }
+
+    /// As [`Overlay::save`], at the end of a machine: what the guest wrote last it wrote before.
+    ///
+    /// # Errors
+    /// As of [`Overlay::save`].
+    pub fn close(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        let file = &self.top_layer().file;
+        let before = modified(file);
+        self.save()?;
+        // A snapshot knows its disks by the time of their last write, and bits are none.
+        before.map_or(Ok(()), |before| set_modified(file, before))
+    }
+}
+
+fn aligned(bytes: &[u8]) -> Box<Aligned> {
+    let mut page = Box::new(Aligned([0; PAGE]));
+    let len = bytes.len().min(PAGE);
+    page.0[..len].copy_from_slice(&bytes[..len]);
+    page
+}
+
+pub(super) fn sync(fd: RawFd) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    match unsafe { libc::fdatasync(fd) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn modified(file: &File) -> Option<libc::timespec> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = file.metadata().ok()?;
+    Some(libc::timespec { tv_sec: metadata.mtime(), tv_nsec: metadata.mtime_nsec() })
+}
+
+fn set_modified(file: &File, time: libc::timespec) -> io::Result<()> {
+    let omit = libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT };
+    // SAFETY: two valid times.
+    match unsafe { libc::futimens(file.as_raw_fd(), [omit, time].as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

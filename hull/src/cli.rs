@@ -1,5 +1,6 @@
 //! The command line.
 
+mod disk;
 mod fork;
 mod manual;
 mod run;
@@ -15,6 +16,7 @@ use crate::exit::Code;
 use crate::logging::Level;
 use crate::session::ApiSocket;
 
+pub use disk::{DiskArgs, DiskCommand};
 pub use fork::{CloneArgs, ForkArgs, PoolArgs};
 pub use manual::{CompletionsArgs, completions, man};
 pub use run::{Format, RunArgs, UsageError, console, leading_path, read_option};
@@ -80,6 +82,8 @@ pub enum Command {
     SetNet(SetNetArgs),
     /// Show or change how much memory a running machine's guest lends to the host
     Balloon(BalloonArgs),
+    /// Make overlays of disks, show them, fold them into their base
+    Disk(DiskArgs),
     /// Check this host: KVM, permissions, TAP, io_uring, limits
     Doctor(DoctorArgs),
     /// Print shell completions

@@ -8,6 +8,7 @@ mod api;
 mod cli;
 mod client;
 mod clone;
+mod disks;
 mod doctor;
 mod entry;
 mod exit;
@@ -82,6 +83,7 @@ fn run_command(start: Instant) -> Code {
         Command::Pause(args) => client::set_paused(&args, true),
         Command::Resume(args) => client::set_paused(&args, false),
         Command::Snapshot(args) => snapshots::snapshot(&args),
+        Command::Disk(args) => disks::disk(&args),
         Command::Restore(args) => restore::restore(&args, start),
         Command::Fork(args) => client::fork(&args),
         Command::Clone(args) => clone::clone(&args, start),

@@ -8,6 +8,7 @@ use arch::boot::BootError;
 use arch::boot::placement::PlacementError;
 use vmm::config::ConfigError;
 use vmm::devices::virtio::blk::OpenError;
+use vmm::devices::virtio::blk::overlay::OverlayError;
 use vmm::devices::virtio::net::tap::TapError;
 use vmm::hypervisor::HypervisorError;
 use vmm::kernel::LoadError;
@@ -103,6 +104,9 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
     {
         return Some(hint);
     }
+    if let Some(hint) = find::<OverlayError>(err).and_then(overlay_hint) {
+        return Some(hint);
+    }
     if let Some(tap) = find::<TapError>(err)
         && let Some(hint) = tap_hint(tap)
     {
@@ -159,6 +163,23 @@ fn disk_hint(err: &OpenError) -> Option<String> {
             "`hull ps` lists the machines; a shared disk must be ,ro in all"
         }
         OpenError::Size { .. } => "raw disks only: convert others with `qemu-img convert -O raw`",
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
+fn overlay_hint(err: &OverlayError) -> Option<String> {
+    let hint = match err {
+        OverlayError::Open(err) => return disk_hint(err),
+        OverlayError::Ambiguous(_) => {
+            "`hull disk create OVERLAY --base FILE --base-format raw` or `overlay` says what it is"
+        }
+        OverlayError::BaseWritten { .. } | OverlayError::BaseLength { .. } => {
+            "a base must stay as it is: give each machine an overlay of its own, or make the overlay anew"
+        }
+        OverlayError::NotItsBase { .. } => {
+            "name another file for the overlay; it is made if it is not there"
+        }
         _ => return None,
     };
     Some(hint.to_owned())

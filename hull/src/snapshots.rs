@@ -3,9 +3,6 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc;
-use std::time::Duration;
 
 use serde_json::json;
 use vmm::config::ByteSize;
@@ -15,7 +12,7 @@ use crate::cli::{Result, SnapshotArgs, SnapshotCommand};
 use crate::client::{self, Machine, local_time};
 use crate::exit::Code;
 use crate::report;
-use crate::spinner::Spinner;
+use crate::spinner::watched;
 use crate::streams;
 use crate::table::Table;
 
@@ -176,34 +173,6 @@ fn verify(folders: &[PathBuf], base: Option<&Path>, json: bool) -> Result {
         streams::print(&table.to_string())?;
     }
     Ok(code)
-}
-
-/// Does `work` and shows a person how far it is.
-fn watched<T: Send>(verb: &str, work: impl FnOnce(snapshot::Progress<'_>) -> T) -> T {
-    let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
-    let progress = |now: u64, all: u64| {
-        done.fetch_max(now, Ordering::Relaxed);
-        total.store(all, Ordering::Relaxed);
-    };
-    std::thread::scope(|scope| {
-        // It ends when nobody can send any more.
-        let (over, ended) = mpsc::channel::<()>();
-        if let Some(mut spinner) = Spinner::new() {
-            let (done, total) = (&done, &total);
-            scope.spawn(move || {
-                let turn = Duration::from_millis(100);
-                while ended.recv_timeout(turn) == Err(mpsc::RecvTimeoutError::Timeout) {
-                    let (done, total) =
-                        (done.load(Ordering::Relaxed), total.load(Ordering::Relaxed));
-                    let percent = done * 100 / total.max(1);
-                    spinner.turn(&format!("{verb}: {percent} % of {} MiB", total >> 20));
-                }
-            });
-        }
-        let outcome = work(&progress);
-        drop(over);
-        outcome
-    })
 }
 
 fn remove(folders: &[PathBuf], force: bool) -> Result {

@@ -34,6 +34,8 @@ mod net;
 #[cfg(test)]
 mod options;
 #[cfg(test)]
+mod overlay;
+#[cfg(test)]
 mod rates;
 #[cfg(test)]
 mod rng;

@@ -301,7 +301,8 @@ fn measure(boot: &Boot, disk: &mut Disk, kind: u32) {
 }
 
 /// Writes a pattern made of sector number and `seed=` to `count=` blocks of `size=` bytes from
-/// `sector=` on, flushes, reads back and compares. `read=1` leaves the writing out.
+/// `sector=` on, flushes, reads back and compares. `read=1` leaves the writing out; with `stay=1` the machine
+/// goes on afterwards, and does nothing.
 fn verify(boot: &Boot, disk: &mut Disk) {
     let seed = boot.number("seed", 1);
     let sectors = disk.size / SECTOR;
@@ -336,4 +337,7 @@ fn verify(boot: &Boot, disk: &mut Disk) {
         }
     }
     println!("result verify size={} count={count} failed={failed} bad={bad}", disk.size);
+    if boot.flag("stay") {
+        crate::basic::halt(boot);
+    }
 }

@@ -1,4 +1,4 @@
-//! A driver of a disk that does anything in any order. The first byte chooses the disk.
+//! A driver of a disk that does anything in any order. The first byte chooses the disk: raw, or an overlay.
 #![no_main]
 
 use std::fs::File;
@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use devices::virtio::blk::{Block, Cache, DiskFile, Options};
+use devices::virtio::blk::overlay::Overlay;
+use devices::virtio::blk::{Backing, Block, Cache, DiskFile, Options};
 use devices::virtio::conformance::fuzz;
 use libfuzzer_sys::fuzz_target;
 
@@ -22,10 +23,26 @@ fn image() -> PathBuf {
     format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
+/// An overlay of 1 MiB of its own for each input, over one base.
+fn overlay(read_only: bool) -> Backing {
+    let name = |what| std::env::temp_dir().join(format!("fuzz-{}.{what}", std::process::id()));
+    let (base, top) = (name("base"), name("overlay"));
+    if !base.exists() {
+        File::create(&base).unwrap().set_len(1 << 20).unwrap();
+    }
+    let _ = std::fs::remove_file(&top);
+    drop(Overlay::open_or_create(&top, &base, false, false).unwrap());
+    Overlay::open(&top, read_only, false).unwrap().into()
+}
+
 fuzz_target!(|data: &[u8]| {
     let Some((&choice, data)) = data.split_first() else { return };
-    let file = DiskFile::open(&image(), choice & 8 != 0, false).unwrap();
+    let read_only = choice & 8 != 0;
+    let disk = match choice & 16 {
+        0 => DiskFile::open(&image(), read_only, false).unwrap().into(),
+        _ => overlay(read_only),
+    };
     let cache = [Cache::Writeback, Cache::Writethrough, Cache::Unsafe][usize::from(choice) % 3];
     let queues = u16::from(choice >> 6) + 1;
-    fuzz(Block::new(Options { disk: file.into(), cache, id: "fuzz".into(), queues }), data);
+    fuzz(Block::new(Options { disk, cache, id: "fuzz".into(), queues }), data);
 });

@@ -85,11 +85,23 @@ pub fn looks_like_overlay(path: &Path) -> io::Result<bool> {
     Ok(Header::parse(&page, 0) != Err(FormatError::Magic))
 }
 
-/// Makes an overlay of `base` at `path`, where nothing is yet.
+/// Makes an overlay of `base` at `path`, where nothing is yet. It is on the disk when this returns.
 ///
 /// # Errors
-/// [`OverlayError`]; nothing is left then.
+/// [`OverlayError`].
 pub fn create(path: &Path, base: &Path, format: BaseFormat) -> Result<Header, OverlayError> {
+    let (file, header) = create_unsynced(path, base, format)?;
+    file.sync_all()
+        .and_then(|()| File::open(folder_of(path))?.sync_all())
+        .map_err(|source| OverlayError::File { verb: "sync", path: path.to_owned(), source })?;
+    Ok(header)
+}
+
+fn create_unsynced(
+    path: &Path,
+    base: &Path,
+    format: BaseFormat,
+) -> Result<(File, Header), OverlayError> {
     let failed = |source| OverlayError::File { verb: "find", path: base.to_owned(), source };
     let under = match format {
         BaseFormat::Overlay => {
@@ -113,7 +125,7 @@ pub fn create(path: &Path, base: &Path, format: BaseFormat) -> Result<Header, Ov
             Under { path, file: Arc::new(disk.into_file()), header: None, size, unsynced: false }
         }
     };
-    make(path, &under).map(|(_, header)| header)
+    make(path, &under)
 }
 
 /// Makes an overlay's file. It is there as a whole or not at all, and locked.
@@ -248,7 +260,7 @@ impl Overlay {
                     let (path, access) = (path.to_owned(), "reading");
                     return Err(OpenError::Open { path, access, source: err }.into());
                 }
-                match create(path, base, BaseFormat::Raw) {
+                match create_unsynced(path, base, BaseFormat::Raw) {
                     Err(OverlayError::Exists(_)) => false,
                     created => {
                         created?;

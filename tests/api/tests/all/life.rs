@@ -164,6 +164,23 @@ fn everything_that_is_put_can_be_got() {
 }
 
 #[test]
+fn a_drive_may_have_an_overlay() {
+    let server = Server::hull();
+    let path = |name: &str| server.folder.path().join(name);
+    fs::write(path("base"), vec![7; 1 << 20]).unwrap();
+    let drive = json!({ "drive_id": "d", "path_on_host": path("base"), "is_root_device": false,
+                        "overlay": path("top") });
+    server.put("/drives/d", &drive).done();
+    assert!(!path("top").exists(), "it is made with the machine");
+    assert_eq!(server.get("/vm/config").json()["drives"][0]["overlay"], json!(path("top")));
+    server.boot("spin");
+    assert!(path("top").exists());
+    let other = json!({ "drive_id": "d", "path_on_host": path("base") });
+    server.patch("/drives/d", other).refused(400, &["has the overlay"]);
+    assert!(fs::read(path("base")).unwrap().iter().all(|byte| *byte == 7));
+}
+
+#[test]
 fn a_disk_of_a_running_machine_grows_and_is_exchanged() {
     let server = Server::hull();
     let path = |name: &str| server.folder.path().join(name);

@@ -16,10 +16,19 @@ const LOOKS: u32 = 10_000;
 /// Makes `length` bytes from `start` on dirty, a word in each page. Nothing in them is zero
 /// afterwards, so that each page has to be kept. False if they cannot be reached.
 pub fn dirty(boot: &Boot, start: u64, length: u64) -> bool {
+    stamp(boot, start, length, 0)
+}
+
+/// What a page has after so many laps.
+fn word(page: u64, lap: u64) -> u64 {
+    lap << 48 | page | 1
+}
+
+fn stamp(boot: &Boot, start: u64, length: u64, lap: u64) -> bool {
     (start..start + length).step_by(PAGE as usize).all(|page| {
         let there = machine::map(page, || boot.allocate(PAGE));
         if there {
-            write(page, page | 1);
+            write(page, word(page, lap));
         }
         there
     })
@@ -36,6 +45,10 @@ pub fn dirty(boot: &Boot, start: u64, length: u64) -> bool {
 ///   again;
 /// - `p` prints the ticks of the longest pause between two looks at the clock since the last key;
 /// - `q` ends it.
+///
+/// With `every=` it does laps, so many ticks apart, which nobody has to ask for: it looks whether what was
+/// dirtied is as it was and writes something else there, so that copies of one machine that have a page in
+/// common find out. `ids=1` prints the identity pages in each.
 pub fn scenario(boot: &Boot) {
     let (size, rounds) = (boot.number("size", 1 << 20), boot.number("rounds", 1).max(1));
     let length = boot.number("dirty", 0);
@@ -46,6 +59,8 @@ pub fn scenario(boot: &Boot) {
         return;
     }
     println!("ready");
+    let (every, mut lap) = (boot.number("every", 0), 0);
+    let mut due = ticks() + every;
     let mut longest = 0;
     let mut last = ticks();
     loop {
@@ -54,13 +69,25 @@ pub fn scenario(boot: &Boot) {
             longest = longest.max(now - last);
             last = now;
         }
+        if every > 0 && last > due && next > first {
+            match lost(first, next, lap) {
+                None => println!("result work lap={lap} pages={}", (next - first) / PAGE),
+                Some(page) => println!("result work lap={lap} lost={page:#x}"),
+            }
+            if boot.flag("ids") {
+                basic::ids(boot);
+            }
+            lap += 1;
+            stamp(boot, first, next - first, lap);
+            due = ticks() + every;
+        }
         match serial::get() {
-            Some(b'd') if dirty(boot, next, length) => {
+            Some(b'd') if stamp(boot, next, length, lap) => {
                 next += length;
                 println!("dirty");
             }
             Some(b's') => println!("result work ticks={}", sweep(size, rounds)),
-            Some(b'c') => match lost(first, next) {
+            Some(b'c') => match lost(first, next, lap) {
                 None => println!("result work pages={}", (next - first) / PAGE),
                 Some(page) => println!("result work lost={page:#x}"),
             },
@@ -81,9 +108,9 @@ pub fn scenario(boot: &Boot) {
     }
 }
 
-/// A page from `start` to `end` that is not as [`dirty`] left it.
-fn lost(start: u64, end: u64) -> Option<u64> {
-    (start..end).step_by(PAGE as usize).find(|&page| read::<u64>(page) != page | 1)
+/// A page from `start` to `end` that is not as it was left in this lap.
+fn lost(start: u64, end: u64, lap: u64) -> Option<u64> {
+    (start..end).step_by(PAGE as usize).find(|&page| read::<u64>(page) != word(page, lap))
 }
 
 /// Ticks of a round over the working set.

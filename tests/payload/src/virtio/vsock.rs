@@ -109,6 +109,7 @@ struct Driver {
     cid: u64,
     rx: Queue,
     tx: Queue,
+    events: Queue,
     rx_buffers: u64,
     rx_size: u64,
     tx_buffers: u64,
@@ -123,17 +124,19 @@ struct Driver {
 impl Driver {
     fn new(boot: &Boot) -> Option<Driver> {
         let device = find(boot, SOCKET)?;
-        let (_, [rx, tx, _events]) = start::<3>(boot, &device, 0, 256)?;
+        let (_, [rx, tx, events]) = start::<3>(boot, &device, 0, 256)?;
         let rx_size = boot.number("buffer", 4096).clamp(HEADER + 1, 1 << 17);
         let size = boot.number("size", 4096).clamp(1, 1 << 16);
         let tx_stride = (HEADER + size).next_multiple_of(64);
         let rx_buffers = boot.allocate(rx_size * u64::from(rx.size))?;
         let tx_buffers = boot.allocate(tx_stride * u64::from(tx.size))?;
+        let event = boot.allocate(64)?;
         let mut driver = Driver {
             device,
             cid: device.config_wide(0),
             rx,
             tx,
+            events,
             rx_buffers,
             rx_size,
             tx_buffers,
@@ -151,7 +154,19 @@ impl Driver {
             driver.rx.offer(slot);
         }
         driver.rx.publish(&driver.device);
+        driver.events.describe(0, event, 64, WRITE, 0);
+        driver.events.offer(0);
+        driver.events.publish(&driver.device);
         Some(driver)
+    }
+
+    /// Looks whether this guest has become another, which has another address (§ 5.10.6.8).
+    fn hear(&mut self) {
+        if self.events.poll().is_some() {
+            self.cid = self.device.config_wide(0);
+            self.events.offer(0);
+            self.events.publish(&self.device);
+        }
     }
 
     /// Takes back what the device has sent.
@@ -273,6 +288,7 @@ fn talk(boot: &Boot, connecting: bool) {
     let mut progress = ticks();
     while closed < wanted {
         let mut received = false;
+        driver.hear();
         while let Some((slot, length)) = driver.rx.poll() {
             let at = driver.rx_buffers + driver.rx_size * u64::from(slot);
             let length = u64::from(length).min(driver.rx_size);

@@ -20,7 +20,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::virtio::device::Payload;
 use serde::de::DeserializeOwned;
@@ -31,8 +31,12 @@ use crate::machine::{Origin, Shape, Source};
 use crate::memory::{Layer, Runs, sealed_copy};
 use crate::snapshot::{LAYERS, MEMORY, Overrides, Part, State, StateError, parse, write};
 
+/// How long who speaks may pause.
+pub const PAUSE: Duration = Duration::from_secs(5);
 /// Longest message, in bytes.
 const LONGEST: usize = 1 << 20;
+/// Longest state, in bytes: 64 vCPUs have some 700 KiB, and each of the layers some KiB.
+const LONGEST_STATE: u64 = 64 << 20;
 /// Most layers: with the state, as many descriptors as one message may have (Linux, SCM_MAX_FD).
 pub const MOST_LAYERS: usize = 252;
 
@@ -94,6 +98,9 @@ pub enum HandOverError {
     /// A child took too long.
     #[error("it did not run in time")]
     Late,
+    /// A child's process is gone.
+    #[error("its process ended without a word")]
+    Silent,
     /// A message cannot be sent or received.
     #[error("cannot {verb} the other process")]
     Talk {
@@ -158,14 +165,24 @@ impl Seed {
     }
 }
 
-/// What will be handed over, as far as it is there: nothing is taken.
-pub fn peek(stream: &UnixStream) -> Option<Child> {
-    let mut bytes = [0; 4096];
+/// Looks at what was sent, which stays there. Nothing if there is nothing yet.
+fn look<'a>(stream: &UnixStream, bytes: &'a mut [u8]) -> Option<&'a [u8]> {
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
     // SAFETY: the buffer is as long as is said.
     let len =
         unsafe { libc::recv(stream.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), flags) };
-    let there = bytes.get(..usize::try_from(len).ok()?)?;
+    bytes.get(..usize::try_from(len).ok()?)
+}
+
+/// True if nothing was sent, and nothing will be.
+pub fn is_over(stream: &UnixStream) -> bool {
+    look(stream, &mut [0]).is_some_and(<[u8]>::is_empty)
+}
+
+/// What will be handed over, as far as it is there: nothing is taken.
+pub fn peek(stream: &UnixStream) -> Option<Child> {
+    let mut bytes = [0; 4096];
+    let there = look(stream, &mut bytes)?;
     let (len, rest) = there.split_first_chunk()?;
     serde_json::from_slice(rest.get(..u32::from_le_bytes(*len) as usize)?).ok()
 }
@@ -173,8 +190,9 @@ pub fn peek(stream: &UnixStream) -> Option<Child> {
 /// Waits for a machine that is handed over.
 ///
 /// # Errors
-/// None comes, or what comes is none.
+/// None comes for some seconds, or what comes is none.
 pub fn receive(stream: &UnixStream) -> Result<(Child, Origin), HandOverError> {
+    stream.set_read_timeout(Some(PAUSE)).map_err(talk("receive from"))?;
     let invalid = |what: &str| HandOverError::Invalid(what.to_owned());
     let mut fds = [-1; MOST_LAYERS + 1];
     let mut start = vec![0; 4096];
@@ -193,7 +211,11 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin), HandOverError> {
     start.truncate(len);
     let child: Child = read_message(start, stream)?;
     let state = state.ok_or_else(|| invalid("there is no state"))?;
-    let mut bytes = vec![0; state.metadata().map_err(talk("receive from"))?.len() as usize];
+    let len = state.metadata().map_err(talk("receive from"))?.len();
+    if len > LONGEST_STATE {
+        return Err(invalid("its state is too long"));
+    }
+    let mut bytes = vec![0; len as usize];
     state.read_exact_at(&mut bytes, 0).map_err(talk("receive from"))?;
     let mut state = parse(&bytes)?;
     let place = state.parts.iter().position(|part| part.payload.kind == LAYERS);
@@ -228,18 +250,33 @@ pub fn answer(stream: &UnixStream, outcome: &Outcome) -> Result<(), HandOverErro
 /// # Errors
 /// It ended without a word, or has none until `deadline`.
 pub fn outcome(stream: &UnixStream, deadline: Instant) -> Result<Outcome, HandOverError> {
-    let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+    read_message(Vec::new(), Until { stream, deadline }).map_err(|err| match err {
+        HandOverError::Talk { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
+            HandOverError::Late
+        }
+        err => err,
+    })
+}
+
+/// A stream of which nobody waits for more when it is too late. (A machine's filters let it poll, and not set
+/// options of sockets.)
+struct Until<'a> {
+    stream: &'a UnixStream,
+    deadline: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let fd = self.stream.as_raw_fd();
+        let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let left = self.deadline.saturating_duration_since(Instant::now()).as_millis();
         let left = i32::try_from(left).unwrap_or(i32::MAX);
         // SAFETY: one structure, as is said.
         match unsafe { libc::poll(&raw mut poll, 1, left) } {
-            0 => return Err(HandOverError::Late),
-            1 => return read_message(Vec::new(), stream),
-            _ => match io::Error::last_os_error() {
-                err if err.kind() == io::ErrorKind::Interrupted => {}
-                err => return Err(talk("receive from")(err)),
-            },
+            0 => Err(io::ErrorKind::TimedOut.into()),
+            1 => self.stream.read(bytes),
+            // If it was interrupted, the caller tries again.
+            _ => Err(io::Error::last_os_error()),
         }
     }
 }
@@ -256,14 +293,27 @@ fn message(what: &impl Serialize) -> Result<Vec<u8>, HandOverError> {
 /// Reads a message of which `start` is there already.
 fn read_message<T: DeserializeOwned>(
     mut start: Vec<u8>,
-    mut stream: &UnixStream,
+    mut stream: impl Read,
 ) -> Result<T, HandOverError> {
     let mut more = |start: &mut Vec<u8>, len: usize| {
         let there = start.len();
         start.resize(len.max(there), 0);
         stream.read_exact(start.get_mut(there..).unwrap_or_default()).map_err(talk("receive from"))
     };
-    more(&mut start, 4)?;
+    let begun = !start.is_empty();
+    more(&mut start, 4).map_err(|err| match err {
+        // A process that is killed leaves what was sent to it unread, which resets the connection.
+        HandOverError::Talk { source, .. }
+            if !begun
+                && matches!(
+                    source.kind(),
+                    io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+                ) =>
+        {
+            HandOverError::Silent
+        }
+        err => err,
+    })?;
     let (len, _) = start.split_first_chunk().unwrap_or((&[0; 4], &[]));
     let len = u32::from_le_bytes(*len) as usize;
     if len > LONGEST {
@@ -273,3 +323,6 @@ fn read_message<T: DeserializeOwned>(
     serde_json::from_slice(start.get(4..).unwrap_or_default())
         .map_err(|err| HandOverError::Invalid(err.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+//! Whatever comes, it is a machine or an error: no panic, no wait without end, no descriptor that is left.
+
+use std::net::Shutdown;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::VmConfig;
+use crate::memory::PAGE_SIZE;
+use crate::snapshot::{Header, MemoryHeader};
+
+fn state() -> State {
+    let memory = MemoryHeader {
+        id: "x".to_owned(),
+        aside: String::new(),
+        size: 64 * PAGE_SIZE,
+        data: 0,
+        sum: None,
+        samples: Vec::new(),
+        base: None,
+    };
+    let header = Header {
+        hull: "x".to_owned(),
+        created_ms: 1,
+        host: None,
+        config: VmConfig::default(),
+        memory,
+        disks: Vec::new(),
+    };
+    let payload = Payload { kind: "vm", version: 1, bytes: vec![1, 2, 3] };
+    State { header, parts: vec![Part { owner: "vm".to_owned(), payload }] }
+}
+
+fn layer(byte: u8, pages: std::ops::Range<u64>) -> Layer {
+    let file = sealed_copy(&[byte; 64 * PAGE_SIZE as usize]).unwrap();
+    Layer::new(Arc::new(file), &Runs::new([pages]))
+}
+
+fn child(name: &str) -> Child {
+    Child { name: Some(name.to_owned()), number: 1, of: 2, resume: true, ..Child::default() }
+}
+
+fn pair() -> (UnixStream, UnixStream) {
+    let (own, theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    (own, theirs)
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// What comes of these bytes and descriptors, behind which there is nothing.
+fn received(bytes: &[u8], fds: &[RawFd]) -> Result<(Child, Origin), HandOverError> {
+    let (own, theirs) = pair();
+    let sent = match fds {
+        [] => (&own).write(bytes).unwrap(),
+        fds => own.send_with_fds(&[bytes], fds).unwrap(),
+    };
+    (&own).write_all(&bytes[sent..]).unwrap();
+    own.shutdown(Shutdown::Write).unwrap();
+    receive(&theirs)
+}
+
+#[test]
+fn what_is_sent_arrives() {
+    let layers = vec![layer(1, 0..64), layer(2, 3..9), layer(3, 5..6)];
+    let seed = Seed::new(state(), layers.clone()).unwrap();
+    // A long message comes in parts.
+    for name in ["a".to_owned(), "long".repeat(20_000)] {
+        let (own, theirs) = pair();
+        let child = child(&name);
+        std::thread::scope(|scope| {
+            scope.spawn(|| seed.send(&own, &child).unwrap());
+            let (same, origin) = receive(&theirs).unwrap();
+            assert_eq!(same, child);
+            assert_eq!(origin.state.parts, state().parts);
+            let Source::Layers(received) = origin.memory else { panic!("no layers") };
+            let pages = |layers: &[Layer]| layers.iter().map(Layer::pages).collect::<Vec<_>>();
+            assert_eq!(pages(&received), pages(&layers));
+        });
+        let born = Born { name, pid: 7, api: PathBuf::from("/x") };
+        for said in [Ok(born), Err("no".to_owned())] {
+            std::thread::scope(|scope| {
+                scope.spawn(|| answer(&theirs, &said).unwrap());
+                let heard = outcome(&own, Instant::now() + Duration::from_secs(5)).unwrap();
+                assert_eq!(heard, said);
+            });
+        }
+    }
+}
+
+#[test]
+fn there_is_a_most_of_everything() {
+    let most = Seed::new(state(), vec![layer(1, 0..1); MOST_LAYERS]).unwrap();
+    let (own, theirs) = pair();
+    most.send(&own, &child("a")).unwrap();
+    let Source::Layers(layers) = receive(&theirs).unwrap().1.memory else { panic!("no layers") };
+    assert_eq!(layers.len(), MOST_LAYERS);
+    let more = Seed::new(state(), vec![layer(1, 0..1); MOST_LAYERS + 1]);
+    assert!(matches!(more, Err(HandOverError::Layers(253))), "{more:?}");
+    let long = most.send(&own, &child(&"x".repeat(LONGEST)));
+    assert!(matches!(long, Err(HandOverError::Invalid(_))), "{long:?}");
+}
+
+#[test]
+fn who_says_nothing_is_not_waited_for() {
+    let (own, theirs) = pair();
+    let start = Instant::now();
+    let soon = Instant::now() + Duration::from_millis(50);
+    assert!(matches!(outcome(&own, soon), Err(HandOverError::Late)));
+    drop(theirs);
+    let err = outcome(&own, start + Duration::from_secs(60)).unwrap_err();
+    assert!(err.to_string().contains("without a word"), "{err}");
+    let (own, theirs) = pair();
+    assert!(receive(&theirs).is_err());
+    // Nor is who stops in the middle.
+    (&own).write_all(&[9, 0, 0, 0, b'{']).unwrap();
+    assert!(receive(&theirs).is_err());
+    (&theirs).write_all(&[9, 0, 0, 0, b'{']).unwrap();
+    let soon = Instant::now() + Duration::from_millis(50);
+    assert!(matches!(outcome(&own, soon), Err(HandOverError::Late)));
+    assert!(start.elapsed() < PAUSE * 3);
+}
+
+#[test]
+fn a_state_that_is_none_is_refused() {
+    let message = message(&child("a")).unwrap();
+    let long = memfd(1 << 60);
+    let other = sealed_copy(b"hello").unwrap();
+    let plain = sealed_copy(&write(&state()).unwrap()).unwrap();
+    let folder = File::open("/").unwrap();
+    let (pipe, _end) = std::io::pipe().unwrap();
+    let fds = [&long, &other, &plain, &folder].map(AsRawFd::as_raw_fd);
+    for fd in fds.into_iter().chain([pipe.as_raw_fd()]) {
+        received(&message, &[fd]).unwrap_err();
+    }
+    let err = received(&message, &[]).unwrap_err().to_string();
+    assert!(err.contains("no state"), "{err}");
+}
+
+/// A file of which nothing is there.
+fn memfd(len: u64) -> File {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(len).unwrap();
+    file
+}
+
+proptest! {
+    #[test]
+    fn garbage_is_refused(bytes in prop::collection::vec(any::<u8>(), 0..9000), fds in 0usize..5) {
+        let file = File::open("/dev/null").unwrap();
+        let before = descriptors();
+        // Without a byte there are no descriptors.
+        let fds = if bytes.is_empty() { 0 } else { fds };
+        prop_assert!(received(&bytes, &vec![file.as_raw_fd(); fds]).is_err());
+        prop_assert_eq!(descriptors(), before);
+        let (own, theirs) = pair();
+        (&own).write_all(&bytes).unwrap();
+        peek(&theirs);
+        own.shutdown(Shutdown::Write).unwrap();
+        prop_assert!(outcome(&theirs, Instant::now() + Duration::from_secs(5)).is_err());
+    }
+
+    /// One that is right but for a byte, its end, the number of its descriptors, or a byte of its state.
+    #[test]
+    fn what_is_nearly_right_does_no_harm(
+        at in any::<prop::sample::Index>(), byte in any::<u8>(), damage in 0u8..5)
+    {
+        let layers = vec![layer(1, 0..64), layer(2, 3..9)];
+        let seed = Seed::new(state(), layers).unwrap();
+        let mut message = message(&child("abc")).unwrap();
+        let mut fds: Vec<RawFd> = std::iter::once(seed.state.as_raw_fd())
+            .chain(seed.layers.iter().map(|layer| layer.file().as_raw_fd()))
+            .collect();
+        let mut bytes = vec![0; seed.state.metadata().unwrap().len() as usize];
+        seed.state.read_exact_at(&mut bytes, 0).unwrap();
+        let place = at.index(bytes.len());
+        bytes[place] ^= byte;
+        let damaged = sealed_copy(&bytes).unwrap();
+        let mut whole = false;
+        match damage {
+            0 => {
+                let place = at.index(message.len());
+                message[place] ^= byte;
+                whole = true;
+            }
+            1 => message.truncate(1 + at.index(message.len() - 1)),
+            2 => { fds.remove(at.index(fds.len())); }
+            3 => fds.insert(at.index(fds.len()), fds[1]),
+            _ => {
+                fds[0] = damaged.as_raw_fd();
+                whole = byte == 0;
+            }
+        }
+        let before = descriptors();
+        let received = received(&message, &fds);
+        prop_assert!(whole || received.is_err(), "{:?}", received);
+        drop(received);
+        prop_assert_eq!(descriptors(), before);
+    }
+}

@@ -1,6 +1,7 @@
 //! Layers against a plain array: whatever is written, frozen, given back, saved, merged and gone on from,
 //! memory is what it should be.
 
+mod forks;
 mod pager;
 
 use std::fs::File;
@@ -135,7 +136,22 @@ struct Run<'a> {
     folders: u32,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    fn new(kind: Kind, folder: &'a Path) -> Run<'a> {
+        let zeroes = [Some(0); PAGES as usize];
+        Run {
+            kind,
+            folder,
+            ram: kind.ram(),
+            now: zeroes,
+            below: zeroes,
+            paged: None,
+            saved: Vec::new(),
+            base: None,
+            folders: 0,
+        }
+    }
+
     fn freeze(&mut self) {
         self.ram.image().freeze().unwrap();
         // Huge pages stay where they are.
@@ -275,18 +291,7 @@ impl Run<'_> {
 
 fn run(kind: Kind, steps: impl FnOnce(&mut Run)) {
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-    let zeroes = [Some(0); PAGES as usize];
-    let mut run = Run {
-        kind,
-        folder: folder.path(),
-        ram: kind.ram(),
-        now: zeroes,
-        below: zeroes,
-        paged: None,
-        saved: Vec::new(),
-        base: None,
-        folders: 0,
-    };
+    let mut run = Run::new(kind, folder.path());
     steps(&mut run);
     run.check();
 }

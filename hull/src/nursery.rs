@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use vmm::files::SocketPath;
+use vmm::fork;
 use vmm::machine::Shape;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -51,9 +52,14 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 /// Has a process of its own serve whoever is at the other end of `stream`.
 ///
 /// # Errors
-/// There is no process to be had.
-pub fn spawn(stream: UnixStream) -> io::Result<()> {
-    start(stream, &[])
+/// There is no process to be had, which the other end is told.
+pub fn spawn(stream: &UnixStream) -> io::Result<()> {
+    let started = stream.try_clone().and_then(|theirs| start(theirs, &[]));
+    if let Err(err) = &started {
+        // Nobody else does.
+        let _ = fork::answer(stream, &Err(format!("no process can be made: {err}")));
+    }
+    started
 }
 
 /// A process that has a machine's parts ready and waits for one to be handed over.
@@ -125,12 +131,31 @@ fn start(stream: UnixStream, options: &[&str]) -> io::Result<()> {
             Ok(())
         });
     }
-    // Who ends is taken away by the kernel: see `forget_children`.
-    command.spawn().map(drop)
+    // The kernel takes processes away that end: nobody asks how. Only if there is nothing to be executed,
+    // std does, and panics if it has no answer.
+    let reaping = Reaping::pause();
+    let child = command.spawn();
+    drop(reaping);
+    child.map(drop)
 }
 
-/// Has the kernel take away processes that ended: nobody asks how.
-pub fn forget_children() {
-    // SAFETY: sets a disposition.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+/// As long as it lives, the kernel leaves it to this process to take its children away.
+struct Reaping;
+
+impl Reaping {
+    fn pause() -> Reaping {
+        // SAFETY: sets a disposition.
+        unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+        Reaping
+    }
+}
+
+impl Drop for Reaping {
+    fn drop(&mut self) {
+        // SAFETY: sets a disposition; takes children away that ended meanwhile, of which nobody waits for one.
+        unsafe {
+            libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+            while libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) > 0 {}
+        }
+    }
 }

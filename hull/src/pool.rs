@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Deserialize;
-use vmm::config::ByteSize;
+use vmm::config::{ByteSize, ConfigError};
 use vmm::fork;
 use vmm::machine::Shape;
 use vmm::signals::{Hooks, Meaning, Signals};
@@ -24,15 +24,17 @@ const MOST: u32 = 4096;
 const REST: Duration = Duration::from_millis(20);
 /// After a process could not be made, it is not tried again for so long.
 const SULK: Duration = Duration::from_secs(1);
-/// How long who connected may take to say what it wants.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Most that may be about to say what they want; with more, who has been silent longest has to go.
+const MOST_ASKING: usize = 64;
 
 #[derive(Debug, thiserror::Error)]
 enum PoolError {
     #[error("cannot listen at {}", path.display())]
     Listen { path: PathBuf, source: std::io::Error },
-    #[error("--keep: number can be 1 to {MOST}, cpus 1 to 64")]
-    Keep,
+    #[error("--keep: number can be 1 to {MOST}")]
+    Number,
+    #[error("--keep")]
+    Shape(#[source] ConfigError),
 }
 
 /// `--keep`.
@@ -48,6 +50,12 @@ struct Keep {
 impl Default for Keep {
     fn default() -> Keep {
         Keep { number: 8, cpus: 1, memory: ByteSize(128 << 20), huge_pages: false }
+    }
+}
+
+impl Keep {
+    fn shape(&self) -> Shape {
+        Shape { cpus: self.cpus, memory: self.memory.0, huge_pages: self.huge_pages }
     }
 }
 
@@ -98,19 +106,18 @@ pub fn pool(args: &PoolArgs) -> Result {
             some.iter().map(keep).collect::<std::result::Result<Vec<Keep>, _>>()?
         }
     };
-    if keep.iter().any(|keep| !(1..=MOST).contains(&keep.number) || !(1..=64).contains(&keep.cpus))
-    {
-        return Err(PoolError::Keep.into());
+    if keep.iter().any(|keep| !(1..=MOST).contains(&keep.number)) {
+        return Err(PoolError::Number.into());
     }
+    keep.iter().try_for_each(|keep| keep.shape().validate()).map_err(PoolError::Shape)?;
     let path = args.socket.clone().unwrap_or_else(nursery::default_socket);
     let failed = |source| PoolError::Listen { path: path.clone(), source };
     let listener = nursery::listen(&path).map_err(failed)?;
     let _socket = Remove(&path);
     listener.set_nonblocking(true)?;
-    nursery::forget_children();
     let now = Instant::now();
     let shelf = |keep: &Keep| Shelf {
-        shape: Shape { cpus: keep.cpus, memory: keep.memory.0, huge_pages: keep.huge_pages },
+        shape: keep.shape(),
         number: keep.number as usize,
         ready: Vec::new(),
         coming: None,
@@ -131,13 +138,17 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
     let signals = Signals::block()?.with_hooks(Hooks::default());
     // Who connected, and until when they may say what they want.
     let mut asking: Vec<(UnixStream, Instant)> = Vec::new();
+    // Nobody is let in before.
+    let mut deaf = Instant::now();
     loop {
         let now = Instant::now();
-        asking.retain(|(_, until)| *until > now);
+        // Who has just begun to speak is heard.
+        asking.retain(|(stream, until)| *until > now || fork::peek(stream).is_some());
         for shelf in &mut shelves {
             shelf.fill(now);
         }
-        let mut fds = vec![PollFd::new(listener, PollFlags::IN)];
+        let listens = if deaf > now { PollFlags::empty() } else { PollFlags::IN };
+        let mut fds = vec![PollFd::new(listener, listens)];
         // SAFETY: it lives as long as `signals`, which outlives the loop.
         let signal = unsafe { std::os::fd::BorrowedFd::borrow_raw(signals.fd()) };
         fds.push(PollFd::from_borrowed_fd(signal, PollFlags::IN));
@@ -147,8 +158,11 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
         let waits = shelves
             .iter()
             .filter(|shelf| shelf.ready.len() < shelf.number && shelf.coming.is_none());
-        let next =
-            waits.map(|shelf| shelf.not_before).chain(asking.iter().map(|(_, until)| *until)).min();
+        let next = waits
+            .map(|shelf| shelf.not_before)
+            .chain(asking.iter().map(|(_, until)| *until))
+            .chain((deaf > now).then_some(deaf))
+            .min();
         let left = next.map(|next| next.saturating_duration_since(now));
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut fds, left.as_ref()) {
@@ -177,31 +191,41 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
             }
         }
         let mut speaking = speaking.into_iter();
-        let mut heard = Vec::new();
-        asking.retain_mut(|(stream, _)| {
-            let speaks = speaking.next().unwrap_or_default();
-            if speaks {
-                heard.extend(stream.try_clone());
-            }
-            !speaks
-        });
-        let come = || connecting.then(|| listener.accept().ok()).flatten();
-        while let Some((stream, _)) = come() {
-            // Who hands a machine over speaks at once.
-            if fork::peek(&stream).is_some() {
-                heard.push(stream);
-            } else {
-                asking.push((stream, now + PATIENCE));
-            }
-        }
-        for stream in heard {
+        let speaks = |_: &mut (UnixStream, Instant)| speaking.next().unwrap_or_default();
+        for (stream, _) in asking.extract_if(.., speaks) {
             hand_over(stream, &mut shelves, now);
+        }
+        // No more than can wait at the listener: who waits for a process has one soon, however many come.
+        for _ in 0..if connecting { MOST_ASKING } else { 0 } {
+            match listener.accept() {
+                // Who hands a machine over speaks at once.
+                Ok((stream, _)) if fork::peek(&stream).is_some() => {
+                    hand_over(stream, &mut shelves, now);
+                }
+                Ok((stream, _)) => {
+                    if asking.len() >= MOST_ASKING {
+                        asking.remove(0);
+                    }
+                    asking.push((stream, now + fork::PAUSE));
+                }
+                Err(err) if err.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    // There may be descriptors when some of those that wait are gone.
+                    tracing::warn!(%error, "nobody is let in");
+                    deaf = now + REST;
+                    break;
+                }
+            }
         }
     }
 }
 
 /// Gives who connected a process that is ready for it, or else a new one.
 fn hand_over(stream: UnixStream, shelves: &mut [Shelf], now: Instant) {
+    if fork::is_over(&stream) {
+        // Somebody looked whether there is a pool.
+        return;
+    }
     let shape = fork::peek(&stream).map(|child| child.shape);
     let shelf = shelves.iter_mut().find(|shelf| Some(shelf.shape) == shape);
     if let Some(shelf) = shelf {
@@ -212,8 +236,7 @@ fn hand_over(stream: UnixStream, shelves: &mut [Shelf], now: Instant) {
             }
         }
     }
-    if let Err(error) = nursery::spawn(stream) {
-        // The connection ends, which whoever asked tells of.
+    if let Err(error) = nursery::spawn(&stream) {
         tracing::warn!(%error, "no process can be made");
     }
 }

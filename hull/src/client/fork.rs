@@ -13,6 +13,8 @@ use crate::runtime;
 use crate::streams;
 use crate::table::Table;
 
+/// How long nobody is let in when that failed.
+const BREATH: Duration = Duration::from_millis(20);
 /// How long all of them may take.
 const LONG: Duration = Duration::from_secs(3600);
 
@@ -29,20 +31,41 @@ enum ForkError {
 /// Makes processes for who comes to a socket, which is gone with it.
 struct Maker(PathBuf);
 
+/// What the name of its socket begins with; no machine has such a name.
+const SOCKET: &str = ".fork-";
+
 impl Maker {
     fn start() -> std::result::Result<Maker, ForkError> {
-        let path = runtime::directory().join(format!(".fork-{}", std::process::id()));
+        let directory = runtime::directory();
+        sweep(&directory);
+        let path = directory.join(format!("{SOCKET}{}", std::process::id()));
         let failed = |source| ForkError::Listen { path: path.clone(), source };
         let listener = nursery::listen(&path).map_err(failed)?;
-        nursery::forget_children();
         let serve = move || {
-            // One that cannot be had is a connection that ends, which the machine tells of.
-            for stream in listener.incoming().flatten() {
-                let _ = nursery::spawn(stream);
+            for stream in listener.incoming() {
+                match stream {
+                    // Who asked is told if there is none to be had.
+                    Ok(stream) => drop(nursery::spawn(&stream)),
+                    // Descriptors come back when processes were made.
+                    Err(_) => std::thread::sleep(BREATH),
+                }
             }
         };
         std::thread::Builder::new().spawn(serve).map_err(failed)?;
         Ok(Maker(path))
+    }
+}
+
+/// Removes what those left who were killed.
+fn sweep(directory: &Path) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let id = name.to_str().and_then(|name| name.strip_prefix(SOCKET)?.parse::<u32>().ok());
+        let is_dead = |id: u32| !Path::new("/proc").join(id.to_string()).exists();
+        // One of another process namespace is served.
+        if id.is_some_and(is_dead) && !is_served(&entry.path()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What of a machine can be made before it is known which one it will be.
 
 use super::{BuildError, cpus};
-use crate::config::VmConfig;
+use crate::config::{ByteSize, ConfigError, VmConfig};
 use crate::hypervisor::{Hypervisor, Vcpu, Vm};
 use crate::memory::GuestRam;
 use arch::layout;
@@ -25,6 +25,17 @@ impl Shape {
         let memory = &config.memory;
         Shape { cpus: config.cpus, memory: memory.size.0, huge_pages: memory.huge_pages }
     }
+
+    /// That there can be such a machine.
+    ///
+    /// # Errors
+    /// What of it cannot be.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let mut config = VmConfig { cpus: self.cpus, ..VmConfig::default() };
+        config.memory.size = ByteSize(self.memory);
+        config.memory.huge_pages = self.huge_pages;
+        config.validate_without_kernel()
+    }
 }
 
 /// A VM with memory slots, interrupt controllers and vCPUs, and nothing in it: one that was saved on this
@@ -41,8 +52,9 @@ impl Hollow {
     /// Makes one.
     ///
     /// # Errors
-    /// KVM refused, or there is no memory.
+    /// There can be no such machine; KVM refused, or there is no memory.
     pub fn new(hypervisor: &dyn Hypervisor, shape: Shape) -> Result<Hollow, BuildError> {
+        shape.validate()?;
         let ram = GuestRam::new(shape.memory, shape.huge_pages)?;
         let vm = vm(hypervisor, &ram)?;
         let vcpus = cpus::bare(vm.as_ref(), shape.cpus)?;

@@ -25,22 +25,49 @@ impl<T: DeserializeOwned> FromRequest<Shared> for Json<T> {
     type Rejection = Fault;
 
     async fn from_request(request: Request, shared: &Shared) -> Result<Json<T>, Fault> {
-        let bytes = something(request, shared).await?;
-        // Of a resource whose fields may all be left out, the parser would take an empty list as well.
-        if bytes.trim_ascii_start().first() == Some(&b'[') {
-            return Err(Fault::bad(
-                "An error occurred when deserializing the json body of a request: it is a list; \
-                 an object is expected.",
-            ));
-        }
-        parse(&bytes).map(Json)
+        object(&something(request, shared.limits().body).await?).map(Json)
     }
 }
 
+/// Longest body that says something of each of many machines, in bytes.
+const LONG: usize = 8 << 20;
+
+/// Longest body of a request, in bytes.
+pub fn limit(path: &str, shared: &Shared) -> usize {
+    let limit = shared.limits().body;
+    if path == FORK { limit.max(LONG) } else { limit }
+}
+
+/// Where [`LongJson`] is taken.
+const FORK: &str = "/fork";
+
+/// The same, which may be longer, as it says something of each of many machines.
+#[derive(Debug)]
+pub struct LongJson<T>(pub T);
+
+impl<T: DeserializeOwned> FromRequest<Shared> for LongJson<T> {
+    type Rejection = Fault;
+
+    async fn from_request(request: Request, shared: &Shared) -> Result<LongJson<T>, Fault> {
+        object(&something(request, limit(FORK, shared)).await?).map(LongJson)
+    }
+}
+
+fn object<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Fault> {
+    // Of a resource whose fields may all be left out, the parser would take an empty list as well.
+    if bytes.trim_ascii_start().first() == Some(&b'[') {
+        return Err(Fault::bad(
+            "An error occurred when deserializing the json body of a request: it is a list; \
+             an object is expected.",
+        ));
+    }
+    parse(bytes)
+}
+
 /// A body that is there.
-async fn something(request: Request, shared: &Shared) -> Result<Vec<u8>, Fault> {
+async fn something(request: Request, limit: usize) -> Result<Vec<u8>, Fault> {
     let method = request.method().clone();
-    let bytes = read(request.into_body(), shared.limits().body).await?;
+    let bytes = read(request.into_body(), limit).await?;
     if bytes.is_empty() {
         return Err(Fault::bad(format!("Empty {method} request.")));
     }
@@ -55,7 +82,7 @@ impl FromRequest<Shared> for AnyJson {
     type Rejection = Fault;
 
     async fn from_request(request: Request, shared: &Shared) -> Result<AnyJson, Fault> {
-        let bytes = something(request, shared).await?;
+        let bytes = something(request, shared.limits().body).await?;
         parse(&bytes).map(AnyJson)
     }
 }

@@ -248,7 +248,7 @@ async fn connection(
         async move {
             let request = routes::tolerate(request.map(axum::body::Body::new));
             let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-            let mut response = match body::whole(request, shared.limits().body).await {
+            let mut response = match body::whole(request, body::limit(&path, &shared)).await {
                 Ok(request) => call(router, request).await,
                 Err(fault) => fault.into_response(),
             };

@@ -2,7 +2,7 @@
 
 use axum::extract::State;
 
-use crate::body::Json;
+use crate::body::LongJson;
 use crate::fault::Fault;
 use crate::instance::{Instance, Shared};
 use crate::types::fork::{ForkParams, Forked};
@@ -13,7 +13,7 @@ use crate::types::fork::{ForkParams, Forked};
     responses((status = 200, body = Forked)))]
 pub async fn fork(
     State(shared): State<Shared>,
-    Json(params): Json<ForkParams>,
+    LongJson(params): LongJson<ForkParams>,
 ) -> Result<axum::Json<Forked>, Fault> {
     Instance::fork(shared, params).await.map(axum::Json)
 }

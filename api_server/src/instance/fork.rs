@@ -171,8 +171,16 @@ fn deliver(
     let first = Mutex::new(first);
     let one = |child: &Child| -> Result<Outcome, HandOverError> {
         let there = first.lock().ok().and_then(|mut first| first.take());
-        let stream = there.map_or_else(|| connect(pool), Ok)?;
-        seed.send(&stream, child)?;
+        // Freezing may have taken longer than a pool waits.
+        let sent = there.filter(|stream| seed.send(stream, child).is_ok());
+        let stream = match sent {
+            Some(stream) => stream,
+            None => {
+                let stream = connect(pool)?;
+                seed.send(&stream, child)?;
+                stream
+            }
+        };
         fork::outcome(&stream, Instant::now() + PATIENCE)
     };
     let some = || {

@@ -3,6 +3,7 @@
 //! Hull and the payload are built on first use, so that a bare `cargo test` tests what is in the
 //! tree. `HULL=` names another binary.
 
+mod family;
 mod pool;
 mod surroundings;
 mod terminal;
@@ -20,6 +21,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+pub use family::{Family, eventually, wait_in_file};
 pub use pool::HugePages;
 pub use surroundings::{NOBODY, Surroundings};
 use terminal::Terminal;
@@ -298,6 +300,11 @@ impl Running {
     /// Waits until the guest has printed `text`.
     pub fn wait_for(&self, text: &str) {
         self.wait_in(&self.stdout, text);
+    }
+
+    /// What the guest has printed.
+    pub fn printed(&self) -> String {
+        self.stdout.text()
     }
 
     /// Waits until Hull has said `text`.

@@ -12,6 +12,8 @@ mod drop_in;
 #[cfg(test)]
 mod events;
 #[cfg(test)]
+mod fork;
+#[cfg(test)]
 mod life;
 #[cfg(test)]
 mod metrics;

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use api_tests::{Answer, Server};
-use machine_tests::HugePages;
+use machine_tests::{Family, HugePages};
 use serde_json::json;
 use tempfile::TempDir;
 
+use super::fork::{at_work, forked, server};
 use super::snapshot::{create, load, state};
 
 /// A process that brings memory; it ends with the test.
@@ -109,6 +110,22 @@ fn memory_comes_when_it_is_touched() {
         let all = machine.process.kilobytes("RssAnon");
         assert!(all >= little + 7000, "{little} kB, {all} kB");
     }
+}
+
+/// Its children need no pager.
+#[test]
+fn one_that_lives_on_a_pager_can_be_forked() {
+    let family = Family::default();
+    let (_pool, first) = at_work(&family);
+    let saved = tempfile::tempdir().unwrap();
+    create(&first, saved.path()).done();
+    let mut pager = Pager::new(saved.path(), "good");
+    let machine = server(&family, "firecracker", "--api-sock");
+    pager.load(&machine, saved.path()).done();
+    forked(&machine, &family, json!({ "count": 2 }), 4096);
+    pager.kill();
+    assert_eq!(state(&machine), "Running");
+    forked(&machine, &family, json!({ "count": 2 }), 4096);
 }
 
 #[test]

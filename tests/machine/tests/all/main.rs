@@ -18,6 +18,8 @@ mod endings;
 #[cfg(test)]
 mod filters;
 #[cfg(test)]
+mod fork;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod hosts;

@@ -1,0 +1,195 @@
+//! What is said to `hull clone` and to a pool by who does not know how to hand a machine over.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use machine_tests::{Family, HULL, eventually};
+
+use super::{children, fork, fork_at_work, goes_on, kill, pool};
+
+/// What becomes of `hull clone` with this as its input: its exit code, what it says to a person.
+fn cloned(input: impl Into<OwnedFd>, words: &[&str]) -> (i32, String) {
+    let start = Instant::now();
+    let mut process = Command::new(&*HULL)
+        .arg("clone")
+        .args(words)
+        .stdin(Stdio::from(input.into()))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while process.try_wait().unwrap().is_none() {
+        if start.elapsed() > Duration::from_secs(20) {
+            process.kill().unwrap();
+            panic!("it does not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let output = process.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!text.contains("panicked"), "{text}");
+    (output.status.code().unwrap_or(-1), text)
+}
+
+/// A message: its length, and as much text.
+fn message(text: &str) -> Vec<u8> {
+    [&(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
+}
+
+#[test]
+fn an_input_that_is_no_socket_is_refused() {
+    let (pipe, _end) = std::io::pipe().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let unix = UnixListener::bind(folder.path().join("s")).unwrap();
+    let inputs: [OwnedFd; 6] = [
+        File::open("/dev/null").unwrap().into(),
+        File::open("/etc/passwd").unwrap().into(),
+        File::open("/").unwrap().into(),
+        pipe.into(),
+        tcp.into(),
+        unix.into(),
+    ];
+    for input in inputs {
+        let (code, text) = cloned(input, &[]);
+        assert!(code == 1 && text.contains("no socket"), "{code} {text}");
+    }
+    let (one, other) = UnixDatagram::pair().unwrap();
+    one.send(b"hello").unwrap();
+    drop(one);
+    assert_eq!(cloned(other, &[]).0, 1);
+}
+
+#[test]
+fn what_is_no_machine_is_refused() {
+    let long = message(&"x".repeat((1 << 20) + 1));
+    let mut cut = message("{}");
+    cut.pop();
+    for bytes in [
+        &b""[..],
+        b"x",
+        b"GET / HTTP/1.1\r\n\r\n",
+        &[255; 5000],
+        &long,
+        &cut,
+        &message("{}"),
+        &message("[]"),
+        &message("{\"name\": 7}"),
+        &message("{\"what\": \"is this\"}"),
+    ] {
+        let (own, theirs) = UnixStream::pair().unwrap();
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // It may not listen to the end.
+                let _ = (&own).write_all(bytes);
+                let _ = own.shutdown(Shutdown::Write);
+            });
+            let (code, text) = cloned(theirs, &[]);
+            assert!(code == 1 && text.starts_with("hull: "), "{code} {text}");
+        });
+        assert!(start.elapsed() < Duration::from_secs(4));
+    }
+}
+
+#[test]
+fn who_says_nothing_is_not_waited_for() {
+    for bytes in [&b""[..], b"\x20\0", b"\x20\0\0\0{"] {
+        let (mut own, theirs) = UnixStream::pair().unwrap();
+        own.write_all(bytes).unwrap();
+        let (code, text) = cloned(theirs, &[]);
+        assert!(code == 1 && text.contains("other process"), "{code} {text}");
+    }
+}
+
+#[test]
+fn shapes_that_cannot_be_had_are_refused() {
+    for (cpus, memory) in [
+        ("0", "67108864"),
+        ("100000", "67108864"),
+        ("1", "0"),
+        ("1", "1"),
+        ("1", "18446744073709551615"),
+        ("1", "9223372036854775808"),
+    ] {
+        let (own, theirs) = UnixStream::pair().unwrap();
+        drop(own);
+        let (code, text) = cloned(theirs, &["--cpus", cpus, "--memory", memory]);
+        assert!([1, 2].contains(&code) && !text.is_empty(), "{cpus} {memory}: {code} {text}");
+    }
+    let family = Family::default();
+    let refused = |keep: &str| family.hull("pool").option("--keep", keep).run();
+    for keep in [
+        "number=0",
+        "number=5000",
+        "cpus=0",
+        "cpus=65",
+        "memory=0",
+        "memory=4095",
+        "x=1",
+        "memory=x",
+    ] {
+        let outcome = refused(keep);
+        assert!([1, 2].contains(&outcome.code()), "{keep}: {}", outcome.stderr);
+        assert!(outcome.stderr.contains("--keep"), "{keep}: {}", outcome.stderr);
+    }
+}
+
+#[test]
+fn a_pool_hears_many_that_make_no_sense() {
+    let family = Family::default();
+    let parent = family.parent("m");
+    let pool = pool(&family, &["--keep", "number=2,memory=64M"], 2);
+    let connect = || {
+        let stream = UnixStream::connect(family.at("hull/.pool")).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    };
+    let start = Instant::now();
+    let mut silent: Vec<UnixStream> = (0..100).map(|_| connect()).collect();
+    let mut others = Vec::new();
+    for bytes in
+        [&b"x"[..], b"GET / HTTP/1.1\r\n\r\n", &[255; 5000], &message("{}"), b"\x20\0\0\0{"]
+    {
+        let mut stream = connect();
+        // It may be gone already.
+        let _ = stream.write_all(bytes);
+        others.push(stream);
+        // One that is gone before it is heard.
+        let _ = connect().write_all(bytes);
+        drop(connect());
+    }
+    // Who knows how is served meanwhile.
+    for child in fork_at_work(&family, "m", 4, &[]) {
+        kill(&child);
+    }
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    for stream in silent.iter_mut().chain(&mut others) {
+        let mut said = Vec::new();
+        let _ = stream.read_to_end(&mut said);
+    }
+    let took = start.elapsed();
+    assert!((4..12).contains(&took.as_secs()), "{took:?}");
+    // Nobody waits for the rest of what was not said to its end.
+    eventually(|| family.processes().len() == 4, || format!("{:?}", family.processes()));
+    // As many as a process may have files for, and more.
+    let crowd: Vec<_> = (0..2000)
+        .map_while(|_| {
+            let stream = UnixStream::connect(family.at("hull/.pool"));
+            stream.ok()
+        })
+        .collect();
+    let outcome = fork(&family, &["m", "--json"]);
+    assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+    kill(&children(&outcome)[0]);
+    drop(crowd);
+    goes_on(&parent);
+    pool.signal(libc::SIGTERM);
+    pool.finish().ok();
+}

@@ -49,6 +49,9 @@ fn every_example_does_what_it_says() {
 
 fn run() {
     let mut server = Server::hull();
+    let family = machine_tests::Family::default();
+    let pool = family.at("pool").display().to_string();
+    let _pool = family.hull("pool").option("--socket", &pool).start();
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().display().to_string();
     let disk = format!("{folder}/disk");
@@ -64,6 +67,7 @@ fn run() {
         let body = body
             .replace("$KERNEL", &kernel)
             .replace("$DISK", &disk)
+            .replace("$POOL", &pool)
             .replace("$DIR", &folder)
             .replace("$TAP", testnet::NAME);
         ended = body.contains("\"Quit\"");

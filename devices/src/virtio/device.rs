@@ -18,7 +18,7 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -242,7 +242,29 @@ pub enum Message {
     /// Connections of a socket device are to be gone: its driver is to close them and to read its
     /// address again (virtio 1.3 § 5.10.6.7). A device that is restored does the same by itself.
     TransportReset,
+    /// A socket device is to connect to a port of the guest.
+    Call(Call),
 }
+
+/// A connection that this process wants to a port of the guest. What comes of it is as with a program
+/// that asked for it on the device's socket: a line when the guest took it, or the end.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// The port.
+    pub port: u32,
+    /// The device's end of a pair of stream sockets. Nothing that is done with it waits.
+    pub socket: Arc<OwnedFd>,
+    /// How long the guest may take to answer.
+    pub patience: Duration,
+}
+
+impl PartialEq for Call {
+    fn eq(&self, other: &Call) -> bool {
+        Arc::ptr_eq(&self.socket, &other.socket)
+    }
+}
+
+impl Eq for Call {}
 
 /// What a device says about itself; see [`Device::status`].
 #[derive(Clone, Debug, PartialEq, Eq)]

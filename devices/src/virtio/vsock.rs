@@ -97,8 +97,10 @@ impl Device for Vsock {
 
     fn update(&mut self, message: &Message) -> Option<Vec<u8>> {
         // A running worker gets the message as well.
-        if let (Message::TransportReset, Some(connections)) = (message, self.connections()) {
-            connections.lose();
+        match (message, self.connections()) {
+            (Message::TransportReset, Some(connections)) => connections.lose(),
+            (Message::Call(call), Some(connections)) => connections.call(call.clone()),
+            _ => {}
         }
         None
     }
@@ -296,10 +298,12 @@ impl Worker for VsockWorker {
     }
 
     fn on_message(&mut self, message: Message, reactor: &mut dyn Reactor) {
-        if let (Message::TransportReset, Some(connections)) = (message, &mut self.connections) {
-            connections.reset_transport(reactor);
-            self.work(reactor);
+        match (message, &mut self.connections) {
+            (Message::TransportReset, Some(connections)) => connections.reset_transport(reactor),
+            (Message::Call(call), Some(connections)) => connections.call(call),
+            _ => return,
         }
+        self.work(reactor);
     }
 }
 

@@ -17,7 +17,7 @@ use super::metrics::VsockMetrics;
 use super::packet::{FromGuest, HOST_CID, Op, Ports, ToGuest};
 use super::reset::TransportReset;
 use super::rx::Receiver;
-use crate::virtio::device::{BATCH, Fault, Reactor};
+use crate::virtio::device::{BATCH, Call, Fault, Reactor};
 use crate::virtio::iobuf::IoBuf;
 use crate::virtio::queue::{Chain, Queue};
 
@@ -26,6 +26,9 @@ pub(super) const MOST: usize = 1023;
 
 /// Refusals that wait for the guest.
 pub(super) const MOST_REFUSALS: usize = 256;
+
+/// Connections that this process wants and that have not begun.
+const MOST_CALLS: usize = 16;
 
 /// Connections that are accepted in a row.
 const ACCEPT_BATCH: usize = 64;
@@ -66,6 +69,8 @@ pub(super) struct Connections {
     next_port: u32,
     /// Programs may be waiting to be accepted.
     acceptable: bool,
+    /// Connections that this process wants, which begin when those of programs do.
+    calls: VecDeque<Call>,
     /// A timer is set.
     ticking: bool,
     /// How far the guest is with closing what is gone.
@@ -86,6 +91,7 @@ impl Connections {
             refusals: VecDeque::new(),
             next_port: FIRST_PORT,
             acceptable: false,
+            calls: VecDeque::new(),
             ticking: false,
             reset: TransportReset::default(),
             metrics,
@@ -126,7 +132,7 @@ impl Connections {
             }
             self.settle(place, Fate::Stays, reactor);
         }
-        if self.reset.holds() {
+        if self.reset.holds() || !self.calls.is_empty() {
             self.tick_later(reactor);
         }
         Ok(())
@@ -336,8 +342,29 @@ impl Connections {
         }
     }
 
+    /// This process wants a connection. It begins with the next [`Connections::accept`]. One more than there
+    /// may be is closed.
+    pub(super) fn call(&mut self, call: Call) {
+        if self.calls.len() < MOST_CALLS {
+            self.calls.push_back(call);
+        }
+    }
+
+    fn begin(&mut self, call: Call, reactor: &mut dyn Reactor) {
+        // The other holders of the socket only pass the message on.
+        let Ok(socket) = call.socket.try_clone() else { return };
+        let buffer = self.buffer();
+        let Some(place) = self.allocate(reactor) else { return };
+        self.put(place, Connection::from_host(socket, buffer));
+        let ticks = call.patience.as_millis().div_ceil(TICK.as_millis());
+        self.request(place, call.port, u16::try_from(ticks).unwrap_or(u16::MAX).max(1), reactor);
+    }
+
     /// Accepts programs that wait. Returns whether there may be more.
     pub(super) fn accept(&mut self, reactor: &mut dyn Reactor) -> bool {
+        while let Some(call) = self.calls.pop_front() {
+            self.begin(call, reactor);
+        }
         for _ in 0..ACCEPT_BATCH {
             if !self.acceptable {
                 return false;
@@ -381,6 +408,11 @@ impl Connections {
             Some(Line::Unfinished) => return self.settle(place, Fate::Stays, reactor),
             Some(Line::Nonsense) | None => return self.settle(place, Fate::Gone, reactor),
         };
+        self.request(place, port, ANSWER_TICKS, reactor);
+    }
+
+    /// The guest is asked to take the connection at `place`, within so many ticks.
+    fn request(&mut self, place: u16, port: u32, ticks: u16, reactor: &mut dyn Reactor) {
         let Some(ports) = self.free_port(port) else {
             return self.settle(place, Fate::Gone, reactor);
         };
@@ -388,7 +420,7 @@ impl Connections {
             connection.ports = ports;
             connection.state = State::Requested;
             connection.request = true;
-            connection.patience = ANSWER_TICKS;
+            connection.patience = ticks;
             self.by_ports.insert(ports, place);
         }
         self.settle(place, Fate::Stays, reactor);

@@ -12,6 +12,7 @@ use super::connections::{ANSWER_TICKS, CLOSE_TICKS, MOST, MOST_REFUSALS};
 use super::packet::{HOST_CID, NEITHER, NO_RECEIVE, NO_SEND, Op};
 use super::*;
 use crate::virtio::conformance::{Buffer, Harness, Probe, conformance};
+use crate::virtio::device::Call;
 use crate::virtio::mmio::{reg, status};
 
 const CID: u64 = 5;
@@ -389,6 +390,56 @@ fn lines_come_in_pieces_or_not_at_all() {
     assert_eq!(read(&mut slow), None, "the guest did not answer");
     guest.one(Op::Reset);
     assert_eq!(guest.connections(), 1);
+}
+
+/// A call to the guest's `port`, and this process's end of it.
+fn call(port: u32, patience: Duration) -> (Message, UnixStream) {
+    let (own, device) = UnixStream::pair().unwrap();
+    own.set_nonblocking(true).unwrap();
+    device.set_nonblocking(true).unwrap();
+    (Message::Call(Call { port, socket: Arc::new(device.into()), patience }), own)
+}
+
+#[test]
+fn this_process_connects_and_talks() {
+    let mut guest = Guest::new(16, 4096);
+    let (message, mut own) = call(52, Duration::from_secs(5));
+    guest.harness.message(&message);
+    drop(message);
+    let request = guest.one(Op::Request);
+    assert_eq!(request.to, 52);
+    guest.send(packet(Op::Response, 52, request.from), b"");
+    guest.send(packet(Op::Data, 52, request.from), b"hello");
+    let came = read(&mut own).unwrap();
+    assert_eq!(came, format!("OK {}\nhello", request.from).into_bytes());
+    own.write_all(b"hello yourself").unwrap();
+    assert_eq!(data(&guest.receive()), b"hello yourself");
+    drop(own);
+    assert_eq!(guest.one(Op::Shutdown).flags, NEITHER);
+}
+
+#[test]
+fn a_call_that_nobody_answers_ends_when_it_said() {
+    let mut guest = Guest::new(16, 4096);
+    let (message, mut refused) = call(52, Duration::from_secs(5));
+    guest.harness.message(&message);
+    drop(message);
+    let request = guest.one(Op::Request);
+    guest.send(packet(Op::Reset, 52, request.from), b"");
+    assert_eq!(read(&mut refused), None);
+    // Longer and shorter than a program would wait.
+    for ticks in [2 * ANSWER_TICKS, 1] {
+        let (message, mut own) = call(52, 50 * Duration::from_millis(ticks.into()));
+        guest.harness.message(&message);
+        drop(message);
+        assert_eq!(guest.one(Op::Request).to, 52);
+        guest.ticks(ticks - 1);
+        assert_eq!(read(&mut own), Some(Vec::new()));
+        guest.ticks(1);
+        assert_eq!(read(&mut own), None);
+        guest.one(Op::Reset);
+    }
+    assert_eq!(guest.connections(), 0);
 }
 
 #[test]

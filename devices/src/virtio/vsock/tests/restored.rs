@@ -217,3 +217,23 @@ fn the_payload_is_as_it_was() {
         other.restore(payload).map(|()| other.save())
     });
 }
+
+#[test]
+fn a_call_begins_when_the_driver_knows_that_it_is_elsewhere() {
+    let mut old = Guest::new(16, 4096);
+    assert!(old.offer_events(8));
+    let mut guest = old.restored(OTHER);
+    let (message, mut own) = call(52, Duration::from_secs(5));
+    // The device keeps it: no worker runs.
+    guest.harness.device_mut().update(&message);
+    drop(message);
+    guest.harness.resume();
+    guest.harness.run();
+    assert_eq!(guest.events(), 1);
+    guest.nothing();
+    assert!(guest.offer_events(1));
+    let request = guest.one(Op::Request);
+    assert_eq!((request.to, request.destination), (52, OTHER));
+    guest.send(renamed(Op::Response, 52, request.from), b"");
+    assert_eq!(read(&mut own).unwrap(), format!("OK {}\n", request.from).into_bytes());
+}

@@ -1,24 +1,28 @@
 //! `hull clone`: a process that goes on as the copy of a machine which is handed over to it.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
 use api_server::{Instance, Limits};
 use vmm::config::{ConsoleConfig, ConsoleMode, VmConfig};
-use vmm::fork::{self, Born, Child};
+use vmm::fork::{self, Born, Child, Outcome};
+use vmm::hook::Identity;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
-use vmm::machine::{Command, Hollow, LONGEST_METADATA, Origin};
+use vmm::machine::{Command, Hollow, LONGEST_METADATA, Origin, Service};
 use vmm::timings::Timings;
 
 use crate::api::HULL;
 use crate::cli::{CloneArgs, Result};
 use crate::entry;
 use crate::exit::Code;
+use crate::hook::Asking;
 use crate::logging::{self, Level};
 use crate::nursery;
 use crate::report;
@@ -52,13 +56,24 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
         }
     };
     let (child, origin) = fork::receive(&stream)?;
-    match serve(&stream, &child, &origin, hollow, start) {
+    let parent = Parent(Rc::new(RefCell::new(Some(stream))));
+    match serve(&parent, &child, &origin, hollow, start) {
         Ok(code) => Ok(code),
-        Err(err) => {
-            // Whoever has it made is told; there is nobody else to be.
-            let told = fork::answer(&stream, &Err(report::line(err.as_ref())));
-            told.map_or_else(|_| Err(err), |()| Ok(Code::FAILURE))
-        }
+        // Whoever has it made is told; there is nobody else to be.
+        Err(err) if parent.answer(&Err(report::line(err.as_ref()))) => Ok(Code::FAILURE),
+        Err(err) => Err(err),
+    }
+}
+
+/// Who has this process made, and hears once what became of it.
+#[derive(Clone)]
+struct Parent(Rc<RefCell<Option<UnixStream>>>);
+
+impl Parent {
+    /// Returns whether somebody was told.
+    fn answer(&self, outcome: &Outcome) -> bool {
+        // Closed behind it: nobody is kept waiting for an end of file.
+        self.0.take().is_some_and(|stream| fork::answer(&stream, outcome).is_ok())
     }
 }
 
@@ -78,7 +93,7 @@ fn socket() -> Result<UnixStream> {
 }
 
 fn serve(
-    stream: &UnixStream,
+    parent: &Parent,
     child: &Child,
     origin: &Origin,
     hollow: Option<Hollow>,
@@ -116,15 +131,33 @@ fn serve(
     let console = session.console(&config)?;
     let handle = machine.handle();
     link.started(handle.clone(), None);
+    let api = session.api_path().to_owned();
+    let born = Born { name, pid: std::process::id(), api, hook: None };
+    let mut services: Vec<Box<dyn Service>> = Vec::new();
+    if let Some(hook) = child.hook.clone().filter(|_| child.resume) {
+        let identity = Identity {
+            number: child.number,
+            of: child.of,
+            name: born.name.clone(),
+            generation: machine.generation(),
+        };
+        let (parent, born) = (parent.clone(), born.clone());
+        let done = Box::new(move |outcome| {
+            parent.answer(&Ok(Born { hook: Some(outcome), ..born }));
+        });
+        services.push(Box::new(Asking::start(hook, identity, config.clone(), &handle, done)?));
+    }
     if child.resume {
         handle.send(Command::Resume, Box::new(drop));
     }
-    let api = session.api_path().to_owned();
-    // One that was not waited for lives all the same.
-    let _ = fork::answer(stream, &Ok(Born { name, pid: std::process::id(), api }));
-    // The parent is not kept waiting for an end of file.
-    let _ = stream.shutdown(std::net::Shutdown::Both);
-    Ok(run::end(&session.run_with(machine, &config, console)?))
+    if services.is_empty() {
+        // One that was not waited for lives all the same.
+        parent.answer(&Ok(born));
+    }
+    let ending = session.run_beside(machine, &config, console, services)?;
+    // Unless somebody was told already.
+    parent.answer(&Err("the machine ended before its guest was ready".to_owned()));
+    Ok(run::end(&ending))
 }
 
 fn is_taken(err: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {

@@ -13,6 +13,7 @@ mod doctor;
 mod entry;
 mod exit;
 mod firecracker;
+mod hook;
 mod host;
 mod keyvalue;
 mod last_words;

@@ -6,12 +6,14 @@ use std::time::Instant;
 
 use api_server::{Instance, Limits};
 use vmm::config::VmConfig;
-use vmm::machine::{Command, LONGEST_METADATA};
+use vmm::hook::{Hook, Identity, Outcome};
+use vmm::machine::{Command, LONGEST_METADATA, Service};
 use vmm::snapshot::{self, Overrides};
 use vmm::timings::Timings;
 
 use crate::api::HULL;
 use crate::cli::{RestoreArgs, Result, UsageError, console, leading_path, read_option};
+use crate::hook::Asking;
 use crate::logging;
 use crate::run;
 use crate::session::{Session, Wanted};
@@ -42,6 +44,9 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     overrides.apply(&mut config)?;
     config.console = config.console.elsewhere(args.console.as_deref().map(console).transpose()?)?;
     config.validate_without_kernel()?;
+    let hook =
+        args.hook.map(|port| Hook { port, hostname: args.hostname.clone(), ..Hook::default() });
+    hook.as_ref().map_or(Ok(()), |hook| hook.validate(&config))?;
     let pidfile = args.process.pidfile.as_deref();
     let wanted = Wanted { pidfile, config: None, api: args.reach.socket() };
     let mut session = Session::prepare(&mut config, wanted)?;
@@ -55,10 +60,23 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     let base = origin.base;
     let handle = machine.handle();
     link.started(handle.clone(), base);
+    let mut services: Vec<Box<dyn Service>> = Vec::new();
+    if let Some(hook) = hook {
+        let name = config.name.clone().unwrap_or_default();
+        let identity = Identity { number: 1, of: 1, name, generation: machine.generation() };
+        let done = Box::new(|outcome: Outcome| match outcome {
+            Outcome { us, fault: None } => tracing::info!(us, "the guest's hook is ready"),
+            Outcome { fault: Some(why), .. } => {
+                tracing::warn!("the guest does not know that it is a copy: {why}");
+            }
+        });
+        services.push(Box::new(Asking::start(hook, identity, config.clone(), &handle, done)?));
+    }
     if !args.paused {
         handle.send(Command::Resume, Box::new(drop));
     }
-    Ok(run::end(&session.run(machine, &config)?))
+    let console = session.console(&config)?;
+    Ok(run::end(&session.run_beside(machine, &config, console, services)?))
 }
 
 fn overrides(args: &RestoreArgs) -> std::result::Result<Overrides, UsageError> {

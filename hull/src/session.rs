@@ -350,8 +350,21 @@ impl Session {
         config: &VmConfig,
         attached: Attached,
     ) -> Result<Ending> {
+        self.run_beside(machine, config, attached, Vec::new())
+    }
+
+    /// As [`Session::run_with`], and serves these beside.
+    ///
+    /// # Errors
+    /// It cannot go on.
+    pub fn run_beside(
+        &self,
+        machine: Machine,
+        config: &VmConfig,
+        attached: Attached,
+        mut services: Vec<Box<dyn Service>>,
+    ) -> Result<Ending> {
         let Attached { console, _raw } = attached;
-        let mut services: Vec<Box<dyn Service>> = Vec::new();
         let offered = self.door.offer().as_ref().map(|offer| offer.listener.as_raw_fd());
         if let Some(fd) = offered {
             services.push(Box::new(Doorman { door: self.door.clone(), fd }));

@@ -27,6 +27,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::hook::{self, Hook};
 use crate::machine::{Origin, Shape, Source};
 use crate::memory::{Layer, Runs, sealed_copy};
 use crate::snapshot::{LAYERS, MEMORY, Overrides, Part, State, StateError, parse, write};
@@ -58,6 +59,8 @@ pub struct Child {
     pub shape: Shape,
     /// It goes on at once.
     pub resume: bool,
+    /// What the hook of its guest is told, before whoever asked hears of it.
+    pub hook: Option<Hook>,
     /// Which one it is, from 1.
     pub number: u32,
     /// Of how many.
@@ -73,6 +76,8 @@ pub struct Born {
     pub pid: u32,
     /// Where its API is.
     pub api: PathBuf,
+    /// How it went with the hook of its guest, if that was to be told.
+    pub hook: Option<hook::Outcome>,
 }
 
 /// What became of a child.

@@ -17,6 +17,7 @@ pub mod config;
 pub mod console;
 pub mod files;
 pub mod fork;
+pub mod hook;
 pub mod hypervisor;
 pub mod io;
 pub mod journal;

@@ -23,6 +23,7 @@ use vmm::config::VmConfig;
 use vmm::devices::virtio::vsock;
 use vmm::files::SocketPath;
 use vmm::fork::{self, Child, HandOverError, Outcome, Seed};
+use vmm::hook::Hook;
 use vmm::machine::{Command, Frozen, Shape};
 use vmm::snapshot::{self, Header, MemoryHeader, State};
 
@@ -57,6 +58,15 @@ impl Instance {
         let pool = params.pool.clone().or_else(|| shared.pool.clone()).ok_or_else(|| {
             Fault::bad("pool: nobody is known who makes processes; name the socket of a pool.")
         })?;
+        for (n, hook) in
+            params.overrides.iter().enumerate().filter_map(|(n, o)| Some((n, o.hook.clone()?)))
+        {
+            if params.paused {
+                return Err(Fault::bad("hook: children that are left halted answer nobody."));
+            }
+            let checked = Hook::from(hook).validate(&shared.config());
+            checked.map_err(|error| Fault::bad(format!("overrides[{n}].{}.", chain(&error))))?;
+        }
         let saving = Saving::begin(&shared)?;
         // Before anything is halted for nothing.
         let first = connect_at_once(&pool).map_err(|error| failed(&error))?;
@@ -181,7 +191,8 @@ fn deliver(
                 stream
             }
         };
-        fork::outcome(&stream, Instant::now() + PATIENCE)
+        let hook = child.hook.as_ref().map_or(Duration::ZERO, Hook::patience);
+        fork::outcome(&stream, Instant::now() + PATIENCE + hook)
     };
     let some = || {
         let mut done = Vec::new();

@@ -1,10 +1,13 @@
 //! `/fork`.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use vmm::config::{HostAddress, MacAddress};
 use vmm::fork::{Child, Outcome};
+use vmm::hook::{Addresses, Hook};
 use vmm::machine::Shape;
 use vmm::snapshot::Overrides;
 
@@ -35,6 +38,67 @@ pub struct ForkOverrides {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub serial_out_path: Option<PathBuf>,
+    /// Have a program in the guest told that it is a copy, and wait until it says that it is ready.
+    #[serde(default)]
+    pub hook: Option<ForkHook>,
+}
+
+/// What a program that listens in the guest is told over the socket device.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkHook {
+    /// The port on which it listens; 1024 if nothing is said.
+    #[serde(default)]
+    #[schema(minimum = 0, maximum = 4_294_967_294u64)]
+    pub port: Option<u32>,
+    /// How long it may take, in milliseconds; 5000 if nothing is said.
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 600_000)]
+    pub timeout_ms: Option<u64>,
+    /// The guest's host name from then on.
+    #[serde(default)]
+    pub hostname: Option<String>,
+    /// Other addresses for network cards.
+    #[serde(default)]
+    pub addresses: Vec<CardAddresses>,
+}
+
+/// Addresses that a guest gives one of its network cards.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CardAddresses {
+    /// The card.
+    pub iface_id: String,
+    /// Its MAC address.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub guest_mac: Option<MacAddress>,
+    /// Its address and how long the network's part of it is, as in 172.30.0.2/30.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub ip: Option<HostAddress>,
+    /// Where everything else is reached.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub gateway: Option<Ipv4Addr>,
+}
+
+impl From<ForkHook> for Hook {
+    fn from(asked: ForkHook) -> Hook {
+        let default = Hook::default();
+        let card = |card: CardAddresses| Addresses {
+            card: card.iface_id,
+            mac: card.guest_mac,
+            ip: card.ip,
+            gateway: card.gateway,
+        };
+        Hook {
+            port: asked.port.unwrap_or(default.port),
+            timeout_ms: asked.timeout_ms.unwrap_or(default.timeout_ms),
+            hostname: asked.hostname,
+            nets: asked.addresses.into_iter().map(card).collect(),
+        }
+    }
 }
 
 /// `/fork`.
@@ -86,6 +150,7 @@ impl ForkParams {
                 console: wish.serial_out_path,
                 netns: wish.netns,
                 resume: !self.paused,
+                hook: wish.hook.map(Into::into),
                 number: n + 1,
                 of: self.count,
             }
@@ -107,6 +172,15 @@ pub struct ForkedChild {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub api_sock: Option<PathBuf>,
+    /// Whether its guest said that it is ready, if it was to be told that it is a copy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready: Option<bool>,
+    /// How long that took from before its first instruction, in microseconds; or how long it was waited for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready_us: Option<u64>,
+    /// Why its guest is not ready. It runs all the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_ready: Option<String>,
     /// Why there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fault_message: Option<String>,
@@ -119,6 +193,9 @@ impl From<Outcome> for ForkedChild {
                 name: Some(born.name),
                 pid: Some(born.pid),
                 api_sock: Some(born.api),
+                ready: born.hook.as_ref().map(|hook| hook.fault.is_none()),
+                ready_us: born.hook.as_ref().map(|hook| hook.us),
+                not_ready: born.hook.and_then(|hook| hook.fault),
                 fault_message: None,
             },
             Err(why) => ForkedChild { fault_message: Some(why), ..ForkedChild::default() },

@@ -11,7 +11,8 @@ use crate::logging::Level;
 const FORK_EXAMPLES: &str = "\
 Examples:
   hull fork web -n 3                                    # web-1, web-2, web-3
-  hull fork web -n 20 --name job-{n} --net net0=tap{n}  # {n} is 1 to 20";
+  hull fork web -n 20 --name job-{n} --net net0=tap{n}  # {n} is 1 to 20
+  hull fork web -n 20 --hook --hostname job-{n} --net net0=tap{n} --ip net0=10.0.{n}.2/30";
 
 // Options of `hull fork`.
 #[derive(Debug, Args)]
@@ -42,6 +43,22 @@ pub struct ForkArgs {
     /// A file for the guest's console [default: it goes nowhere]
     #[arg(long, value_name = "FILE")]
     pub console_file: Option<String>,
+    /// Tell the hook that listens in the guest on this port [default: 1024], and wait until it is ready
+    #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true,
+        default_missing_value = "1024", conflicts_with = "paused")]
+    pub hook: Option<u32>,
+    /// How long that may take, in seconds [default: 5]
+    #[arg(long, value_name = "SECONDS", requires = "hook")]
+    pub hook_timeout: Option<f64>,
+    /// A host name that the hook gives the guest
+    #[arg(long, value_name = "NAME", requires = "hook")]
+    pub hostname: Option<String>,
+    /// An address that the hook gives a network card, and the gateway behind it
+    #[arg(long, value_name = "ID=ADDRESS/PREFIX[,GATEWAY]", requires = "hook")]
+    pub ip: Vec<String>,
+    /// A MAC address that the hook gives a network card of the first copy; each next has the next
+    #[arg(long, value_name = "ID=MAC", requires = "hook")]
+    pub mac: Vec<String>,
     /// Leave the machine halted, as it was copied
     #[arg(long)]
     pub template: bool,

@@ -151,6 +151,13 @@ pub struct RestoreArgs {
     /// Fetch what was written down before the guest touches it, so many bytes a second [default: 256M]
     #[arg(long, value_name = "FILE[,rate=BYTES]")]
     pub prefetch: Option<String>,
+    /// Tell the hook that listens in the guest on this port [default: 1024] that it is a copy
+    #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true,
+        default_missing_value = "1024", conflicts_with = "paused")]
+    pub hook: Option<u32>,
+    /// A host name that the hook gives the guest
+    #[arg(long, value_name = "NAME", requires = "hook")]
+    pub hostname: Option<String>,
     /// Leave it paused
     #[arg(long)]
     pub paused: bool,

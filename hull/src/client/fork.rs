@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use vmm::config::MacAddress;
 
 use super::{Api, Machine, block_on};
 use crate::cli::{ForkArgs, Result};
@@ -26,6 +27,10 @@ enum ForkError {
     Names(String),
     #[error("{0}: write the device's id, =, and what it gets")]
     Pair(&'static str),
+    #[error("--mac: {0}")]
+    Mac(String),
+    #[error("--hook-timeout: {0} is no time")]
+    Timeout(f64),
 }
 
 /// Makes processes for who comes to a socket, which is gone with it.
@@ -96,7 +101,9 @@ pub fn fork(args: &ForkArgs) -> Result {
     })?;
     drop(own);
     let children = forked.get("children").and_then(Value::as_array).cloned().unwrap_or_default();
-    let failed = children.iter().filter(|child| child.get("fault_message").is_some()).count();
+    let is_failed =
+        |child: &&Value| child.get("fault_message").is_some() || child.get("not_ready").is_some();
+    let failed = children.iter().filter(is_failed).count();
     if args.json {
         streams::print(&(serde_json::to_string_pretty(&forked)? + "\n"))?;
     } else {
@@ -148,9 +155,42 @@ fn overrides(args: &ForkArgs) -> std::result::Result<Vec<Value>, ForkError> {
         if let Some(path) = &args.console_file {
             wish["serial_out_path"] = json!(absolute(numbered(path)));
         }
+        if let Some(port) = args.hook {
+            let mut hook = json!({ "port": port });
+            if let Some(name) = &args.hostname {
+                hook["hostname"] = numbered(name).into();
+            }
+            if let Some(seconds) = args.hook_timeout {
+                let time = Duration::try_from_secs_f64(seconds);
+                let time = time.map_err(|_| ForkError::Timeout(seconds))?;
+                hook["timeout_ms"] = json!(time.as_millis() as u64);
+            }
+            let ip = |text| {
+                let (id, ip) = pair("--ip", text)?;
+                let (ip, gateway) = ip.split_once(',').map_or((&*ip, None), |(a, b)| (a, Some(b)));
+                Ok(json!({ "iface_id": id, "ip": ip, "gateway": gateway }))
+            };
+            let mac = |text| {
+                let (id, mac) = pair("--mac", text)?;
+                Ok(json!({ "iface_id": id, "guest_mac": nth(&mac, n - 1)? }))
+            };
+            let ips = args.ip.iter().map(ip);
+            hook["addresses"] = ips.chain(args.mac.iter().map(mac)).collect::<Pairs>()?.into();
+            wish["hook"] = hook;
+        }
         Ok(wish)
     };
     (1..=args.count).map(one).collect()
+}
+
+/// The `n`th address behind this one.
+fn nth(mac: &str, n: u32) -> std::result::Result<String, ForkError> {
+    let MacAddress(first) = mac.parse().map_err(ForkError::Mac)?;
+    let number = first.iter().fold(0, |all, &byte| all << 8 | u64::from(byte)) + u64::from(n);
+    let [_, _, bytes @ ..] = number.to_be_bytes();
+    // Behind the last one is a multicast address, or none.
+    let next: std::result::Result<MacAddress, _> = MacAddress(bytes).to_string().parse();
+    next.map(|mac| mac.to_string()).map_err(ForkError::Mac)
 }
 
 fn print(children: &[Value]) -> std::io::Result<()> {
@@ -161,17 +201,46 @@ fn print(children: &[Value]) -> std::io::Result<()> {
             None => "-".to_owned(),
         }
     };
-    let mut table = Table::new(["NAME", "PID", "API"]);
+    let mut born = Vec::new();
     for (n, child) in children.iter().enumerate() {
-        match child.get("fault_message").and_then(Value::as_str) {
-            Some(why) => streams::say(&format!(
-                "hull: copy {} of {}: {}\n",
-                n + 1,
-                children.len(),
-                streams::printable(&why)
-            )),
-            None => table.push(["name", "pid", "api_sock"].map(|key| text(child, key))),
+        if let Some(why) = child.get("fault_message").and_then(Value::as_str) {
+            let (n, of) = (n + 1, children.len());
+            streams::say(&format!("hull: copy {n} of {of}: {}\n", streams::printable(&why)));
+            continue;
         }
+        if let Some(why) = child.get("not_ready").and_then(Value::as_str) {
+            let name = text(child, "name");
+            let (name, why) = (streams::printable(&name), streams::printable(&why));
+            streams::say(&format!("hull: {name} runs, but {why}\n"));
+        }
+        born.push(child);
+    }
+    if !children.iter().any(|child| child.get("ready").is_some()) {
+        let mut table = Table::new(["NAME", "PID", "API"]);
+        for child in born {
+            table.push(["name", "pid", "api_sock"].map(|key| text(child, key)));
+        }
+        return streams::print(&table.to_string());
+    }
+    let mut table = Table::new(["NAME", "PID", "READY", "API"]);
+    for child in born {
+        let [name, pid, api] = ["name", "pid", "api_sock"].map(|key| text(child, key));
+        let us = child.get("ready_us").and_then(Value::as_f64).unwrap_or_default();
+        let is_ready = child.get("ready").and_then(Value::as_bool).unwrap_or_default();
+        let ready = if is_ready { format!("{:.1} ms", us / 1e3) } else { "no".to_owned() };
+        table.push([name, pid, ready, api]);
     }
     streams::print(&table.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_copy_has_the_next_address() {
+        assert_eq!(nth("06:00:ac:1e:00:fe", 3).unwrap(), "06:00:ac:1e:01:01");
+        assert!(nth("06:00:ac:1e:00", 0).is_err());
+        assert!(nth("06:ff:ff:ff:ff:ff", 1).is_err(), "the next one is a multicast address");
+    }
 }

@@ -224,7 +224,7 @@ impl Machine {
             (None, Some(cpus)) => cpus.make(vm.as_ref())?,
             (None, None) => cpus::bare(vm.as_ref(), config.cpus)?,
         };
-        write_identity(&mut ram)?;
+        let generation = write_identity(&mut ram)?;
         let mut leased = None;
         if let Some(origin) = origin {
             let (vm, serial) = (vm.as_ref(), serial.as_deref());
@@ -299,6 +299,7 @@ impl Machine {
             leased,
             restored: origin.is_some(),
             companions,
+            generation,
             vm,
             ram,
             seccomp: config.seccomp,
@@ -469,13 +470,14 @@ fn describe(
 }
 
 /// Writes the identity pages: each machine is another, also one that goes on where another was saved.
-fn write_identity(ram: &mut GuestRam) -> Result<(), BuildError> {
+fn write_identity(ram: &mut GuestRam) -> Result<[u8; 16], BuildError> {
     let mut identity = [0u8; 16 + 8];
     random::fill(&mut identity).map_err(host("random numbers"))?;
-    let (generation, marker) = identity.split_at(16);
-    ram.write_id_page(layout::VMGENID_PAGE, generation)?;
+    let (&generation, marker) = identity.split_first_chunk().unwrap_or((&[0; 16], &[]));
+    ram.write_id_page(layout::VMGENID_PAGE, &generation)?;
     let marker = marker.iter().fold(0, |all, &byte| all << 8 | u64::from(byte));
-    Ok(ram.write_id_page(layout::VMCLOCK_PAGE, VmClock::new(marker).as_slice())?)
+    ram.write_id_page(layout::VMCLOCK_PAGE, VmClock::new(marker).as_slice())?;
+    Ok(generation)
 }
 
 fn start_io_threads(threads: Vec<Options>, events: &Sender) -> Result<Vec<IoThread>, BuildError> {

@@ -29,7 +29,7 @@ pub use build::hollow::{Hollow, Shape};
 pub(crate) use build::restore::memory as restore_memory;
 pub use build::restore::{Clock, Origin, OriginError, Source};
 pub use build::{BuildError, Host, Observed, root_arguments};
-pub use devices::virtio::device::{BackEnd, Message, Status as DeviceStatus, Traffic};
+pub use devices::virtio::device::{BackEnd, Call, Message, Status as DeviceStatus, Traffic};
 pub use event::{Command, Frozen, Handle, Reply, ReplyTo};
 pub use lifecycle::{Ending, Refusal, State};
 pub use table::{LONGEST_METADATA, check_disk, initial_metadata};
@@ -101,6 +101,7 @@ pub struct Machine {
     /// It goes on from a snapshot: paused.
     restored: bool,
     companions: Vec<Companion>,
+    generation: [u8; 16],
     // Slots, irqfds and ioeventfds live in it.
     vm: Box<dyn Vm>,
     ram: GuestRam,
@@ -111,6 +112,11 @@ impl Machine {
     /// A handle to send commands with.
     pub fn handle(&self) -> Handle {
         Handle(self.shared.events.clone())
+    }
+
+    /// The VM generation id that its guest reads.
+    pub fn generation(&self) -> [u8; 16] {
+        self.generation
     }
 
     /// When milestones were reached.

@@ -14,6 +14,8 @@ mod events;
 #[cfg(test)]
 mod fork;
 #[cfg(test)]
+mod hook;
+#[cfg(test)]
 mod life;
 #[cfg(test)]
 mod metrics;

@@ -1,0 +1,88 @@
+//! Telling the hook of a guest, beside the machine's own work on the control thread, that it is a copy.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+use vmm::config::VmConfig;
+use vmm::hook::{Conversation, Hook, HookError, Identity, Outcome};
+use vmm::machine::{Command, Handle, Message, Service};
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::report;
+
+/// A hook that was told, or is to be.
+pub struct Asking {
+    /// Until it is over: then its connection is closed.
+    conversation: Option<Conversation>,
+    /// Readable when one of the others is: a service has one descriptor.
+    both: OwnedFd,
+    timer: TimerFd,
+    patience: Duration,
+    since: Arc<OnceLock<Instant>>,
+    done: Option<Box<dyn FnOnce(Outcome)>>,
+}
+
+impl Asking {
+    /// Asks the machine, which does not run yet, for a connection. What comes of it is said to `done`, once.
+    ///
+    /// # Errors
+    /// The system refused a descriptor.
+    pub fn start(
+        hook: Hook,
+        identity: Identity,
+        config: VmConfig,
+        machine: &Handle,
+        done: Box<dyn FnOnce(Outcome)>,
+    ) -> io::Result<Asking> {
+        let patience = hook.patience();
+        let (conversation, call) = Conversation::new(hook, identity, config)?;
+        let mut timer = TimerFd::new()?;
+        timer.reset(patience, None)?;
+        let both = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let readable = epoll::EventData::new_u64(0);
+        epoll::add(&both, conversation.as_fd(), readable, epoll::EventFlags::IN)?;
+        // SAFETY: the timer lives as long as the call.
+        let fd = unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) };
+        epoll::add(&both, fd, readable, epoll::EventFlags::IN)?;
+        let since = Arc::<OnceLock<Instant>>::default();
+        let begins = Arc::clone(&since);
+        let message = Message::Call(call);
+        // Answered right before the machine is told to go on. If it has no such device, the connection ends.
+        let reply = Box::new(move |_| {
+            let _ = begins.set(Instant::now());
+        });
+        machine.send(Command::Update { device: "vsock".to_owned(), message }, reply);
+        let conversation = Some(conversation);
+        Ok(Asking { conversation, both, timer, patience, since, done: Some(done) })
+    }
+}
+
+impl Service for Asking {
+    fn fd(&self) -> RawFd {
+        self.both.as_raw_fd()
+    }
+
+    fn on_ready(&mut self, _machine: &Handle) -> bool {
+        let Some(conversation) = &mut self.conversation else { return false };
+        let passed = self.since.get().map_or(Duration::ZERO, Instant::elapsed);
+        let result = match conversation.advance() {
+            Some(result) => result,
+            None if passed >= self.patience => Err(HookError::Late(self.patience)),
+            // The timer was set before the machine began, or it was not that.
+            None => {
+                let left = (self.patience - passed).max(Duration::from_millis(1));
+                return self.timer.reset(left, None).is_ok();
+            }
+        };
+        self.conversation = None;
+        let us = u64::try_from(passed.as_micros()).unwrap_or(u64::MAX);
+        let fault = result.err().map(|error| report::line(&error));
+        if let Some(done) = self.done.take() {
+            done(Outcome { us, fault });
+        }
+        false
+    }
+}

@@ -30,6 +30,9 @@ use crate::run;
 use crate::runtime::RuntimeError;
 use crate::session::{ApiSocket, Session, Wanted};
 
+/// Lower ones are not guests' (virtio 1.3, § 5.10.4).
+const LOWEST_CID: u64 = 3;
+
 #[derive(Debug, thiserror::Error)]
 enum CloneError {
     #[error("standard input is no socket; this is for `hull fork` and `hull pool`")]
@@ -120,7 +123,8 @@ fn serve(
             vsock.path = path.into();
         }
         // Nobody else on this host has it as long as this one lives.
-        vsock.cid = child.overrides.cid.unwrap_or_else(|| std::process::id().into());
+        vsock.cid =
+            child.overrides.cid.unwrap_or_else(|| u64::from(std::process::id()).max(LOWEST_CID));
     }
     let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
     let observed = session.observed().clone();

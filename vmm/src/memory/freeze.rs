@@ -129,7 +129,9 @@ pub fn shared_out<I: Sync, T: Send, W>(
         return one();
     }
     std::thread::scope(|scope| {
-        let others: Vec<_> = (1..COPIERS).map(|_| scope.spawn(one)).collect();
+        // Where there is no thread to be had, one does it all.
+        let start = |_| std::thread::Builder::new().spawn_scoped(scope, one).ok();
+        let others: Vec<_> = (1..COPIERS).filter_map(start).collect();
         let mut all = one();
         for other in others {
             let other = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

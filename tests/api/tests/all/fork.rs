@@ -121,7 +121,7 @@ fn who_can_be_booted_can_be_forked() {
     assert!(answer.json()["copied_bytes"].as_u64().unwrap() >= 2 << 20, "{answer:?}");
     assert_eq!(state(&server), "Paused");
     let child = &answer.json()["children"][0];
-    let ask = |method, body| {
+    let ask = |method: &str, body: &str| {
         let socket = Path::new(child["api_sock"].as_str().unwrap());
         Connection::to(socket).ask(method, if body.is_empty() { "/" } else { "/vm" }, body).answer()
     };

@@ -80,7 +80,7 @@ fn what_is_sent_arrives() {
             let pages = |layers: &[Layer]| layers.iter().map(Layer::pages).collect::<Vec<_>>();
             assert_eq!(pages(&received), pages(&layers));
         });
-        let born = Born { name, pid: 7, api: PathBuf::from("/x") };
+        let born = Born { name, pid: 7, api: PathBuf::from("/x"), hook: None };
         for said in [Ok(born), Err("no".to_owned())] {
             std::thread::scope(|scope| {
                 scope.spawn(|| answer(&theirs, &said).unwrap());

@@ -18,7 +18,7 @@ fn copies_whose_guests_do_not_answer_live() {
         "kernel_image_path": &*PAYLOAD,
         "boot_args": "payload=vsock op=listen port=7 mode=echo conns=9",
     });
-    vm.put("/boot-source", &boot.to_string()).done();
+    vm.put("/boot-source", boot.to_string()).done();
     let fork = |hook: Value, name: &str| {
         // The payload does not read its address again.
         let vsock = json!({ "uds_path": path(name), "guest_cid": 3 });
@@ -30,7 +30,7 @@ fn copies_whose_guests_do_not_answer_live() {
         });
         vm.ask("POST", "/fork", &body.to_string())
     };
-    vm.put("/vsock", &json!({ "guest_cid": 3, "uds_path": path("v") }).to_string()).done();
+    vm.put("/vsock", json!({ "guest_cid": 3, "uds_path": path("v") }).to_string()).done();
     vm.put("/actions", r#"{ "action_type": "InstanceStart" }"#).done();
     vm.process.wait_for("ready");
     Connection::to(&path("pool"));

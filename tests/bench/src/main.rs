@@ -9,6 +9,7 @@ mod block;
 mod boot;
 mod compare;
 mod counter;
+mod fork;
 mod host;
 mod limits;
 mod memory;
@@ -64,8 +65,8 @@ enum Action {
 pub struct RunOptions {
     /// Benches to run: boot, kernel50, memory, blk, vsock, limits, net (or its parts net-send,
     /// net-receive, net-echo), api (or api-start, api-memory, api-latency), snapshot (or
-    /// snapshot-load, snapshot-restore, snapshot-full, snapshot-diff, snapshot-speed). All if none is
-    /// named.
+    /// snapshot-load, snapshot-restore, snapshot-full, snapshot-diff, snapshot-speed), fork (or fork-call,
+    /// fork-many). All if none is named.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Systems to run: hull, firecracker, qemu, floor.
@@ -88,7 +89,7 @@ pub struct RunOptions {
     scratch: Option<PathBuf>,
 }
 
-const BENCHES: [&str; 20] = [
+const BENCHES: [&str; 23] = [
     "boot",
     "kernel50",
     "memory",
@@ -109,6 +110,9 @@ const BENCHES: [&str; 20] = [
     "snapshot-full",
     "snapshot-diff",
     "snapshot-speed",
+    "fork",
+    "fork-call",
+    "fork-many",
 ];
 
 impl RunOptions {
@@ -173,6 +177,7 @@ fn run(options: &RunOptions) -> Result<()> {
     }
     api::run(&programs, &systems, options, &mut report)?;
     snapshot::run(&programs, &systems, options, &mut report)?;
+    fork::run(&programs, &systems, options, &mut report)?;
 
     report.host.stolen = start.stolen();
     report.print();

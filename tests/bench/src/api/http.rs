@@ -126,6 +126,17 @@ impl Client {
         }
     }
 
+    /// Sends a request whose answer has to have this status. Returns its body.
+    pub fn told(&mut self, status: u16, method: &str, path: &str, body: &str) -> Result<Vec<u8>> {
+        self.send(&request(method, path, body))?;
+        let answer = self.answer()?.ok_or("no answer")?;
+        let whole = &self.buffer[..answer.bytes];
+        match (answer.status == status, whole.windows(4).position(|end| end == b"\r\n\r\n")) {
+            (true, Some(head)) => Ok(whole[head + 4..].to_vec()),
+            _ => Err(format!("{method} {path}: {}", String::from_utf8_lossy(whole)).into()),
+        }
+    }
+
     /// Sends a request that is answered bit by bit, and leaves the answer to whoever keeps this.
     pub fn listen(&mut self, path: &str) -> Result<()> {
         self.stream.write_all(&request("GET", path, ""))?;

@@ -3,7 +3,7 @@
 mod diff;
 mod full;
 mod load;
-mod machine;
+pub mod machine;
 mod restore;
 mod speed;
 
@@ -31,6 +31,11 @@ fn saved(programs: &Programs, systems: &[System], guest: &Guest, says: &str) -> 
             .map_err(|error| format!("a snapshot by {}: {error}", system.name()).into())
     };
     systems.iter().map(saved).collect()
+}
+
+/// The least that a restore takes, to hold something else against.
+pub fn restore_floor(programs: &Programs, runs: usize, report: &mut Report) -> Result<()> {
+    restore::run(programs, Turns { systems: &[System::Floor], runs }, report)
 }
 
 /// All parts that are wanted, on the systems that have snapshots, or a way to go on.

@@ -1,0 +1,242 @@
+//! Copies of a running machine: how long until one runs, and what a thousand cost.
+
+use crate::report::{Bound, Report};
+use crate::snapshot::machine::Machine;
+use crate::system::{Guest, Programs, System};
+use crate::{Result, RunOptions};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// The parent: 10 MiB of 128 are touched, and it is halted, as its copies are once they have said a word.
+const GUEST: &str = "payload=work size=4K dirty=10M";
+const MIB: u32 = 128;
+/// Between two forks, for the copy to come to rest.
+const REST: Duration = Duration::from_millis(30);
+/// How long a process may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Copies that are alive at once.
+const MANY: u32 = 1000;
+
+const FLOOR: &str = "restore 128 MiB, exec to output";
+
+/// A pool, ended when dropped.
+struct Pool {
+    process: Child,
+    socket: PathBuf,
+    _folder: TempDir,
+}
+
+impl Pool {
+    /// One that keeps so many processes ready for the parent's copies; with none it makes them as needed.
+    fn start(programs: &Programs, number: usize) -> Result<Pool> {
+        let folder = crate::api::folder()?;
+        let socket = folder.path().join("pool");
+        let keep = match number {
+            // Of a shape that nobody asks for.
+            0 => "number=1,memory=64M".to_owned(),
+            number => format!("number={number},memory={MIB}M"),
+        };
+        let process = Command::new(programs.program(System::Hull))
+            .env("XDG_RUNTIME_DIR", folder.path())
+            .args(["pool", "--keep", &keep, "--socket"])
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .spawn()?;
+        let pool = Pool { process, socket, _folder: folder };
+        let begun = Instant::now();
+        let id = pool.process.id();
+        while children_of(id)? < number.max(1) {
+            if begun.elapsed() > PATIENCE {
+                return Err("the pool does not fill".into());
+            }
+            std::thread::sleep(REST);
+        }
+        // The last one gets its parts.
+        std::thread::sleep(REST * 4);
+        Ok(pool)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        end(self.process.id());
+        // It was told to end.
+        let _ = self.process.wait();
+    }
+}
+
+fn children_of(process: u32) -> Result<usize> {
+    let children = format!("/proc/{process}/task/{process}/children");
+    Ok(std::fs::read_to_string(children)?.split_whitespace().count())
+}
+
+/// Has a process end by itself, so that it leaves nothing.
+fn end(process: u32) {
+    // SAFETY: a signal to a process that this one had made, and that nobody else waits for.
+    unsafe { libc::kill(process as libc::pid_t, libc::SIGTERM) };
+}
+
+/// Copies, ended when dropped.
+#[derive(Default)]
+struct Copies(Vec<u32>);
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|process| end(*process));
+        let begun = Instant::now();
+        let there = |process: &u32| Path::new(&format!("/proc/{process}")).exists();
+        while self.0.iter().any(there) && begun.elapsed() < PATIENCE {
+            std::thread::sleep(REST);
+        }
+    }
+}
+
+impl Copies {
+    /// Adds those of an answer, all of which have to be there.
+    fn add(&mut self, answer: &Value) -> Result<()> {
+        for child in answer["children"].as_array().ok_or("there are no children")? {
+            let pid = child["pid"].as_u64().ok_or_else(|| child.to_string())?;
+            self.0.push(u32::try_from(pid)?);
+        }
+        Ok(())
+    }
+}
+
+/// A halted machine.
+fn parent(programs: &Programs) -> Result<Machine> {
+    let guest = Guest { mib: Some(MIB), ..Guest::new(GUEST) };
+    let mut machine = Machine::start(programs, System::Hull, &guest, "ready\n")?;
+    machine.running.typed("d")?;
+    machine.running.typed("h")?;
+    std::thread::sleep(REST);
+    Ok(machine)
+}
+
+/// All parts that are wanted. Others have nothing like it; the floor is that of a restore.
+pub fn run(
+    programs: &Programs,
+    systems: &[System],
+    options: &RunOptions,
+    report: &mut Report,
+) -> Result<()> {
+    if !systems.contains(&System::Hull) {
+        return Ok(());
+    }
+    if options.wants("fork-call") {
+        if systems.contains(&System::Floor) && report.median(FLOOR, "floor").is_none() {
+            crate::snapshot::restore_floor(programs, options.runs.div_ceil(2), report)?;
+        }
+        for (what, ready) in [("fork, pool filled", true), ("fork, no pool", false)] {
+            calls(programs, what, ready, options.runs, report)?;
+        }
+        let at_most = |value| Bound::AtMost(value);
+        for (row, bound) in [("call", 1.0), ("call, p99", 5.0), ("parent's pause", 10.8)] {
+            let row = format!("fork, pool filled, {row}");
+            report.target(&row, "hull, ms", report.median(&row, "hull"), at_most(bound));
+        }
+        let row = "fork, no pool, to output";
+        let ratio = report.median(row, "hull").zip(report.median(FLOOR, "floor"));
+        report.target(
+            row,
+            "÷ restore's floor",
+            ratio.map(|(fork, floor)| fork / floor),
+            at_most(1.5),
+        );
+    }
+    if options.wants("fork-many") {
+        many(programs, report)?;
+    }
+    Ok(())
+}
+
+/// One copy after the other, one a call.
+fn calls(
+    programs: &Programs,
+    what: &str,
+    ready: bool,
+    runs: usize,
+    report: &mut Report,
+) -> Result<()> {
+    let pool = Pool::start(programs, if ready { runs + 2 } else { 0 })?;
+    let mut machine = parent(programs)?;
+    let folder = crate::api::folder()?;
+    let mut copies = Copies::default();
+    let (mut calls, mut outputs, mut pauses) = (Vec::new(), Vec::new(), Vec::new());
+    // The first finds what the guest wrote since it booted, and is thrown away.
+    for run in 0..=runs {
+        let console = folder.path().join(run.to_string());
+        let body = json!({ "pool": pool.socket, "overrides": [{ "serial_out_path": console }] });
+        let begun = Instant::now();
+        let answer = machine.client.told(200, "POST", "/fork", &body.to_string())?;
+        let call = begun.elapsed();
+        let answer: Value = serde_json::from_slice(&answer)?;
+        copies.add(&answer)?;
+        while !std::fs::metadata(&console).is_ok_and(|file| file.len() > 0) {
+            if begun.elapsed() > PATIENCE {
+                return Err("a copy says nothing".into());
+            }
+        }
+        if run > 0 {
+            calls.push(call.as_secs_f64() * 1e3);
+            outputs.push(begun.elapsed().as_secs_f64() * 1e3);
+            pauses.push(answer["pause_us"].as_f64().unwrap_or(f64::NAN) / 1e3);
+        }
+        std::thread::sleep(REST);
+    }
+    let mut sorted = calls.clone();
+    sorted.sort_by(f64::total_cmp);
+    let p99 = sorted.get((sorted.len() * 99 / 100).min(sorted.len() - 1)).copied();
+    report.add(&format!("{what}, call"), "hull", "ms", calls);
+    report.add(&format!("{what}, call, p99"), "hull", "ms", p99.into_iter().collect());
+    report.add(&format!("{what}, to output"), "hull", "ms", outputs);
+    report.add(&format!("{what}, parent's pause"), "hull", "ms", pauses);
+    Ok(())
+}
+
+/// A thousand in one call, alive at once.
+fn many(programs: &Programs, report: &mut Report) -> Result<()> {
+    let pool = Pool::start(programs, 0)?;
+    let mut machine = parent(programs)?;
+    machine.client = machine.client.patient(PATIENCE * 10)?;
+    let mut copies = Copies::default();
+    let before = available()?;
+    let begun = Instant::now();
+    let body = json!({ "count": MANY, "pool": pool.socket }).to_string();
+    let answer = machine.client.told(200, "POST", "/fork", &body)?;
+    let rate = f64::from(MANY) / begun.elapsed().as_secs_f64();
+    copies.add(&serde_json::from_slice(&answer)?)?;
+    std::thread::sleep(REST * 30);
+    let host = (before - available()?) / f64::from(MANY);
+    let private =
+        copies.0.iter().map(|process| private_of(*process)).collect::<Result<Vec<_>>>()?;
+    let most = private.iter().copied().fold(0.0, f64::max);
+    report.add("1,000 copies, made", "hull", "per s", vec![rate]);
+    report.add("1,000 copies, private each", "hull", "kB", private);
+    report.add("1,000 copies, of the host's memory each", "hull", "kB", vec![host]);
+    let bound = Bound::AtMost(1024.0);
+    report.target("1,000 copies, private each", "hull, kB at most", Some(most), bound);
+    Ok(())
+}
+
+/// Kilobytes that the host has left.
+fn available() -> Result<f64> {
+    kilobytes("/proc/meminfo", &["MemAvailable"])
+}
+
+/// Kilobytes that a process has for itself, written or not.
+fn private_of(process: u32) -> Result<f64> {
+    kilobytes(&format!("/proc/{process}/smaps_rollup"), &["Private_Dirty", "Private_Clean"])
+}
+
+fn kilobytes(file: &str, keys: &[&str]) -> Result<f64> {
+    let text = std::fs::read_to_string(file)?;
+    let value = |line: &str| {
+        let (key, value) = line.split_once(':')?;
+        let value = value.split_whitespace().next()?.parse::<f64>().ok()?;
+        keys.contains(&key).then_some(value)
+    };
+    Ok(text.lines().filter_map(value).sum())
+}

@@ -152,6 +152,8 @@ fn each_setting() {
             "/drives/d": { "drive_id": "d", "is_root_device": true, "path_on_host": at("disk"),
                 "partuuid": "0eaa91a0-01", "is_read_only": true, "cache_type": "Writeback",
                 "rate_limiter": limiter },
+            "/drives/o": { "drive_id": "o", "is_root_device": false, "path_on_host": at("other"),
+                "overlay": at("overlay") },
             "/network-interfaces/e": { "iface_id": "e", "host_dev_name": testnet::NAME,
                 "guest_mac": "06:00:00:00:00:0a", "mtu": 1400,
                 "rx_rate_limiter": limiter, "tx_rate_limiter": limiter },

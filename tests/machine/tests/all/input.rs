@@ -244,7 +244,10 @@ fn options_that_nobody_knows() {
         Guest::bare().option("--kernel", &*PAYLOAD).flag(option).run().misused(&[words]);
     };
     misused("--memroy=1G", "a similar argument exists: '--memory'");
-    misused("--disk=path=x,reed-only", "unknown field `reed-only`, expected one of `path`, `ro`");
+    misused(
+        "--disk=path=x,reed-only",
+        "unknown field `reed-only`, expected one of `path`, `overlay`, `ro`",
+    );
     misused("--disk=path=x,cash=unsafe", "did you mean `cache`?");
     misused("--net=tap=x,mak=1", "did you mean `mac`?");
     misused("--disk=ro", "disk[0].path: a disk needs a file or block device");

@@ -14,6 +14,7 @@ mod load;
 mod pattern;
 mod peer;
 mod site;
+mod warm;
 
 use std::process::ExitCode;
 use std::sync::Arc;

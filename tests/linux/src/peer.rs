@@ -1,5 +1,5 @@
 //! The guest's side of the socket tests: this program once more, as a guest runs it. What
-//! `linux-tests load` does is said in [`crate::load`].
+//! `linux-tests load` does is said in [`crate::load`], `linux-tests warm` in [`crate::warm`].
 //!
 //!     linux-tests vsock-cid                  prints the guest's address
 //!     linux-tests vsock-listen PORT COUNT    sends COUNT connections back what they say
@@ -14,6 +14,7 @@ use std::thread;
 
 use crate::load;
 use crate::pattern::Pattern;
+use crate::warm;
 
 /// The host's address.
 const HOST: u32 = 2;
@@ -37,6 +38,7 @@ pub fn play() -> Option<ExitCode> {
             let bytes = number(bytes)? as usize;
             connect(port)?.write_all(&sample(bytes))
         }),
+        ["warm"] => warm::run(),
         ["load", address, disk, folder, status] => load::run(address, disk, folder, status),
         _ => return None,
     };
@@ -87,6 +89,12 @@ fn echo(mut stream: File) -> io::Result<()> {
 }
 
 fn listen(port: u32, count: u32) -> io::Result<()> {
+    let socket = listener(port)?;
+    each(count, || accept(&socket))
+}
+
+/// Listens on the guest's `port`.
+pub fn listener(port: u32) -> io::Result<OwnedFd> {
     let socket = socket()?;
     let (address, length) = named(ANY, port);
     // SAFETY: the address is valid for its length; the other call has no memory arguments.
@@ -94,15 +102,18 @@ fn listen(port: u32, count: u32) -> io::Result<()> {
         check(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length))?;
         check(libc::listen(socket.as_raw_fd(), 128))?;
     }
-    each(count, || {
-        let nobody = std::ptr::null_mut();
-        // SAFETY: no address is asked for; a good result is a new descriptor, ours alone.
-        unsafe {
-            let stream = libc::accept(socket.as_raw_fd(), nobody, nobody.cast());
-            check(stream)?;
-            Ok(File::from(OwnedFd::from_raw_fd(stream)))
-        }
-    })
+    Ok(socket)
+}
+
+/// Who comes next.
+pub fn accept(listener: &OwnedFd) -> io::Result<File> {
+    let nobody = std::ptr::null_mut();
+    // SAFETY: no address is asked for; a good result is a new descriptor, ours alone.
+    unsafe {
+        let stream = libc::accept(listener.as_raw_fd(), nobody, nobody.cast());
+        check(stream)?;
+        Ok(File::from(OwnedFd::from_raw_fd(stream)))
+    }
 }
 
 /// Connects to the host's `port`.

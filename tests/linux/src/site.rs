@@ -10,6 +10,7 @@ use crate::guest::Failure;
 ///
 /// - `cloud.vmlinuz`, `cloud.vmlinux`, `cloud.initramfs`: Debian's cloud kernel,
 /// - `generic.vmlinuz`, `generic.initramfs`: Debian's generic kernel,
+/// - `hooked.initramfs`: the same with `/bin/guest-hook`,
 /// - `root.ext4`: the root disk of `resources/rootdisk`,
 /// - `e2fsck`: statically linked.
 pub struct Site {

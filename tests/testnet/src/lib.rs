@@ -38,7 +38,7 @@ pub fn in_namespace<T: Send>(queues: bool, body: impl FnOnce() -> Result<T> + Se
             let prepared = (|| -> Result<()> {
                 // SAFETY: moves only this thread.
                 check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
-                make_tap(queues)
+                make_tap(NAME, queues)
             })();
             prepared.and_then(|()| body()).map_err(|error| error.to_string())
         });
@@ -50,24 +50,28 @@ pub fn in_namespace<T: Send>(queues: bool, body: impl FnOnce() -> Result<T> + Se
     }
 }
 
-fn interface_request(flags: libc::c_int) -> libc::ifreq {
+fn interface_request(name: &str, flags: libc::c_int) -> libc::ifreq {
     // SAFETY: all zeroes is a value of this plain structure.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (target, byte) in request.ifr_name.iter_mut().zip(NAME.bytes()) {
+    for (target, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *target = byte as libc::c_char;
     }
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     request
 }
 
-fn make_tap(queues: bool) -> Result<()> {
+/// Makes another TAP of this name in the calling thread's namespace.
+///
+/// # Errors
+/// There is one already, or no right to make it.
+pub fn make_tap(name: &str, queues: bool) -> Result<()> {
     // Before the interface is there: nothing but the bench shall send on it.
     std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").ok();
     let tun = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
     let more = if queues { libc::IFF_MULTI_QUEUE } else { 0 };
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
-    let request = interface_request(flags);
-    let up = interface_request(libc::IFF_UP);
+    let request = interface_request(name, flags);
+    let up = interface_request(name, libc::IFF_UP);
     // SAFETY: `request` and `up` outlive their calls; the third takes a number.
     unsafe {
         check(libc::ioctl(tun.as_raw_fd(), TUNSETIFF, &raw const request))?;

@@ -3,6 +3,7 @@
 mod balloon;
 mod boot;
 mod disk;
+mod fork;
 mod lifecycle;
 mod metadata;
 mod network;
@@ -21,8 +22,16 @@ pub type Case = fn(&Site) -> Result<(), Failure>;
 pub fn all() -> Vec<(&'static str, Case)> {
     let devices =
         [disk::CASES, network::CASES, metadata::CASES, vsock::CASES, balloon::CASES].concat();
-    [boot::CASES, resources::CASES, &devices, lifecycle::CASES, snapshot::CASES, rounds::CASES]
-        .concat()
+    [
+        boot::CASES,
+        resources::CASES,
+        &devices,
+        lifecycle::CASES,
+        snapshot::CASES,
+        fork::CASES,
+        rounds::CASES,
+    ]
+    .concat()
 }
 
 /// Fails with `what` unless `held`.

@@ -60,7 +60,7 @@ pub fn prepare(guest: &mut Guest, disk: &str) -> Result<(), Failure> {
 }
 
 /// Connects to the guest's `port`, as soon as somebody listens there.
-fn connect(path: &Path, port: u32) -> Result<UnixStream, Failure> {
+pub fn connect(path: &Path, port: u32) -> Result<UnixStream, Failure> {
     let deadline = Instant::now() + STEP;
     loop {
         let mut stream = patient(UnixStream::connect(path)?)?;

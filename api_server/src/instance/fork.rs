@@ -28,7 +28,7 @@ use vmm::machine::{Command, Frozen, Shape};
 use vmm::snapshot::{self, Header, MemoryHeader, State};
 
 use super::snapshot::{Saving, halt, micros, portable};
-use super::{Instance, Shared, elsewhere};
+use super::{Instance, Shared, elsewhere, send};
 use crate::fault::{Fault, chain};
 use crate::types::fork::{ForkParams, Forked};
 
@@ -83,8 +83,9 @@ impl Saving {
     ) -> Result<Forked, Fault> {
         let handle = self.0.handle()?;
         let (frozen, halted) = halt(&self.0, &handle, false).await?;
-        elsewhere(move || {
-            let (was_running, config) = (frozen.was_running, self.0.config());
+        let (was_running, machine) = (frozen.was_running, handle.clone());
+        let forked = elsewhere(move || {
+            let config = self.0.config();
             let mut children = params.children(Shape::of(&config));
             self.0.name_children(&mut children);
             let seed = seed(frozen, config);
@@ -102,8 +103,15 @@ impl Saving {
             let children = children.into_iter().map(Into::into).collect();
             let pause_us = goes_on.recv().map_err(|_| Fault::gone())?;
             Ok(Forked { children, pause_us, copied_bytes })
-        })
-        .await?
+        });
+        match forked.await {
+            Ok(forked) => forked,
+            Err(fault) => {
+                // There was no thread to let the machine go on.
+                let _ = send(&machine, Command::Thaw { resume: was_running }).await;
+                Err(fault)
+            }
+        }
     }
 }
 

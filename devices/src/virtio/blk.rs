@@ -127,11 +127,6 @@ impl Block {
     pub fn set_limit(&mut self, limit: Option<RateLimiter>) {
         self.limit = limit;
     }
-
-    /// What is behind it: for [`overlay::freeze`], while no worker runs.
-    pub fn disk(&self) -> &Arc<Backing> {
-        &self.disk
-    }
 }
 
 impl Device for Block {
@@ -199,16 +194,24 @@ impl Device for Block {
     }
 
     fn replace(&mut self, back_end: BackEnd) -> Result<Vec<u8>, ReplaceError> {
-        let replaced = match back_end {
-            BackEnd::Disk(candidate) => self.disk.replaced_by(candidate).map(Backing::from),
-            BackEnd::Frozen(disk) => Ok(disk),
+        let candidate = match back_end {
+            BackEnd::Disk(candidate) => candidate,
+            BackEnd::Frozen(disk) => {
+                self.disk = Arc::new(disk);
+                return Ok(self.config());
+            }
         };
+        let replaced = self.disk.replaced_by(candidate).map(Backing::from);
         match &replaced {
             Ok(_) => self.metrics.update_count.count(),
             Err(_) => self.metrics.update_fails.count(),
         }
         self.disk = Arc::new(replaced?);
         Ok(self.config())
+    }
+
+    fn disk(&self) -> Option<&Arc<Backing>> {
+        Some(&self.disk)
     }
 
     fn worker(&mut self, _group: usize, negotiated: u64) -> io::Result<Box<dyn Worker>> {

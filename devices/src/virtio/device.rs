@@ -133,6 +133,11 @@ pub trait Device: Send {
         Err("this kind of device has nothing that could be replaced".into())
     }
 
+    /// What a disk has behind it. Only while no worker runs does nobody write to it.
+    fn disk(&self) -> Option<&Arc<Backing>> {
+        None
+    }
+
     /// How the device stands, where there is something to be said.
     fn status(&self) -> Option<Status> {
         None

@@ -31,12 +31,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 pub use fold::{Progress, commit, flatten};
 pub use format::{BaseRef, DEEPEST, FormatError, Header, Id, VERSION};
-pub use freeze::{Cloned, Frozen, MOST_LAYERS, freeze, reflink_or_overlay};
+pub use freeze::{Base, Frozen, MOST_LAYERS, freeze};
 pub use open::{BaseFormat, Described, LayerInfo, create, describe, looks_like_overlay};
 
 pub use format::BLOCK;
-#[cfg(test)]
-pub(super) use freeze::reflink;
 pub(super) use sync::Bits;
 use sync::UNNOTED;
 

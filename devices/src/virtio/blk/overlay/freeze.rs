@@ -20,49 +20,123 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use super::fold::copy;
 use super::format::{NO_ID, PAGE};
-use super::open::{Under, aside, boot_id, folder_of, make, random, raw_layer, settle};
-use super::{BaseFormat, Header, Layer, OpenError, Overlay, OverlayError, Owners};
+use super::open::{
+    Under, aside, boot_id, folder_of, header_of, make, random, raw_layer, reopened, settle, share,
+};
+use super::{Header, Layer, OpenError, Overlay, OverlayError, Owners};
 use crate::virtio::blk::file::lock;
 use crate::virtio::blk::{Backing, DiskFile};
 
 /// Files that a chain may have before its highest overlays are made one.
 pub const MOST_LAYERS: usize = 16;
 
+/// What others stand on: files that nobody writes any more, in this process or handed over to another.
+#[derive(Clone, Debug)]
+pub struct Base {
+    /// Where the highest of them is; absolute.
+    pub path: PathBuf,
+    /// They, the lowest first, open for reading. As long as one of these descriptors is open, here or elsewhere,
+    /// nobody gets the file for writing.
+    pub files: Vec<Arc<File>>,
+    /// Some of it may not be on the disk yet.
+    pub unsynced: bool,
+    /// It is a copy that the file system made and that has no name: copies of it are made in the same way.
+    pub reflink: bool,
+}
+
+impl Base {
+    /// Makes a disk at `path`, where nothing is, that begins as this one, and opens it.
+    ///
+    /// # Errors
+    /// [`OverlayError`]; nothing is left then.
+    pub fn copy(&self, path: &Path, direct: bool) -> Result<Backing, OverlayError> {
+        let copied = if self.reflink { self.cloned(path, direct) } else { self.over(path, direct) };
+        if copied.as_ref().is_err_and(|err| !matches!(err, OverlayError::Exists(_))) {
+            let _ = fs::remove_file(path);
+        }
+        copied
+    }
+
+    fn over(&self, path: &Path, direct: bool) -> Result<Backing, OverlayError> {
+        drop(make(path, &self.under()?)?);
+        let mut overlay = Overlay::open_over(path, self.files.clone(), false, direct)?;
+        let folder = File::open(folder_of(path));
+        overlay.new_in(folder.map_err(|source| OverlayError::File {
+            verb: "open the folder of",
+            path: path.to_owned(),
+            source,
+        })?);
+        Ok(overlay.into())
+    }
+
+    fn cloned(&self, path: &Path, direct: bool) -> Result<Backing, OverlayError> {
+        let failed = |source: io::Error| match source.kind() {
+            ErrorKind::AlreadyExists => OverlayError::Exists(path.to_owned()),
+            _ => OverlayError::File { verb: "make", path: path.to_owned(), source },
+        };
+        let Some(file) = self.files.last() else { return Err(self.unfit("it has no file")) };
+        reflink(file, path).map_err(failed)?;
+        // No flush of the guest syncs the folder.
+        File::open(folder_of(path)).and_then(|folder| folder.sync_all()).map_err(failed)?;
+        Ok(DiskFile::open(path, false, direct)?.into())
+    }
+
+    fn unfit(&self, reason: &str) -> OverlayError {
+        OverlayError::Unfit { path: self.path.clone(), reason: reason.to_owned() }
+    }
+
+    fn under(&self) -> Result<Under, OverlayError> {
+        let Some(file) = self.files.last() else { return Err(self.unfit("it has no file")) };
+        let header = if self.files.len() > 1 { Some(header_of(file, &self.path)?) } else { None };
+        let size = match &header {
+            Some(header) => header.size,
+            None => DiskFile::of_shared(reopened(file, &self.path)?, &self.path, false)?.len(),
+        };
+        let (file, unsynced) = (Arc::clone(file), self.unsynced);
+        Ok(Under { path: self.path.clone(), file, header, size, unsynced })
+    }
+}
+
 /// A disk that others can stand on.
 #[derive(Debug)]
 pub struct Frozen {
-    /// What the machine goes on with in place of what it had; nothing if it wrote nothing since the last time,
-    /// when it keeps what it has.
+    /// What the machine goes on with in place of what it had, if it cannot keep that.
     pub disk: Option<Backing>,
     /// Files that were made on the way, beside that of `disk`.
     pub made: Vec<PathBuf>,
-    under: Under,
-    files: Vec<Arc<File>>,
+    /// What others stand on.
+    pub base: Base,
+    /// What the machine had, with which it may go on after all.
+    before: Option<Arc<File>>,
 }
 
 impl Frozen {
-    /// Where the base of others is.
-    pub fn base(&self) -> &Path {
-        &self.under.path
+    /// Has everything be as it was: nobody stands on it.
+    pub fn undo(mut self) {
+        let path = self.disk.take().map(|disk| disk.path().to_owned());
+        for path in path.iter().chain(&self.made) {
+            let _ = fs::remove_file(path);
+        }
+        self.base.files.clear();
+        if let Some(file) = self.before.filter(|_| path.is_some())
+            && let Err(error) = lock(&file, false)
+        {
+            tracing::warn!(%error, path = %self.base.path.display(), "a disk is not locked any more");
+        }
     }
 
-    /// Makes an overlay at `path` for somebody else, who may open it.
-    ///
-    /// # Errors
-    /// [`OverlayError`].
-    pub fn overlay(&self, path: &Path) -> Result<Header, OverlayError> {
-        make(path, &self.under).map(|(_, header)| header)
-    }
-
-    /// The files below such an overlay, the lowest first, for [`Overlay::open_over`]. They may be open for
-    /// writing here: whoever gets them has to be trusted not to.
-    pub fn files(&self) -> &[Arc<File>] {
-        &self.files
+    /// The name of the lowest file: what a person knows the disk by.
+    pub fn known_as(disk: &Backing) -> &Path {
+        match disk {
+            Backing::Raw(file) => file.path(),
+            Backing::Overlay(overlay) => &overlay.layers[0].path,
+        }
     }
 }
 
 /// Turns the top of `disk`, of which no queue runs, into a base that others share, and makes a fresh overlay at
-/// `fresh` for the machine itself.
+/// `fresh` for the machine itself. Where the file system can share data between files, the machine keeps its raw
+/// disk, and what others stand on is a copy.
 ///
 /// # Errors
 /// [`OverlayError`]; the disk is as it was then.
@@ -72,7 +146,10 @@ pub fn freeze(disk: &Backing, fresh: &Path) -> Result<Frozen, OverlayError> {
         return Err(OverlayError::Unfit { path: disk.path().to_owned(), reason });
     }
     match disk {
-        Backing::Raw(file) => freeze_raw(file, fresh),
+        Backing::Raw(file) => match clone_raw(file, fresh)? {
+            Some(frozen) => Ok(frozen),
+            None => freeze_raw(file, fresh),
+        },
         Backing::Overlay(overlay) => freeze_overlay(overlay, fresh),
     }
 }
@@ -85,10 +162,30 @@ fn absolute(path: &Path) -> Result<PathBuf, OverlayError> {
     })
 }
 
-/// Lets others in beside this process, for reading.
-fn share(file: &File, path: &Path) -> Result<(), OverlayError> {
-    let failed = |source| OpenError::Host { what: "lock", path: path.to_owned(), source };
-    Ok(lock(file, true).map_err(failed)?)
+/// The files of these for whoever else, who cannot write them.
+fn readers<'a>(layers: impl Iterator<Item = &'a Layer>) -> Result<Vec<Arc<File>>, OverlayError> {
+    layers.map(|layer| reopened(&layer.file, &layer.path).map(Arc::new)).collect()
+}
+
+/// A copy that shares its data with the disk, if there can be one. It loses its name at once.
+fn clone_raw(disk: &DiskFile, aside: &Path) -> Result<Option<Frozen>, OverlayError> {
+    let failed = |source| OverlayError::File { verb: "make", path: aside.to_owned(), source };
+    if !disk.is_file() {
+        return Ok(None);
+    }
+    match reflink(disk.file(), aside) {
+        Ok(()) => {}
+        Err(err) if cannot(&err) => return Ok(None),
+        Err(err) if err.kind() == ErrorKind::AlreadyExists => {
+            return Err(OverlayError::Exists(aside.to_owned()));
+        }
+        Err(err) => return Err(failed(err)),
+    }
+    let file = File::open(aside);
+    fs::remove_file(aside).map_err(failed)?;
+    let files = vec![Arc::new(file.map_err(failed)?)];
+    let base = Base { path: absolute(disk.path())?, files, unsynced: false, reflink: true };
+    Ok(Some(Frozen { disk: None, made: Vec::new(), base, before: None }))
 }
 
 fn freeze_raw(disk: &DiskFile, fresh: &Path) -> Result<Frozen, OverlayError> {
@@ -97,23 +194,46 @@ fn freeze_raw(disk: &DiskFile, fresh: &Path) -> Result<Frozen, OverlayError> {
         let path = path.clone();
         OpenError::Host { what: "copy the descriptor of", path, source }
     };
-    let file = Arc::new(disk.file().try_clone().map_err(failed)?);
+    let before = Arc::new(disk.file().try_clone().map_err(failed)?);
+    share(&before, &path)?;
+    let frozen = over_raw(disk, &path, fresh);
+    match frozen {
+        Ok((disk, base)) => {
+            Ok(Frozen { disk: Some(disk.into()), made: Vec::new(), base, before: Some(before) })
+        }
+        Err(err) => {
+            let _ = lock(&before, false);
+            Err(err)
+        }
+    }
+}
+
+fn over_raw(disk: &DiskFile, path: &Path, fresh: &Path) -> Result<(Overlay, Base), OverlayError> {
+    let file = Arc::new(reopened(disk.file(), path)?);
     let under = Under {
-        path: path.clone(),
+        path: path.to_owned(),
         file: Arc::clone(&file),
         header: None,
         size: disk.len(),
         unsynced: true,
     };
-    let copy = DiskFile::of_shared(file.try_clone().map_err(failed)?, &path, disk.direct())?;
+    // With flags of its own: whoever the base is handed over to reads it through the page cache.
+    let copy = DiskFile::of_shared(reopened(disk.file(), path)?, path, disk.direct())?;
     let block_size = copy.block_size();
-    let mut base = raw_layer(copy, path.clone());
-    base.unsynced = true;
-    let owners = owners(disk.len(), &path)?;
+    let mut layer = raw_layer(copy, path.to_owned());
+    if disk.direct() {
+        let failed = |source| OverlayError::File { verb: "open", path: path.to_owned(), source };
+        super::open::go_direct(&layer.file).map_err(failed)?;
+    }
+    layer.unsynced = true;
+    let owners = owners(disk.len(), path)?;
     let top = made(fresh, &under)?;
-    share(&file, &path)?;
-    let overlay = Overlay::over(vec![base], top, fresh, owners, disk.direct(), block_size, &[])?;
-    Ok(Frozen { disk: Some(overlay.into()), made: Vec::new(), under, files: vec![file] })
+    let overlay = Overlay::over(vec![layer], top, fresh, owners, disk.direct(), block_size, &[]);
+    if overlay.is_err() {
+        let _ = fs::remove_file(fresh);
+    }
+    let base = Base { path: path.to_owned(), files: vec![file], unsynced: true, reflink: false };
+    Ok((overlay?, base))
 }
 
 fn owners(size: u64, path: &Path) -> Result<Arc<Owners>, OverlayError> {
@@ -144,60 +264,86 @@ fn freeze_overlay(overlay: &Overlay, fresh: &Path) -> Result<Frozen, OverlayErro
     let failed = |source| OverlayError::File { verb: "write", path: overlay.path.clone(), source };
     if overlay.allocated() == 0 {
         let below = &overlay.layers[..overlay.layers.len() - 1];
-        let base = &below[below.len() - 1];
-        let under = Under {
-            path: absolute(&base.path)?,
-            file: Arc::clone(&base.file),
-            header: base.header.clone(),
-            size: overlay.len(),
-            unsynced: base.unsynced && !overlay.is_base_synced(),
+        let last = &below[below.len() - 1];
+        let base = Base {
+            path: absolute(&last.path)?,
+            files: readers(below.iter())?,
+            unsynced: last.unsynced && !overlay.is_base_synced(),
+            reflink: false,
         };
-        let files = below.iter().map(|layer| Arc::clone(&layer.file)).collect();
-        return Ok(Frozen { disk: None, made: Vec::new(), under, files });
+        return Ok(Frozen { disk: None, made: Vec::new(), base, before: None });
     }
-    let mut files = Vec::new();
+    let mut made = Vec::new();
     let merged;
-    let overlay = if overlay.layers.len() < MOST_LAYERS {
+    let top = if overlay.layers.len() < MOST_LAYERS {
         overlay
     } else {
         let mut name = fresh.file_name().unwrap_or_default().to_owned();
         name.push(".base");
         let path = fresh.with_file_name(name);
         merged = absorbed(overlay, &path)?;
-        files.push(path);
+        made.push(path);
         &merged
     };
-    overlay.note_bits().map_err(failed)?;
-    let path = absolute(&overlay.path)?;
-    let file = Arc::clone(&overlay.top_layer().file);
+    top.note_bits().map_err(failed)?;
+    let before = Arc::clone(&overlay.top_layer().file);
+    let path = absolute(&top.path)?;
+    let frozen = share(&top.top_layer().file, &path).and_then(|()| over_overlay(top, &path, fresh));
+    match frozen {
+        Ok((mut disk, base)) => {
+            if !made.is_empty() {
+                disk.base_synced = AtomicBool::new(false);
+            }
+            Ok(Frozen { disk: Some(disk.into()), made, base, before: Some(before) })
+        }
+        Err(err) => {
+            made.iter().for_each(|path| drop(fs::remove_file(path)));
+            let _ = lock(&before, false);
+            Err(err)
+        }
+    }
+}
+
+fn over_overlay(
+    overlay: &Overlay,
+    path: &Path,
+    fresh: &Path,
+) -> Result<(Overlay, Base), OverlayError> {
     let unsynced = overlay.written.load(Ordering::Relaxed) || !overlay.is_saved();
+    let files = readers(overlay.layers.iter())?;
     let under = Under {
-        path: path.clone(),
-        file: Arc::clone(&file),
+        path: path.to_owned(),
+        file: Arc::clone(&overlay.top_layer().file),
         header: Some(overlay.header.clone()),
         size: overlay.len(),
         unsynced,
     };
-    let top = made(fresh, &under)?;
-    share(&file, &path)?;
     let mut layers = overlay.layers.clone();
     for layer in &mut layers {
         layer.unsynced &= !overlay.is_base_synced();
     }
     if let Some(base) = layers.last_mut() {
-        base.path = path;
+        // What is above reads it, by flags of its own.
+        base.file = Arc::new(reopened(&base.file, path)?);
+        if overlay.direct {
+            let failed =
+                |source| OverlayError::File { verb: "open", path: path.to_owned(), source };
+            super::open::go_direct(&base.file).map_err(failed)?;
+        }
+        base.path = path.to_owned();
         base.unsynced = unsynced;
         base.stamp = if overlay.noted.load(Ordering::Relaxed) { overlay.stamp } else { NO_ID };
     }
-    let shared: Vec<_> = layers.iter().map(|layer| Arc::clone(&layer.file)).collect();
     let mut vouched = overlay.note(false).synced;
     vouched.sort_unstable();
     let (owners, direct) = (Arc::clone(&overlay.owners), overlay.direct);
-    let mut disk = Overlay::over(layers, top, fresh, owners, direct, overlay.block_size, &vouched)?;
-    if !files.is_empty() {
-        disk.base_synced = AtomicBool::new(false);
+    let top = made(fresh, &under)?;
+    let disk = Overlay::over(layers, top, fresh, owners, direct, overlay.block_size, &vouched);
+    if disk.is_err() {
+        let _ = fs::remove_file(fresh);
     }
-    Ok(Frozen { disk: Some(disk.into()), made: files, under, files: shared })
+    let base = Base { path: path.to_owned(), files, unsynced, reflink: false };
+    Ok((disk?, base))
 }
 
 impl Overlay {
@@ -307,48 +453,17 @@ fn absorbed(overlay: &Overlay, path: &Path) -> Result<Overlay, OverlayError> {
     Ok(Overlay { direct: overlay.direct, ..merged })
 }
 
-/// How a disk came to be a copy of another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cloned {
-    /// A raw file of its own; the file system shares what neither changes.
-    Reflink,
-    /// An overlay.
-    Overlay,
-}
-
 /// `FICLONE` of `linux/fs.h`.
 const FICLONE: libc::c_ulong = 0x4004_9409;
 
-/// Makes a copy of the raw disk `base` at `path` that costs no copying: by the file system, if it can share data
-/// between files, else an overlay.
-///
-/// # Errors
-/// [`OverlayError`]; nothing is left then.
-pub fn reflink_or_overlay(base: &Path, path: &Path) -> Result<Cloned, OverlayError> {
-    let source = DiskFile::open(base, true, false)?;
-    if source.is_file() {
-        match reflink(source.file(), path) {
-            Ok(()) => return Ok(Cloned::Reflink),
-            Err(err) if err.kind() == ErrorKind::AlreadyExists => {
-                return Err(OverlayError::Exists(path.to_owned()));
-            }
-            Err(err) if cannot(&err) => {}
-            Err(source) => {
-                return Err(OverlayError::File { verb: "make", path: path.to_owned(), source });
-            }
-        }
-    }
-    super::create(path, base, BaseFormat::Raw).map(|_| Cloned::Overlay)
-}
-
 /// The file system cannot share data between these files.
-pub(super) fn cannot(err: &io::Error) -> bool {
+fn cannot(err: &io::Error) -> bool {
     let known = [libc::EOPNOTSUPP, libc::EXDEV, libc::EINVAL, libc::ENOTTY, libc::ENOSYS];
     err.raw_os_error().is_some_and(|code| known.contains(&code))
 }
 
 /// Makes the file at `path`, where nothing is, share all data of `source`.
-pub(in crate::virtio::blk) fn reflink(source: &File, path: &Path) -> io::Result<()> {
+fn reflink(source: &File, path: &Path) -> io::Result<()> {
     let aside = aside(path)?;
     let target =
         File::options().read(true).write(true).create_new(true).mode(0o600).open(&aside)?;

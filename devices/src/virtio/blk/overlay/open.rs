@@ -230,13 +230,13 @@ impl Overlay {
     }
 
     /// As [`Overlay::open`], where the files below are open already, the lowest first: a process that
-    /// was given them may not be able to open their paths.
+    /// was given them may not be able to open their paths, or might find others there. Each is opened anew.
     ///
     /// # Errors
     /// [`OverlayError`]; there are fewer files than the chain has.
     pub fn open_over(
         path: &Path,
-        below: Vec<File>,
+        below: Vec<Arc<File>>,
         read_only: bool,
         direct: bool,
     ) -> Result<Overlay, OverlayError> {
@@ -315,7 +315,7 @@ impl Overlay {
     pub(super) fn open_as(
         path: &Path,
         access: Access,
-        given: &mut Option<Vec<File>>,
+        given: &mut Option<Vec<Arc<File>>>,
     ) -> Result<Overlay, OverlayError> {
         let boot = boot_id();
         let file = open_file(path, access.read_only)?;
@@ -331,10 +331,13 @@ impl Overlay {
             let overlay = files.last().map(|(layer, _)| layer.path.clone()).unwrap_or_default();
             let base_path = folder_of(&overlay).join(&above.base.path);
             let given = match given {
-                Some(files) => Some(files.pop().ok_or_else(|| OverlayError::Unfit {
-                    path: overlay.clone(),
-                    reason: "too few files were handed over".to_owned(),
-                })?),
+                Some(files) => {
+                    let file = files.pop().ok_or_else(|| OverlayError::Unfit {
+                        path: overlay.clone(),
+                        reason: "too few files were handed over".to_owned(),
+                    })?;
+                    Some(reopened(&file, &base_path)?)
+                }
                 None => None,
             };
             let (mut base, below) = match above.base.overlay {
@@ -349,7 +352,17 @@ impl Overlay {
                 }
                 None => {
                     let disk = match given {
-                        Some(file) => DiskFile::of(file, &base_path, true, access.direct)?,
+                        Some(file) => {
+                            if access.direct {
+                                let failed = |source| OverlayError::File {
+                                    verb: "go past the page cache with",
+                                    path: base_path.clone(),
+                                    source,
+                                };
+                                go_direct(&file).map_err(failed)?;
+                            }
+                            DiskFile::of(file, &base_path, true, access.direct)?
+                        }
                         None if access.lock => DiskFile::open(&base_path, true, access.direct)?,
                         None => DiskFile::unlocked_reader(&base_path)?,
                     };
@@ -487,6 +500,32 @@ fn open_file(path: &Path, read_only: bool) -> Result<File, OverlayError> {
     Ok(file.map_err(|source| OpenError::Open { path: path.to_owned(), access, source })?)
 }
 
+/// Lets others in beside this process, for reading.
+pub(super) fn share(file: &File, path: &Path) -> Result<(), OverlayError> {
+    let failed = |source| OpenError::Host { what: "lock", path: path.to_owned(), source };
+    Ok(lock(file, true).map_err(failed)?)
+}
+
+/// A descriptor of its own for an open file, for reading only, which keeps writers out.
+pub(super) fn reopened(file: &File, path: &Path) -> Result<File, OverlayError> {
+    let failed = |source| OpenError::Host { what: "open", path: path.to_owned(), source };
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let same = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let again = File::options().read(true).custom_flags(flags).open(same).map_err(failed)?;
+    share(&again, path)?;
+    Ok(again)
+}
+
+/// The header of an overlay's file.
+pub(super) fn header_of(file: &File, path: &Path) -> Result<Header, OverlayError> {
+    let failed = |source| OverlayError::File { verb: "read", path: path.to_owned(), source };
+    let len = file.metadata().map_err(failed)?.len();
+    let mut page = [0; PAGE];
+    let read = read_page(file, 0, &mut page).map_err(failed)?;
+    Header::parse(&page[..read], len)
+        .map_err(|source| OverlayError::Format { path: path.to_owned(), source })
+}
+
 /// An overlay's file, and its note.
 fn layer(
     file: File,
@@ -507,10 +546,7 @@ fn layer(
             _ => OpenError::Host { what: "lock", path: path.to_owned(), source },
         })?;
     }
-    let mut page = [0; PAGE];
-    let read = read_page(&file, 0, &mut page).map_err(failed)?;
-    let header = Header::parse(&page[..read], metadata.len())
-        .map_err(|source| OverlayError::Format { path: path.to_owned(), source })?;
+    let header = header_of(&file, path)?;
     let mut page = [0; PAGE];
     read_page(&file, NOTE_START, &mut page).map_err(failed)?;
     let note = Note::parse(&page);

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use tempfile::TempDir;
 
 use super::super::overlay::{
-    BaseFormat, Cloned, FormatError, Header, MOST_LAYERS, Overlay, OverlayError, commit, create,
-    describe, flatten, freeze, reflink_or_overlay,
+    BaseFormat, FormatError, Header, MOST_LAYERS, Overlay, OverlayError, commit, create, describe,
+    flatten, freeze,
 };
 use super::*;
 
@@ -375,18 +375,16 @@ fn a_chain_has_an_end() {
 /// Goes on with what `freeze` gives.
 fn fork(harness: &mut Over, fresh: &str, child: &str) -> Overlay {
     harness.pause();
-    let disk = Arc::clone(harness.device().0.disk());
+    let disk = Arc::clone(harness.device().0.disk().unwrap());
     let path = harness.device().1.path(fresh);
     let frozen = freeze(&disk, &path).unwrap();
-    let child = harness.device().1.path(child);
-    frozen.overlay(&child).unwrap();
-    let files = frozen.files().iter().map(|file| file.try_clone().unwrap()).collect();
-    let child = Overlay::open_over(&child, files, false, false).unwrap();
+    let child = frozen.base.copy(&harness.device().1.path(child), false).unwrap();
     if let Some(disk) = frozen.disk {
         harness.device_mut().0.replace(BackEnd::Frozen(disk)).unwrap();
     }
     harness.resume();
-    child
+    let Backing::Overlay(child) = child else { panic!("the file system copied {child:?}") };
+    *child
 }
 
 fn contents(overlay: Overlay) -> Vec<u8> {
@@ -405,7 +403,11 @@ fn a_running_disk_becomes_a_base() {
     assert_eq!(ask(&mut harness, OUT, 8, &[1; 512], 0), only_status(OK));
     expected[8 * 512..9 * 512].fill(1);
     let child = fork(&mut harness, "a", "a-child");
-    assert_eq!(child.unsynced_below().len(), 1, "the base is synced before a flush is answered");
+    assert_eq!(
+        child.unsynced_below().len(),
+        2,
+        "base and folder are synced before a flush is answered"
+    );
     assert_eq!(contents(child), expected);
     // Nothing was written: the same base.
     let child = fork(&mut harness, "b", "b-child");
@@ -510,29 +512,41 @@ fn commit_and_flatten_give_what_the_guest_saw() {
 }
 
 #[test]
-fn a_clone_is_shared_by_the_file_system_or_an_overlay() {
+fn nobody_writes_to_what_others_stand_on() {
     let folder = Folder::new();
-    let reflink = super::super::overlay::reflink(
-        &File::open(folder.path("base")).unwrap(),
-        &folder.path("trial"),
-    );
-    let expected = match reflink {
-        Ok(()) => Cloned::Reflink,
-        Err(err) => {
-            assert_eq!(err.raw_os_error(), Some(libc::EOPNOTSUPP), "{err}");
-            println!("this file system has no reflinks: {err}");
-            Cloned::Overlay
-        }
-    };
-    let cloned = reflink_or_overlay(&folder.path("base"), &folder.path("clone")).unwrap();
-    assert_eq!(cloned, expected);
-    let found = match cloned {
-        Cloned::Reflink => fs::read(folder.path("clone")).unwrap(),
-        Cloned::Overlay => contents(folder.open("clone")),
-    };
-    assert_eq!(found, folder.bytes);
-    let again = reflink_or_overlay(&folder.path("base"), &folder.path("clone"));
-    assert!(matches!(again, Err(OverlayError::Exists(_))));
+    let open = || Backing::from(DiskFile::open(&folder.path("base"), false, false).unwrap());
+    let disk = open();
+    let frozen = freeze(&disk, &folder.path("fresh")).unwrap();
+    for file in &frozen.base.files {
+        let refused = file.write_at(&[1], 0).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EBADF));
+    }
+    let child = frozen.base.copy(&folder.path("child"), false).unwrap();
+    drop(disk);
+    // Also when the machine that had it is gone.
+    drop(frozen);
+    let locked = DiskFile::open(&folder.path("base"), false, false);
+    assert!(matches!(locked, Err(OpenError::Locked { .. })), "{locked:?}");
+    drop(child);
+    open();
+}
+
+#[test]
+fn a_disk_that_is_not_shared_after_all_is_its_machines_alone() {
+    let folder = Folder::new();
+    let before = fs::read_dir(&folder.folder).unwrap().count();
+    let disk = Backing::from(DiskFile::open(&folder.path("base"), false, false).unwrap());
+    let reader = || DiskFile::open(&folder.path("base"), true, false);
+    let frozen = freeze(&disk, &folder.path("fresh")).unwrap();
+    reader().unwrap();
+    let again = freeze(&disk, &folder.path("fresh"));
+    assert!(matches!(again, Err(OverlayError::Exists(_))), "{again:?}");
+    frozen.undo();
+    assert_eq!(fs::read_dir(&folder.folder).unwrap().count(), before);
+    assert!(matches!(reader(), Err(OpenError::Locked { .. })));
+    let nowhere = freeze(&disk, &folder.path("nowhere/fresh"));
+    assert!(matches!(nowhere, Err(OverlayError::File { .. })), "{nowhere:?}");
+    assert!(matches!(reader(), Err(OpenError::Locked { .. })));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use crate::boot::Boot;
 use crate::machine::{self, read, ticks, write};
-use crate::{basic, interrupts, println, serial};
+use crate::{basic, interrupts, println, serial, virtio};
 
 /// What is dirtied and written to starts here, behind the image and the scratch memory.
 pub const FIRST: u64 = 16 << 20;
@@ -48,7 +48,8 @@ fn stamp(boot: &Boot, start: u64, length: u64, lap: u64) -> bool {
 ///
 /// With `every=` it does laps, so many ticks apart, which nobody has to ask for: it looks whether what was
 /// dirtied is as it was and writes something else there, so that copies of one machine that have a page in
-/// common find out. `ids=1` prints the identity pages in each.
+/// common find out. `ids=1` prints the identity pages in each. `disk=` does the same with so many blocks of the
+/// first disk, and flushes them.
 pub fn scenario(boot: &Boot) {
     let (size, rounds) = (boot.number("size", 1 << 20), boot.number("rounds", 1).max(1));
     let length = boot.number("dirty", 0);
@@ -58,6 +59,10 @@ pub fn scenario(boot: &Boot) {
     if !dirty(boot, FIRST, size) {
         return;
     }
+    let mut disk = match boot.number("disk", 0) {
+        0 => None,
+        blocks => virtio::blk::Known::new(boot, blocks),
+    };
     println!("ready");
     let (every, mut lap) = (boot.number("every", 0), 0);
     let mut due = ticks() + every;
@@ -76,6 +81,9 @@ pub fn scenario(boot: &Boot) {
             }
             if boot.flag("ids") {
                 basic::ids(boot);
+            }
+            if let Some(disk) = &mut disk {
+                disk.lap();
             }
             lap += 1;
             stamp(boot, first, next - first, lap);

@@ -154,6 +154,63 @@ impl Random {
     }
 }
 
+/// Blocks of a disk that are known by heart, spread over all of it.
+pub struct Known {
+    disk: Disk,
+    blocks: u64,
+    /// What they were written with; 0 if they were not.
+    stamp: u64,
+}
+
+impl Known {
+    /// `blocks` of the first disk.
+    pub fn new(boot: &Boot, blocks: u64) -> Option<Known> {
+        let disk = Disk::new(boot)?;
+        let blocks = blocks.min(disk.capacity * SECTOR / disk.size);
+        Some(Known { disk, blocks, stamp: 0 })
+    }
+
+    fn sector(&self, block: u64) -> u64 {
+        let sectors = self.disk.size / SECTOR;
+        self.disk.capacity / sectors / self.blocks.max(1) * block * sectors
+    }
+
+    fn words(&self) -> impl Iterator<Item = u64> + use<> {
+        let start = self.disk.buffer(0);
+        (start..start + self.disk.size).step_by(8)
+    }
+
+    /// Looks at all of them, writes others that no copy of this machine writes, and flushes. Whoever finds other
+    /// things than were written says so.
+    pub fn lap(&mut self) {
+        for block in 0..self.blocks {
+            if self.stamp == 0 {
+                break;
+            }
+            let answer = self.disk.request(READ, self.sector(block), self.disk.size, WRITE);
+            let is_read = answer.is_some_and(|(status, _)| status == 0);
+            if !is_read || !self.words().all(|word| read::<u64>(word) == self.stamp ^ block) {
+                println!("result disk lost={block} stamp={:#x} read={is_read}", self.stamp);
+            }
+        }
+        // Copies of a machine do not come here at the same time.
+        let stamp = ticks() << 16;
+        let mut done = true;
+        for block in 0..self.blocks {
+            self.words().for_each(|word| write(word, stamp ^ block));
+            let answer = self.disk.request(WRITE_OUT, self.sector(block), self.disk.size, 0);
+            done &= answer.is_some_and(|(status, _)| status == 0);
+        }
+        done &= self.disk.request(FLUSH, 0, 0, 0).is_some_and(|(status, _)| status == 0);
+        self.stamp = stamp;
+        if done {
+            println!("result disk stamp={stamp:#x} blocks={}", self.blocks);
+        } else {
+            println!("result disk lost=all");
+        }
+    }
+}
+
 /// `op=read|write|flush|discard|wzeroes|id|verify|info`.
 pub fn scenario(boot: &Boot) {
     let Some(mut disk) = Disk::new(boot) else { return };

@@ -101,6 +101,16 @@ impl Link {
     pub fn config(&self) -> VmConfig {
         lock(&self.0).config.clone()
     }
+
+    /// These files of disks are to be removed when the machine ends. Forking it changes which ones those are.
+    pub fn set_temporary(&self, files: Vec<PathBuf>) {
+        lock(&self.0).temporary = files;
+    }
+
+    /// The files of disks to be removed.
+    pub fn temporary(&self) -> Vec<PathBuf> {
+        lock(&self.0).temporary.clone()
+    }
 }
 
 /// Locks what handlers and the starter share. Every change is one assignment: a panic cannot leave
@@ -130,6 +140,8 @@ struct Inner {
     saving: bool,
     /// Children that were given a number.
     forked: u64,
+    /// Files of disks that are removed when the machine ends.
+    temporary: Vec<PathBuf>,
     /// Numbers of the registers that a vCPU's state has, once they were asked for.
     msrs: Option<Arc<Vec<u32>>>,
     /// The last snapshot that was written, or the one that the machine goes on from.
@@ -215,6 +227,7 @@ impl Instance {
             machines: 0,
             saving: false,
             forked: 0,
+            temporary: Vec::new(),
             msrs: None,
             base: None,
             metadata: None,

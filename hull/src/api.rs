@@ -7,7 +7,7 @@ use std::time::Instant;
 use api_server::types::small::Logger;
 use api_server::{Instance, Limits, LogSettings, Program, Start, Wish};
 use vmm::config::VmConfig;
-use vmm::machine::Machine;
+use vmm::machine::{Machine, Ready};
 use vmm::timings::Timings;
 
 use crate::cli::{ApiArgs, Result};
@@ -63,7 +63,8 @@ pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>) -> Result {
         let Some(start) = start else { continue };
         // Clients count from their wish, not from the process.
         let timings = Arc::new(Timings::new(Instant::now()));
-        let machine = session.build(&start.config, start.origin.as_ref(), &timings, None);
+        let machine =
+            session.build(&start.config, start.origin.as_ref(), &timings, Ready::default());
         // Before the client is told that the machine runs.
         let ready = machine.and_then(|machine| Ok((machine, session.console(&start.config)?)));
         match ready {

@@ -1,7 +1,7 @@
 //! `hull clone`: a process that goes on as the copy of a machine which is handed over to it.
 
 use std::cell::RefCell;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -12,10 +12,11 @@ use std::time::Instant;
 
 use api_server::{Instance, Limits};
 use vmm::config::{ConsoleConfig, ConsoleMode, VmConfig};
+use vmm::fork::disks::Disks;
 use vmm::fork::{self, Born, Child, Outcome};
 use vmm::hook::Identity;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
-use vmm::machine::{Command, Hollow, LONGEST_METADATA, Origin, Service};
+use vmm::machine::{Command, Hollow, LONGEST_METADATA, Origin, Ready, Service};
 use vmm::timings::Timings;
 
 use crate::api::HULL;
@@ -58,9 +59,9 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
             }
         }
     };
-    let (child, origin) = fork::receive(&stream)?;
+    let (child, origin, disks) = fork::receive(&stream)?;
     let parent = Parent(Rc::new(RefCell::new(Some(stream))));
-    match serve(&parent, &child, &origin, hollow, start) {
+    match serve(&parent, &child, &origin, disks, hollow, start) {
         Ok(code) => Ok(code),
         // Whoever has it made is told; there is nobody else to be.
         Err(err) if parent.answer(&Err(report::line(err.as_ref()))) => Ok(Code::FAILURE),
@@ -99,6 +100,7 @@ fn serve(
     parent: &Parent,
     child: &Child,
     origin: &Origin,
+    disks: Disks,
     hollow: Option<Hollow>,
     start: Instant,
 ) -> Result {
@@ -126,17 +128,24 @@ fn serve(
         vsock.cid =
             child.overrides.cid.unwrap_or_else(|| u64::from(std::process::id()).max(LOWEST_CID));
     }
+    let mut copies = disks.copy(child, &name, &mut config)?;
+    drop(disks);
     let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
     let observed = session.observed().clone();
     let (instance, link) = Instance::configured(HULL, limits, config, observed);
     let config = link.config();
     session.offer(instance, config.seccomp);
-    let machine = session.build(&config, Some(origin), &Arc::new(Timings::new(start)), hollow)?;
+    let ready = Ready { hollow, disks: copies.take() };
+    let machine = session.build(&config, Some(origin), &Arc::new(Timings::new(start)), ready)?;
     let console = session.console(&config)?;
     let handle = machine.handle();
     link.started(handle.clone(), None);
     let api = session.api_path().to_owned();
-    let born = Born { name, pid: std::process::id(), api, hook: None };
+    let files = copies.files().to_vec();
+    if child.temporary {
+        link.set_temporary(files.iter().map(|(_, path)| path.clone()).collect());
+    }
+    let born = Born { name, pid: std::process::id(), api, disks: files, hook: None };
     let mut services: Vec<Box<dyn Service>> = Vec::new();
     if let Some(hook) = child.hook.clone().filter(|_| child.resume) {
         let identity = Identity {
@@ -151,6 +160,8 @@ fn serve(
         });
         services.push(Box::new(Asking::start(hook, identity, config.clone(), &handle, done)?));
     }
+    // From here on there may be writes that were acknowledged.
+    copies.keep();
     if child.resume {
         handle.send(Command::Resume, Box::new(drop));
     }
@@ -158,7 +169,11 @@ fn serve(
         // One that was not waited for lives all the same.
         parent.answer(&Ok(born));
     }
-    let ending = session.run_beside(machine, &config, console, services)?;
+    let ending = session.run_beside(machine, &config, console, services);
+    for path in link.temporary() {
+        let _ = fs::remove_file(path);
+    }
+    let ending = ending?;
     // Unless somebody was told already.
     parent.answer(&Err("the machine ended before its guest was ready".to_owned()));
     Ok(run::end(&ending))

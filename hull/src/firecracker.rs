@@ -13,6 +13,7 @@ use api_server::types::small::Logger;
 use api_server::{Instance, Limits, LogSettings, Program, Wish};
 use clap::Parser;
 use vmm::config::{ByteSize, VmConfig};
+use vmm::machine::Ready;
 use vmm::seccomp;
 use vmm::snapshot;
 use vmm::timings::Timings;
@@ -326,7 +327,7 @@ fn run(options: &Options, begun: Instant) -> Result {
     };
     let timings = Arc::new(Timings::new(begun));
     let machine = session
-        .build(&start.config, start.origin.as_ref(), &timings, None)
+        .build(&start.config, start.origin.as_ref(), &timings, Ready::default())
         .and_then(|machine| Ok((machine, session.console(&start.config)?)))
         .map_err(|source| BadConfiguration { path: path.clone(), source });
     let (machine, console) = machine?;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use api_server::{Instance, Limits};
 use vmm::config::VmConfig;
 use vmm::hook::{Hook, Identity, Outcome};
-use vmm::machine::{Command, LONGEST_METADATA, Service};
+use vmm::machine::{Command, LONGEST_METADATA, Ready, Service};
 use vmm::snapshot::{self, Overrides};
 use vmm::timings::Timings;
 
@@ -56,7 +56,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     session.offer(instance, link.config().seccomp);
     let config = link.config();
     let timings = Arc::new(Timings::new(start));
-    let machine = session.build(&config, Some(&origin), &timings, None)?;
+    let machine = session.build(&config, Some(&origin), &timings, Ready::default())?;
     let base = origin.base;
     let handle = machine.handle();
     link.started(handle.clone(), base);

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use api_server::{Instance, Limits, Link};
 use vmm::config::{OnReboot, VmConfig};
-use vmm::machine::{Ending, LONGEST_METADATA};
+use vmm::machine::{Ending, LONGEST_METADATA, Ready};
 use vmm::timings::{Milestone, Timings};
 
 use crate::api::HULL;
@@ -68,7 +68,7 @@ fn run_once(
     config: &VmConfig,
     timings: &Arc<Timings>,
 ) -> Result<Ending> {
-    let machine = session.build(config, None, timings, None)?;
+    let machine = session.build(config, None, timings, Ready::default())?;
     link.started(machine.handle(), None);
     session.run(machine, config)
 }

@@ -15,7 +15,7 @@ use vmm::hypervisor::HypervisorError;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::journal::{Happening, Reason};
 use vmm::machine::{
-    Ending, Handle, Hollow, Host, Machine, Observed, Origin, RunError, RunOptions, Service,
+    Ending, Handle, Host, Machine, Observed, Origin, Ready, RunError, RunOptions, Service,
 };
 use vmm::metrics::Registry;
 use vmm::seccomp::{self, ThreadKind};
@@ -284,7 +284,7 @@ impl Session {
         self.signals.interruptible()
     }
 
-    /// Builds the machine of `config`, which boots or goes on from `origin`, in `hollow` if that fits.
+    /// Builds the machine of `config`, which boots or goes on from `origin`, with what is `ready`.
     ///
     /// # Errors
     /// There is no KVM, or no machine can be built; nothing of it is left then.
@@ -293,7 +293,7 @@ impl Session {
         config: &VmConfig,
         origin: Option<&Origin>,
         timings: &Arc<Timings>,
-        hollow: Option<Hollow>,
+        ready: Ready,
     ) -> Result<Machine> {
         let watch = match config.memory.size.0 {
             LARGE.. => Some(self.signals.watch()?),
@@ -308,7 +308,7 @@ impl Session {
             window: window_size(libc::STDIN_FILENO),
         };
         let machine = match origin {
-            Some(origin) => Machine::restore(config, origin, &host, hollow)?,
+            Some(origin) => Machine::restore(config, origin, &host, ready)?,
             None => Machine::new(config, &host)?,
         };
         drop(watch);

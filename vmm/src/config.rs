@@ -549,12 +549,15 @@ fn validate_queues(queues: Option<u16>, field: impl FnOnce() -> String) -> Resul
     }
 }
 
+/// Letters of the longest name of a machine.
+pub const LONGEST_NAME: usize = 64;
+
 /// Checks that `name` can name a machine: it becomes a file name in the runtime directory.
 ///
 /// # Errors
 /// Says what a name may look like.
 pub fn validate_name(name: &str) -> Result<(), ConfigError> {
-    let valid = (1..=64).contains(&name.len())
+    let valid = (1..=LONGEST_NAME).contains(&name.len())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
         && name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
     if valid {

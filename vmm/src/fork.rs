@@ -10,8 +10,11 @@
 //! ```
 //!
 //! Both talk on a stream socket: four bytes of length, little-endian, and JSON. With the parent's message come
-//! the descriptor of the state, which is that of a snapshot ([`crate::snapshot::parse`]), and those of
-//! the layers, the lowest first. Which pages a layer has is in the state (owner `memory`, kind `layers`).
+//! the descriptor of the state, which is that of a snapshot ([`crate::snapshot::parse`]), those of
+//! the layers, the lowest first, and those of the files that disks stand on. Which pages a layer has is in the state
+//! (owner `memory`, kind `layers`), and so is which files are whose (owner `disks`, kind `bases`).
+
+pub mod disks;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -27,6 +30,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use self::disks::Disks;
+use crate::config::{ConfigError, VmConfig};
 use crate::hook::{self, Hook};
 use crate::machine::{Origin, Shape, Source};
 use crate::memory::{Layer, Runs, sealed_copy};
@@ -38,8 +43,11 @@ pub const PAUSE: Duration = Duration::from_secs(5);
 const LONGEST: usize = 1 << 20;
 /// Longest state, in bytes: 64 vCPUs have some 700 KiB, and each of the layers some KiB.
 const LONGEST_STATE: u64 = 64 << 20;
-/// Most layers: with the state, as many descriptors as one message may have (Linux, SCM_MAX_FD).
-pub const MOST_LAYERS: usize = 252;
+/// Most files beside the state: as many descriptors as one message may have (Linux, SCM_MAX_FD), without one.
+const MOST_FILES: usize = 252;
+/// Whose what disks stand on is, and of which kind.
+const DISKS: &str = "disks";
+const BASES: &str = "bases";
 
 /// What a child is to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +59,12 @@ pub struct Child {
     pub named_by_number: bool,
     /// What it has otherwise than its parent.
     pub overrides: Overrides,
+    /// Disks, and where their copies are to be; the others' are in `folder`.
+    pub copies: Vec<(String, PathBuf)>,
+    /// Where copies of disks are; beside the parent's if nobody says.
+    pub folder: Option<PathBuf>,
+    /// Copies of disks are removed when it ends.
+    pub temporary: bool,
     /// A file for what its guest writes to the serial port; else that goes nowhere.
     pub console: Option<PathBuf>,
     /// The network namespace in which it opens its TAP interfaces.
@@ -67,6 +81,28 @@ pub struct Child {
     pub of: u32,
 }
 
+impl Child {
+    /// That it can be had, as far as that can be said of a machine of `config` without any effect.
+    ///
+    /// # Errors
+    /// What of it cannot be.
+    pub fn validate(&self, config: &VmConfig) -> Result<(), ConfigError> {
+        let mut config = VmConfig { name: self.name.clone(), ..config.clone() };
+        let disks = self.copies.iter().chain(&self.overrides.disks);
+        for (n, (disk, _)) in disks.clone().enumerate() {
+            if disks.clone().take(n).any(|(other, _)| other == disk) {
+                let problem = format!("{disk} is named twice");
+                return Err(ConfigError { field: "disk".to_owned(), problem });
+            }
+        }
+        // A file for a copy is a disk's as well.
+        let all = Overrides { disks: disks.cloned().collect(), ..self.overrides.clone() };
+        all.apply(&mut config)?;
+        config.validate_without_kernel()?;
+        self.hook.iter().try_for_each(|hook| hook.validate(&config))
+    }
+}
+
 /// What a child says when it runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Born {
@@ -76,6 +112,8 @@ pub struct Born {
     pub pid: u32,
     /// Where its API is.
     pub api: PathBuf,
+    /// Names of disks that it has copies of, and their files.
+    pub disks: Vec<(String, PathBuf)>,
     /// How it went with the hook of its guest, if that was to be told.
     pub hook: Option<hook::Outcome>,
 }
@@ -89,9 +127,17 @@ pub enum HandOverError {
     /// The state cannot be written or read.
     #[error("the machine's state")]
     State(#[from] StateError),
-    /// There are too many layers.
-    #[error("its memory lies in {0} layers; {MOST_LAYERS} can be handed over")]
-    Layers(usize),
+    /// There are too many files.
+    #[error(
+        "its memory lies in {layers} layers, and its disks in {files} files; {MOST_FILES} can be handed over. \
+         `hull disk commit` makes fewer of those"
+    )]
+    Files {
+        /// Layers of memory.
+        layers: usize,
+        /// Files of disks.
+        files: usize,
+    },
     /// Nobody makes processes.
     #[error("nobody makes processes at {}; start `hull pool`, or use `hull fork`", path.display())]
     Pool {
@@ -128,16 +174,18 @@ fn talk(verb: &'static str) -> impl FnOnce(io::Error) -> HandOverError {
 pub struct Seed {
     state: File,
     layers: Vec<Layer>,
+    disks: Disks,
 }
 
 impl Seed {
-    /// `state` with memory in `layers`, which nobody changes.
+    /// `state` with memory in `layers` and `disks`, which nobody changes.
     ///
     /// # Errors
-    /// There are too many layers; the state cannot be written.
-    pub fn new(mut state: State, layers: Vec<Layer>) -> Result<Seed, HandOverError> {
-        if layers.len() > MOST_LAYERS {
-            return Err(HandOverError::Layers(layers.len()));
+    /// There are too many files; the state cannot be written.
+    pub fn new(mut state: State, layers: Vec<Layer>, disks: Disks) -> Result<Seed, HandOverError> {
+        let files = disks.files().count();
+        if layers.len() + files > MOST_FILES {
+            return Err(HandOverError::Files { layers: layers.len(), files });
         }
         let mut bytes = Vec::new();
         for layer in &layers {
@@ -147,10 +195,13 @@ impl Seed {
         }
         let payload = Payload { kind: LAYERS, version: 1, bytes };
         state.parts.push(Part { owner: MEMORY.to_owned(), payload });
+        let bytes = disks.to_bytes().map_err(|err| HandOverError::Invalid(err.to_string()))?;
+        let payload = Payload { kind: BASES, version: 1, bytes };
+        state.parts.push(Part { owner: DISKS.to_owned(), payload });
         let bytes = write(&state)?;
         let state =
             sealed_copy(&bytes).map_err(|source| StateError::Io { verb: "copy", source })?;
-        Ok(Seed { state, layers })
+        Ok(Seed { state, layers, disks })
     }
 
     /// Hands it over.
@@ -161,6 +212,7 @@ impl Seed {
         let message = message(child)?;
         let fds: Vec<RawFd> = std::iter::once(self.state.as_raw_fd())
             .chain(self.layers.iter().map(|layer| layer.file().as_raw_fd()))
+            .chain(self.disks.files().map(|file| file.as_raw_fd()))
             .collect();
         let sent = stream.send_with_fds(&[&message[..]], &fds);
         let sent = sent.map_err(|err| talk("send to")(err.into()))?;
@@ -196,10 +248,10 @@ pub fn peek(stream: &UnixStream) -> Option<Child> {
 ///
 /// # Errors
 /// None comes for some seconds, or what comes is none.
-pub fn receive(stream: &UnixStream) -> Result<(Child, Origin), HandOverError> {
+pub fn receive(stream: &UnixStream) -> Result<(Child, Origin, Disks), HandOverError> {
     stream.set_read_timeout(Some(PAUSE)).map_err(talk("receive from"))?;
     let invalid = |what: &str| HandOverError::Invalid(what.to_owned());
-    let mut fds = [-1; MOST_LAYERS + 1];
+    let mut fds = [-1; MOST_FILES + 1];
     let mut start = vec![0; 4096];
     let (len, number) = {
         let mut parts = [libc::iovec { iov_base: start.as_mut_ptr().cast(), iov_len: start.len() }];
@@ -212,7 +264,7 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin), HandOverError> {
         File::from(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) })
     });
     let state = fds.next();
-    let files: Vec<File> = fds.collect();
+    let mut files: Vec<File> = fds.collect();
     start.truncate(len);
     let child: Child = read_message(start, stream)?;
     let state = state.ok_or_else(|| invalid("there is no state"))?;
@@ -223,11 +275,20 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin), HandOverError> {
     let mut bytes = vec![0; len as usize];
     state.read_exact_at(&mut bytes, 0).map_err(talk("receive from"))?;
     let mut state = parse(&bytes)?;
-    let place = state.parts.iter().position(|part| part.payload.kind == LAYERS);
-    let place = place.ok_or_else(|| invalid("there are no layers"))?;
-    let list = state.parts.swap_remove(place).payload;
-    let list = list.expect(LAYERS, 1).map_err(|err| HandOverError::Invalid(err.to_string()))?;
-    let mut rest: &[u8] = list;
+    let mut list = |kind: &'static str| {
+        let place = state.parts.iter().position(|part| part.payload.kind == kind);
+        let place = place.ok_or_else(|| invalid("what its memory or its disks are is missing"))?;
+        let list = state.parts.swap_remove(place).payload;
+        list.expect(kind, 1)
+            .map(<[u8]>::to_vec)
+            .map_err(|err| HandOverError::Invalid(err.to_string()))
+    };
+    let (list, disks) = (list(LAYERS)?, list(BASES)?);
+    let mut rest: &[u8] = &list;
+    let number = layers_in(rest);
+    let files_of_disks = files.split_off(number.min(files.len()));
+    let disks = Disks::from_bytes(&disks, files_of_disks);
+    let disks = disks.ok_or_else(|| invalid("its disks are not those of its state"))?;
     let layer = |file: File| {
         let (len, after) = rest.split_first_chunk()?;
         let (pages, after) = after.split_at_checked(u32::from_le_bytes(*len) as usize)?;
@@ -237,7 +298,20 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin), HandOverError> {
     let layers: Option<Vec<Layer>> = files.into_iter().map(layer).collect();
     let layers = layers.filter(|_| rest.is_empty());
     let layers = layers.ok_or_else(|| invalid("its layers are not those of its state"))?;
-    Ok((child, Origin::new(state, Source::Layers(layers), None)))
+    Ok((child, Origin::new(state, Source::Layers(layers), None), disks))
+}
+
+/// How many layers a list has, as far as it is one.
+fn layers_in(mut list: &[u8]) -> usize {
+    let mut number = 0;
+    while let Some((_, after)) = list
+        .split_first_chunk()
+        .and_then(|(len, after)| after.split_at_checked(u32::from_le_bytes(*len) as usize))
+    {
+        number += 1;
+        list = after;
+    }
+    number
 }
 
 /// Says what became of a child.

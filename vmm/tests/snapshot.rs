@@ -15,8 +15,8 @@ use vmm::config::{ByteSize, VmConfig};
 use vmm::hypervisor::Hypervisor;
 use vmm::hypervisor::state::{VcpuState, VmState};
 use vmm::machine::{
-    BuildError, Command, Ending, Frozen, Host, Machine, Observed, Origin, OriginError, RunOptions,
-    State as Is,
+    BuildError, Command, Ending, Frozen, Host, Machine, Observed, Origin, OriginError, Ready,
+    RunOptions, State as Is,
 };
 use vmm::memory::Runs;
 use vmm::seccomp::ThreadKind;
@@ -32,7 +32,10 @@ fn freeze(machine: &Running) -> Frozen {
 
 /// Has a machine that is frozen handed out once more, without a step in between.
 fn freeze_again(machine: &Running) -> Frozen {
-    assert_eq!(machine.handle.call(Command::Thaw { resume: false }), Ok(Is::Paused));
+    assert_eq!(
+        machine.handle.call(Command::Thaw { resume: false, disks: Vec::new() }),
+        Ok(Is::Paused)
+    );
     freeze(machine)
 }
 
@@ -87,8 +90,8 @@ fn restored(config: VmConfig, origin: Origin) -> Running {
         let timings = Arc::new(Timings::new(Instant::now()));
         let (observed, kvm) = (Observed::default(), kvm());
         let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
-        let machine =
-            Machine::restore(&config, &origin, &host, None).map_err(|err| common::chain(&err))?;
+        let machine = Machine::restore(&config, &origin, &host, Ready::default())
+            .map_err(|err| common::chain(&err))?;
         sender.send(machine.handle()).unwrap();
         let thread = ThreadKind::Main;
         let options =
@@ -121,7 +124,10 @@ fn a_machine_goes_on_where_another_was_saved() {
     }
     // The one that was saved goes on as well, when nobody looks at it any more.
     assert!(first.handle.call(Command::Resume).is_err());
-    assert_eq!(first.handle.call(Command::Thaw { resume: true }), Ok(Is::Running));
+    assert_eq!(
+        first.handle.call(Command::Thaw { resume: true, disks: Vec::new() }),
+        Ok(Is::Running)
+    );
     first.wait_for("..");
     // And so does a copy of a copy, which has the same state as long as it did not run.
     let before = saved(&config, freeze(&third), None);
@@ -152,7 +158,7 @@ fn what_does_not_fit_is_refused_with_the_reason() {
         let (observed, kvm) = (Observed::default(), kvm());
         let timings = Arc::new(Timings::new(Instant::now()));
         let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
-        match Machine::restore(&config, &origin, &host, None) {
+        match Machine::restore(&config, &origin, &host, Ready::default()) {
             Ok(_) => panic!("it was taken"),
             Err(err) => common::chain(&err),
         }
@@ -205,7 +211,10 @@ fn a_diff_has_what_changed() {
     first.wait_for(".");
     let whole = saved(&config, freeze(&first), None);
     let thaw = |machine: &mut Running| {
-        assert_eq!(machine.handle.call(Command::Thaw { resume: true }), Ok(Is::Running));
+        assert_eq!(
+            machine.handle.call(Command::Thaw { resume: true, disks: Vec::new() }),
+            Ok(Is::Running)
+        );
         machine.wait_for("..");
     };
     thaw(&mut first);
@@ -352,7 +361,7 @@ fn what_was_saved_once_is_read_for_ever() {
         let timings = Arc::new(Timings::new(Instant::now()));
         let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
         // The CPU that it was saved on may be another than this one, and KVM too; nothing else may.
-        match Machine::restore(saved, &origin, &host, None) {
+        match Machine::restore(saved, &origin, &host, Ready::default()) {
             Ok(machine) => drop(machine),
             Err(BuildError::Origin(OriginError::Cpu(_)) | BuildError::Hypervisor(_)) => {}
             Err(error) => panic!("{name}: {}", common::chain(&error)),

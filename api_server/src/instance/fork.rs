@@ -19,12 +19,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use vmm::config::VmConfig;
+use vmm::config::{LONGEST_NAME, VmConfig};
+use vmm::devices::virtio::blk::Backing;
 use vmm::devices::virtio::vsock;
 use vmm::files::SocketPath;
+use vmm::fork::disks::{DiskError, Disks, Switch};
 use vmm::fork::{self, Child, HandOverError, Outcome, Seed};
 use vmm::hook::Hook;
-use vmm::machine::{Command, Frozen, Shape};
+use vmm::machine::{Command, Frozen};
 use vmm::snapshot::{self, Header, MemoryHeader, State};
 
 use super::snapshot::{Saving, halt, micros, portable};
@@ -58,14 +60,14 @@ impl Instance {
         let pool = params.pool.clone().or_else(|| shared.pool.clone()).ok_or_else(|| {
             Fault::bad("pool: nobody is known who makes processes; name the socket of a pool.")
         })?;
-        for (n, hook) in
-            params.overrides.iter().enumerate().filter_map(|(n, o)| Some((n, o.hook.clone()?)))
-        {
-            if params.paused {
+        let config = shared.config();
+        // Those behind them are as those that have a name only.
+        for (n, child) in params.children(&config).iter().enumerate().take(params.overrides.len()) {
+            let checked = child.validate(&config);
+            checked.map_err(|error| Fault::bad(format!("overrides[{n}].{}.", chain(&error))))?;
+            if params.paused && child.hook.is_some() {
                 return Err(Fault::bad("hook: children that are left halted answer nobody."));
             }
-            let checked = Hook::from(hook).validate(&shared.config());
-            checked.map_err(|error| Fault::bad(format!("overrides[{n}].{}.", chain(&error))))?;
         }
         let saving = Saving::begin(&shared)?;
         // Before anything is halted for nothing.
@@ -86,29 +88,41 @@ impl Saving {
         let (was_running, machine) = (frozen.was_running, handle.clone());
         let forked = elsewhere(move || {
             let config = self.0.config();
-            let mut children = params.children(Shape::of(&config));
+            let mut children = params.children(&config);
             self.0.name_children(&mut children);
-            let seed = seed(frozen, config);
-            let resume = was_running && !(params.template && seed.is_ok());
+            let folder = params.drives_dir.as_deref();
+            let planted = plant(frozen, config, &children, folder);
+            let resume = was_running && !(params.template && planted.is_ok());
+            let (disks, planted) = match planted {
+                Ok((switch, seed, copied)) => (self.0.switch(switch), Ok((seed, copied))),
+                Err(fault) => (Vec::new(), Err(fault)),
+            };
+            let file = |(name, disk): &(String, Backing)| (name.clone(), disk.path().to_owned());
+            let drives = disks.iter().map(file).map(Into::into).collect();
             let (told, goes_on) = mpsc::sync_channel(1);
             // Counted where it happens: this thread may be late.
             let reply = move |_| {
                 let _ = told.try_send(micros(halted));
             };
-            handle.send(Command::Thaw { resume }, Box::new(reply));
+            handle.send(Command::Thaw { resume, disks }, Box::new(reply));
             // The next may be made meanwhile.
             drop(self);
-            let (seed, copied_bytes) = seed?;
+            let (seed, copied_bytes) = planted?;
             let children = deliver(&seed, &children, &pool, first);
+            if !resume && was_running && children.iter().all(Result::is_err) {
+                // It is nobody's template.
+                handle.send(Command::Resume, Box::new(drop));
+            }
             let children = children.into_iter().map(Into::into).collect();
             let pause_us = goes_on.recv().map_err(|_| Fault::gone())?;
-            Ok(Forked { children, pause_us, copied_bytes })
+            Ok(Forked { children, pause_us, copied_bytes, drives })
         });
         match forked.await {
             Ok(forked) => forked,
             Err(fault) => {
                 // There was no thread to let the machine go on.
-                let _ = send(&machine, Command::Thaw { resume: was_running }).await;
+                let disks = Vec::new();
+                let _ = send(&machine, Command::Thaw { resume: was_running, disks }).await;
                 Err(fault)
             }
         }
@@ -119,24 +133,53 @@ impl Instance {
     /// Gives children without a name one of the machine's, with a number.
     fn name_children(&self, children: &mut [Child]) {
         let mut inner = self.lock();
-        let name = inner.config.name.clone().unwrap_or_default();
+        let name = inner.config.name.clone();
+        let name = name.unwrap_or_else(|| format!("vm-{}", std::process::id()));
         for child in children.iter_mut().filter(|child| child.name.is_none()) {
             inner.forked += 1;
-            child.name = Some(format!("{name}-{}", inner.forked));
+            let number = format!("-{}", inner.forked);
+            let most = LONGEST_NAME.saturating_sub(number.len());
+            child.name = Some(name.chars().take(most).collect::<String>() + &number);
             child.named_by_number = true;
         }
     }
+
+    /// Notes what the machine has in place of disks that others stand on now.
+    fn switch(&self, switch: Switch) -> Vec<(String, Backing)> {
+        let mut inner = self.lock();
+        let mut config = inner.config.clone();
+        let disks = switch.done(&mut config);
+        for (before, after) in inner.config.disk.clone().iter().zip(&config.disk) {
+            // What others stand on is not temporary any more.
+            if let Some(place) = inner.temporary.iter().position(|path| path == before.file())
+                && before.file() != after.file()
+            {
+                inner.temporary[place] = after.file().to_owned();
+            }
+        }
+        inner.config.disk = config.disk;
+        disks
+    }
 }
 
-/// Makes a halted machine one that can be handed over, and says how many bytes were copied for that.
-fn seed(frozen: Frozen, config: VmConfig) -> Result<(Seed, u64), Fault> {
-    let Frozen { parts, image, .. } = frozen;
+/// Makes a halted machine one that can be handed over to `children`: what it is to go on with itself, what is handed
+/// over, and how many bytes of memory were copied for that.
+fn plant(
+    frozen: Frozen,
+    config: VmConfig,
+    children: &[Child],
+    folder: Option<&Path>,
+) -> Result<(Switch, Seed, u64), Fault> {
+    let Frozen { parts, image, disks, .. } = frozen;
     let config = portable(config);
     let shared = image.share().map_err(|error| failed(&error))?;
     let id = snapshot::word().map_err(|error| failed(&error))?;
+    let name = config.name.clone().unwrap_or_default();
+    let disks = Disks::freeze(&disks, children, &name, folder);
+    let (disks, switch) = disks.map_err(|error: DiskError| failed(&error))?;
     let state = State { header: header(config, id, image.size()), parts };
-    let seed = Seed::new(state, shared.layers).map_err(|error| failed(&error))?;
-    Ok((seed, shared.copied))
+    let seed = Seed::new(state, shared.layers, disks).map_err(|error| failed(&error))?;
+    Ok((switch, seed, shared.copied))
 }
 
 fn header(config: VmConfig, id: String, size: u64) -> Header {

@@ -98,7 +98,7 @@ impl Saving {
         let taken = elsewhere(move || take(frozen, config, base, is_diff)).await;
         // Whatever became of it, the machine goes on, unless it is to end where it was saved.
         let ends = stop && matches!(taken, Ok(Ok(_)));
-        send(&handle, Command::Thaw { resume: resume && !ends }).await?;
+        send(&handle, Command::Thaw { resume: resume && !ends, disks: Vec::new() }).await?;
         let stood = micros(halted);
         let taken = taken?.map_err(|error| failed(&error))?;
         let journal = Arc::clone(&shared.observed.journal);
@@ -126,6 +126,8 @@ impl Saving {
         image.saved();
         {
             let mut inner = shared.lock();
+            // What was saved is nothing without its disks.
+            inner.temporary.clear();
             // The guest may have started over meanwhile.
             if inner.machines == machine {
                 inner.base = Some(base);
@@ -159,7 +161,7 @@ pub(super) async fn halt(
         if lazy_will_do || !frozen.image.is_lazy() {
             return Ok((frozen, halted));
         }
-        send(handle, Command::Thaw { resume: frozen.was_running }).await?;
+        send(handle, Command::Thaw { resume: frozen.was_running, disks: Vec::new() }).await?;
         let image = frozen.image;
         let fetched = elsewhere(move || image.populate()).await?;
         fetched.map_err(|error| failed(&SaveError::Fetch(error)))?;
@@ -184,7 +186,10 @@ pub(super) fn portable(mut config: VmConfig) -> VmConfig {
             *path = whole;
         }
     };
-    config.disk.iter_mut().for_each(|disk| absolute(&mut disk.path));
+    for disk in &mut config.disk {
+        absolute(&mut disk.path);
+        disk.overlay.iter_mut().for_each(absolute);
+    }
     config.vsock.iter_mut().for_each(|vsock| absolute(&mut vsock.path));
     config
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use vmm::config::{HostAddress, MacAddress};
+use vmm::config::{HostAddress, MacAddress, VmConfig};
 use vmm::fork::{Child, Outcome};
 use vmm::hook::{Addresses, Hook};
 use vmm::machine::Shape;
@@ -31,7 +31,8 @@ pub struct ForkOverrides {
     /// behind it, and the guest's address is the child's process id.
     #[serde(default)]
     pub vsock_override: Option<VsockOverride>,
-    /// Other files for disks.
+    /// Files for disks that the guest writes: one that is there is what the child has instead, where nothing is
+    /// the child's copy is made. Without one the copy is beside the parent's, with the child's name behind it.
     #[serde(default)]
     pub drive_overrides: Vec<DriveOverride>,
     /// A file for what the guest writes to its serial port. Without one that goes nowhere.
@@ -118,6 +119,13 @@ pub struct ForkParams {
     /// Leave the children halted.
     #[serde(default)]
     pub paused: bool,
+    /// The folder for copies of disks; else they are made where the disks are.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub drives_dir: Option<PathBuf>,
+    /// Copies of disks are removed when their machine ends.
+    #[serde(default)]
+    pub temporary_drives: bool,
     /// The socket of the process that makes them, if it is not the pool of this runtime directory.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
@@ -129,12 +137,22 @@ fn one() -> u32 {
 }
 
 impl ForkParams {
-    /// What each child of a machine of this shape is to be.
-    pub fn children(&self, shape: Shape) -> Vec<Child> {
+    /// What each child of the machine of `config` is to be.
+    pub fn children(&self, config: &VmConfig) -> Vec<Child> {
+        let shape = Shape::of(config);
+        // Nobody makes a file for a disk that is only read.
+        let is_written = |name: &str| {
+            (0..config.disk.len()).all(|n| config.disk_name(n) != name || !config.disk[n].ro)
+        };
         let child = |n: u32| {
             let wish = self.overrides.get(n as usize).cloned().unwrap_or_default();
             let net = |net: NetworkOverride| (net.iface_id, net.host_dev_name);
             let disk = |disk: DriveOverride| (disk.drive_id, disk.path_on_host);
+            let (copies, disks) = wish.drive_overrides.into_iter().map(disk).partition(
+                |(name, path): &(String, PathBuf)| {
+                    is_written(name) && path.symlink_metadata().is_err()
+                },
+            );
             let (vsock, cid) =
                 wish.vsock_override.map(|vsock| (vsock.uds_path, vsock.guest_cid)).unzip();
             Child {
@@ -143,10 +161,13 @@ impl ForkParams {
                 named_by_number: false,
                 overrides: Overrides {
                     nets: wish.network_overrides.into_iter().map(net).collect(),
-                    disks: wish.drive_overrides.into_iter().map(disk).collect(),
+                    disks,
                     vsock,
                     cid: cid.flatten(),
                 },
+                copies,
+                folder: self.drives_dir.clone(),
+                temporary: self.temporary_drives,
                 console: wish.serial_out_path,
                 netns: wish.netns,
                 resume: !self.paused,
@@ -156,6 +177,22 @@ impl ForkParams {
             }
         };
         (0..self.count).map(child).collect()
+    }
+}
+
+/// A disk, and its file from then on.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ForkedDrive {
+    /// The disk.
+    pub drive_id: String,
+    /// The file that the guest's writes go to.
+    #[schema(value_type = String)]
+    pub path_on_host: PathBuf,
+}
+
+impl From<(String, PathBuf)> for ForkedDrive {
+    fn from((drive_id, path_on_host): (String, PathBuf)) -> ForkedDrive {
+        ForkedDrive { drive_id, path_on_host }
     }
 }
 
@@ -172,6 +209,9 @@ pub struct ForkedChild {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub api_sock: Option<PathBuf>,
+    /// Files of the copies of disks that it has.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<ForkedDrive>,
     /// Whether its guest said that it is ready, if it was to be told that it is a copy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ready: Option<bool>,
@@ -193,6 +233,7 @@ impl From<Outcome> for ForkedChild {
                 name: Some(born.name),
                 pid: Some(born.pid),
                 api_sock: Some(born.api),
+                drives: born.disks.into_iter().map(Into::into).collect(),
                 ready: born.hook.as_ref().map(|hook| hook.fault.is_none()),
                 ready_us: born.hook.as_ref().map(|hook| hook.us),
                 not_ready: born.hook.and_then(|hook| hook.fault),
@@ -212,4 +253,6 @@ pub struct Forked {
     pub pause_us: u64,
     /// Bytes of memory that had to be copied for it.
     pub copied_bytes: u64,
+    /// Disks of the machine itself on which children stand now, and where its guest's writes go since.
+    pub drives: Vec<ForkedDrive>,
 }

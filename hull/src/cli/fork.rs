@@ -34,9 +34,16 @@ pub struct ForkArgs {
     /// The network namespace in which interfaces are opened
     #[arg(long, value_name = "FILE")]
     pub netns: Option<String>,
-    /// Another file for a disk
+    /// A file for a copy's disk: one that is there is used as it is, else it is made
+    /// [default: beside the machine's own, called after the copy]
     #[arg(short, long, value_name = "ID=FILE")]
     pub disk: Vec<String>,
+    /// The folder for copies of disks [default: where the disks are]
+    #[arg(long, value_name = "FOLDER")]
+    pub disks_in: Option<PathBuf>,
+    /// Remove copies of disks when their machine ends
+    #[arg(long)]
+    pub rm: bool,
     /// Another socket for the vsock device [default: the machine's, with a dot and the copy's name]
     #[arg(long, value_name = "PATH")]
     pub vsock: Option<String>,

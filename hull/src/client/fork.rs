@@ -91,8 +91,11 @@ pub fn fork(args: &ForkArgs) -> Result {
     let there = args.pool.clone().or_else(|| is_served(&default).then_some(default));
     let own = there.is_none().then(Maker::start).transpose()?;
     let pool = there.or_else(|| own.as_ref().map(|maker| maker.0.clone()));
+    let folder =
+        args.disks_in.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone()));
     let body = json!({
         "count": args.count, "template": args.template, "paused": args.paused, "pool": pool,
+        "drives_dir": folder, "temporary_drives": args.rm,
         "overrides": overrides,
     });
     let forked = block_on(async {
@@ -107,6 +110,7 @@ pub fn fork(args: &ForkArgs) -> Result {
     if args.json {
         streams::print(&(serde_json::to_string_pretty(&forked)? + "\n"))?;
     } else {
+        tell_drives(&forked, &args.machine.to_string_lossy());
         print(&children)?;
     }
     Ok(if failed == 0 { Code::SUCCESS } else { Code::FAILURE })
@@ -191,6 +195,18 @@ fn nth(mac: &str, n: u32) -> std::result::Result<String, ForkError> {
     // Behind the last one is a multicast address, or none.
     let next: std::result::Result<MacAddress, _> = MacAddress(bytes).to_string().parse();
     next.map(|mac| mac.to_string()).map_err(ForkError::Mac)
+}
+
+/// Says where the machine's own writes go from now on, where that is not where they went.
+fn tell_drives(forked: &Value, machine: &str) {
+    for drive in forked.get("drives").and_then(Value::as_array).into_iter().flatten() {
+        let text = |key| drive.get(key).and_then(Value::as_str).unwrap_or("-");
+        let (id, path) = (streams::printable(&text("drive_id")), text("path_on_host"));
+        let path = streams::printable(&path);
+        streams::say(&format!(
+            "hull: {id} of {machine} is shared now; its own writes go to {path}\n"
+        ));
+    }
 }
 
 fn print(children: &[Value]) -> std::io::Result<()> {

@@ -1,8 +1,10 @@
 //! Whatever comes, it is a machine or an error: no panic, no wait without end, no descriptor that is left.
 
 use std::net::Shutdown;
+use std::path::Path;
 use std::time::Duration;
 
+use devices::virtio::blk::DiskFile;
 use proptest::prelude::*;
 
 use super::*;
@@ -37,6 +39,16 @@ fn layer(byte: u8, pages: std::ops::Range<u64>) -> Layer {
     Layer::new(Arc::new(file), &Runs::new([pages]))
 }
 
+/// Two disks that begin with `a` and `b`.
+fn disks(folder: &Path) -> (Disks, disks::Switch) {
+    let disk = |name: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, name.repeat(4096)).unwrap();
+        (name.to_owned(), Arc::new(DiskFile::open(&path, false, false).unwrap().into()))
+    };
+    Disks::freeze(&[disk("a"), disk("b")], &[child("c")], "m", None).unwrap()
+}
+
 fn child(name: &str) -> Child {
     Child { name: Some(name.to_owned()), number: 1, of: 2, resume: true, ..Child::default() }
 }
@@ -52,7 +64,7 @@ fn descriptors() -> usize {
 }
 
 /// What comes of these bytes and descriptors, behind which there is nothing.
-fn received(bytes: &[u8], fds: &[RawFd]) -> Result<(Child, Origin), HandOverError> {
+fn received(bytes: &[u8], fds: &[RawFd]) -> Result<(Child, Origin, Disks), HandOverError> {
     let (own, theirs) = pair();
     let sent = match fds {
         [] => (&own).write(bytes).unwrap(),
@@ -66,21 +78,31 @@ fn received(bytes: &[u8], fds: &[RawFd]) -> Result<(Child, Origin), HandOverErro
 #[test]
 fn what_is_sent_arrives() {
     let layers = vec![layer(1, 0..64), layer(2, 3..9), layer(3, 5..6)];
-    let seed = Seed::new(state(), layers.clone()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (disks, _switch) = disks(folder.path());
+    let listed = disks.to_bytes().unwrap();
+    let seed = Seed::new(state(), layers.clone(), disks).unwrap();
     // A long message comes in parts.
     for name in ["a".to_owned(), "long".repeat(20_000)] {
         let (own, theirs) = pair();
         let child = child(&name);
         std::thread::scope(|scope| {
             scope.spawn(|| seed.send(&own, &child).unwrap());
-            let (same, origin) = receive(&theirs).unwrap();
+            let (same, origin, disks) = receive(&theirs).unwrap();
             assert_eq!(same, child);
             assert_eq!(origin.state.parts, state().parts);
             let Source::Layers(received) = origin.memory else { panic!("no layers") };
             let pages = |layers: &[Layer]| layers.iter().map(Layer::pages).collect::<Vec<_>>();
             assert_eq!(pages(&received), pages(&layers));
+            assert_eq!(disks.to_bytes().unwrap(), listed);
+            let byte = |file: &Arc<File>| {
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, 0).unwrap();
+                byte[0]
+            };
+            assert_eq!(disks.files().map(byte).collect::<Vec<_>>(), b"ab");
         });
-        let born = Born { name, pid: 7, api: PathBuf::from("/x"), hook: None };
+        let born = Born { name, pid: 7, api: PathBuf::from("/x"), disks: Vec::new(), hook: None };
         for said in [Ok(born), Err("no".to_owned())] {
             std::thread::scope(|scope| {
                 scope.spawn(|| answer(&theirs, &said).unwrap());
@@ -93,13 +115,13 @@ fn what_is_sent_arrives() {
 
 #[test]
 fn there_is_a_most_of_everything() {
-    let most = Seed::new(state(), vec![layer(1, 0..1); MOST_LAYERS]).unwrap();
+    let most = Seed::new(state(), vec![layer(1, 0..1); MOST_FILES], Disks::default()).unwrap();
     let (own, theirs) = pair();
     most.send(&own, &child("a")).unwrap();
     let Source::Layers(layers) = receive(&theirs).unwrap().1.memory else { panic!("no layers") };
-    assert_eq!(layers.len(), MOST_LAYERS);
-    let more = Seed::new(state(), vec![layer(1, 0..1); MOST_LAYERS + 1]);
-    assert!(matches!(more, Err(HandOverError::Layers(253))), "{more:?}");
+    assert_eq!(layers.len(), MOST_FILES);
+    let more = Seed::new(state(), vec![layer(1, 0..1); MOST_FILES + 1], Disks::default());
+    assert!(matches!(more, Err(HandOverError::Files { layers: 253, files: 0 })), "{more:?}");
     let long = most.send(&own, &child(&"x".repeat(LONGEST)));
     assert!(matches!(long, Err(HandOverError::Invalid(_))), "{long:?}");
 }
@@ -169,10 +191,13 @@ proptest! {
         at in any::<prop::sample::Index>(), byte in any::<u8>(), damage in 0u8..5)
     {
         let layers = vec![layer(1, 0..64), layer(2, 3..9)];
-        let seed = Seed::new(state(), layers).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (disks, _switch) = disks(folder.path());
+        let seed = Seed::new(state(), layers, disks).unwrap();
         let mut message = message(&child("abc")).unwrap();
         let mut fds: Vec<RawFd> = std::iter::once(seed.state.as_raw_fd())
             .chain(seed.layers.iter().map(|layer| layer.file().as_raw_fd()))
+            .chain(seed.disks.files().map(|file| file.as_raw_fd()))
             .collect();
         let mut bytes = vec![0; seed.state.metadata().unwrap().len() as usize];
         seed.state.read_exact_at(&mut bytes, 0).unwrap();

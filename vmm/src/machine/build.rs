@@ -27,7 +27,7 @@ use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::cpus::{Cpus, TemplateError};
-use self::hollow::{Hollow, Shape};
+use self::hollow::{Hollow, Ready, Shape};
 use self::restore::{Origin, OriginError, Restored};
 use super::Machine;
 use super::bus::{AcpiPort, Buses, KeyboardPort, SerialPort};
@@ -141,11 +141,11 @@ impl Machine {
     /// [`BuildError`]; nothing of the machine is left then.
     pub fn new(config: &VmConfig, host_side: &Host<'_>) -> Result<Machine, BuildError> {
         config.validate()?;
-        Machine::assemble(config, host_side, None, None)
+        Machine::assemble(config, host_side, None, Ready::default())
     }
 
     /// Assembles the machine of a snapshot, as `config` has it, which may name other files and
-    /// interfaces than the one that was saved. It is paused. If it fits into `hollow`, that is used.
+    /// interfaces than the one that was saved. It is paused. What is `ready` is not made again.
     ///
     /// # Errors
     /// [`BuildError`]; nothing of the machine is left then.
@@ -153,17 +153,17 @@ impl Machine {
         config: &VmConfig,
         origin: &Origin,
         host_side: &Host<'_>,
-        hollow: Option<Hollow>,
+        ready: Ready,
     ) -> Result<Machine, BuildError> {
         config.validate()?;
-        Machine::assemble(config, host_side, Some(origin), hollow)
+        Machine::assemble(config, host_side, Some(origin), ready)
     }
 
     fn assemble(
         config: &VmConfig,
         host_side: &Host<'_>,
         origin: Option<&Origin>,
-        hollow: Option<Hollow>,
+        ready: Ready,
     ) -> Result<Machine, BuildError> {
         warn_if_larger_than_host(config);
         let hypervisor = host_side.hypervisor;
@@ -189,6 +189,7 @@ impl Machine {
 
         // Its vCPUs have nothing that could be compared.
         let fits = |hollow: &Hollow| cpus.is_none() && hollow.shape == Shape::of(config);
+        let Ready { hollow, disks } = ready;
         let (mut ram, made) = match hollow.filter(fits) {
             Some(Hollow { ram, vm, vcpus, .. }) => (ram, Some((vm, vcpus))),
             None => (GuestRam::new(config.memory.size.0, config.memory.huge_pages)?, None),
@@ -196,7 +197,7 @@ impl Machine {
         if let Some(origin) = origin {
             restore::memory(origin, &mut ram)?;
         }
-        let devices = table::devices(config, &output, host_side.window, &ram)?;
+        let devices = table::devices(config, &output, host_side.window, &ram, disks)?;
         let (vm, made) = match made {
             Some((vm, vcpus)) => (vm, Some(vcpus)),
             None => (hollow::vm(hypervisor, &ram)?, None),

@@ -42,6 +42,9 @@ use crate::timings::Milestone;
 /// How long a device may take to finish what is in flight when it is stopped.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
+/// What others do to a machine that is frozen, whatever they do.
+const SAVE: &str = "write a snapshot";
+
 /// Name of the guest's console, for [`Command::Update`].
 const CONSOLE: &str = "console";
 
@@ -363,7 +366,7 @@ impl Control {
             Command::Update { device, message } => return reply(self.update(device, &message)),
             Command::Replace { device, back_end } => return self.replace(device, back_end, reply),
             Command::Status => return reply(Ok(self.state.clone())),
-            Command::Thaw { resume } => return self.thaw(resume, reply),
+            Command::Thaw { resume, disks } => return self.thaw(resume, disks, reply),
             Command::Quit => {
                 self.end_by_will(Ending::Quit);
                 return reply(Ok(State::Stopped));
@@ -379,7 +382,7 @@ impl Control {
         }
         let under_way = self.change.as_ref().map(Change::name);
         let frozen = matches!(step, Step::Resume | Step::Freeze) && self.frozen;
-        let under_way = under_way.or(frozen.then_some("write a snapshot"));
+        let under_way = under_way.or(frozen.then_some(SAVE));
         if let Some(under_way) = under_way {
             let step = match step {
                 Step::Pause => "pause",

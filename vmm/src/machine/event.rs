@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc;
 
+use devices::virtio::blk::Backing;
 use devices::virtio::device::{BackEnd, Message, Status};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,6 +38,8 @@ pub enum Command {
     Thaw {
         /// Go on.
         resume: bool,
+        /// Names of disks that others stand on from now on, and what the machine has in their place.
+        disks: Vec<(String, Backing)>,
     },
     /// Press the power button. Answered when the guest was told, not when it is off.
     PowerButton,
@@ -75,6 +78,8 @@ pub struct Frozen {
     pub parts: Vec<Part>,
     /// Its memory.
     pub image: Image,
+    /// Its disks by their names, which nobody writes meanwhile.
+    pub disks: Vec<(String, Arc<Backing>)>,
     /// It ran before.
     pub was_running: bool,
 }

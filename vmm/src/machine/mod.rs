@@ -24,7 +24,7 @@ mod vcpu;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-pub use build::hollow::{Hollow, Shape};
+pub use build::hollow::{Hollow, Ready, Shape};
 #[cfg(test)]
 pub(crate) use build::restore::memory as restore_memory;
 pub use build::restore::{Clock, Origin, OriginError, Source};

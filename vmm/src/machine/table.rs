@@ -50,12 +50,13 @@ pub(super) enum BackEnd {
     CachedWrites,
 }
 
-/// Opens the back-ends of all devices of `config`.
+/// Opens the back-ends of all devices of `config`; of disks, those that are not open yet.
 pub(super) fn devices(
     config: &VmConfig,
     output: &Arc<Output>,
     window: Option<(u16, u16)>,
     ram: &GuestRam,
+    mut open: Vec<(String, Backing)>,
 ) -> Result<Vec<Entry>, BuildError> {
     let mut devices = Vec::new();
     let mut add = |name: String, device: Box<dyn Device>, back_end| {
@@ -71,7 +72,9 @@ pub(super) fn devices(
         // An overlay writes its bits in between.
         let cached_writes = !disk.ro && (!disk.direct || disk.overlay.is_some());
         let back_end = if cached_writes { BackEnd::CachedWrites } else { BackEnd::File };
-        let device = block(name.clone(), disk).map_err(|err| {
+        let there = open.extract_if(.., |(of, _)| *of == name).next().map(|(_, disk)| disk);
+        let opened = there.map_or_else(|| backing(disk), Ok);
+        let device = opened.map(|opened| block(name.clone(), disk, opened)).map_err(|err| {
             let err = match err {
                 // Whoever looks for hints finds it as it is.
                 OverlayError::Open(err) => err,
@@ -167,8 +170,7 @@ pub(super) fn limiter(rate: Option<RateLimit>) -> Option<RateLimiter> {
     rate.and_then(|rate| rate.limiter())
 }
 
-fn block(name: String, config: &DiskConfig) -> Result<Block, OverlayError> {
-    let disk = backing(config)?;
+fn block(name: String, config: &DiskConfig, disk: Backing) -> Block {
     let cache = match config.cache {
         CacheMode::Writeback => Cache::Writeback,
         CacheMode::Writethrough => Cache::Writethrough,
@@ -177,7 +179,7 @@ fn block(name: String, config: &DiskConfig) -> Result<Block, OverlayError> {
     let queues = config.queues.unwrap_or(1);
     let mut block = Block::new(Options { disk, cache, id: name, queues });
     block.set_limit(limiter(config.rate));
-    Ok(block)
+    block
 }
 
 /// Name pattern of the interfaces that Hull makes; the kernel puts a number in.

@@ -165,7 +165,7 @@ pub fn parse(bytes: &[u8]) -> Result<State, StateError> {
 }
 
 /// Kinds of payloads that there are. One that is not known is refused, not left out.
-const KINDS: [&str; 14] = [
+const KINDS: [&str; 15] = [
     "vm",
     "vcpu",
     "transport",
@@ -180,6 +180,7 @@ const KINDS: [&str; 14] = [
     "virtio-vsock",
     super::PAGES,
     super::LAYERS,
+    "bases",
 ];
 
 struct Fields<'a>(&'a [u8]);

@@ -30,7 +30,7 @@ impl Overrides {
             let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
             ConfigError {
                 field: what.to_owned(),
-                problem: format!("the snapshot has none with the id {name}; it has: {known}"),
+                problem: format!("there is none with the id {name}; known are: {known}"),
             }
         };
         for (name, tap) in &self.nets {
@@ -56,7 +56,7 @@ impl Overrides {
         }
         let vsock = config.vsock.as_mut().ok_or_else(|| ConfigError {
             field: "vsock".to_owned(),
-            problem: "the snapshot has no vsock device".to_owned(),
+            problem: "the machine has no vsock device".to_owned(),
         })?;
         if let Some(path) = &self.vsock {
             vsock.path.clone_from(path);

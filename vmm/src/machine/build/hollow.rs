@@ -5,6 +5,7 @@ use crate::config::{ByteSize, ConfigError, VmConfig};
 use crate::hypervisor::{Hypervisor, Vcpu, Vm};
 use crate::memory::GuestRam;
 use arch::layout;
+use devices::virtio::blk::Backing;
 use serde::{Deserialize, Serialize};
 
 /// What machines have in common that can be made beforehand.
@@ -36,6 +37,15 @@ impl Shape {
         config.memory.huge_pages = self.huge_pages;
         config.validate_without_kernel()
     }
+}
+
+/// What of a machine is there already.
+#[derive(Default)]
+pub struct Ready {
+    /// A VM, which is used if the machine fits into it.
+    pub hollow: Option<Hollow>,
+    /// Disks that are open, by their names.
+    pub disks: Vec<(String, Backing)>,
 }
 
 /// A VM with memory slots, interrupt controllers and vCPUs, and nothing in it: one that was saved on this

@@ -2,9 +2,13 @@
 
 use std::sync::{Arc, mpsc};
 
+use devices::virtio::blk::Backing;
+use devices::virtio::device::BackEnd;
+
 use super::super::build::restore::vcpu_name;
 use super::super::event::{Frozen, ReplyTo};
 use super::super::lifecycle::{Refusal, State};
+use super::super::slot::Slot;
 use super::Control;
 use crate::hypervisor::HypervisorError;
 use crate::hypervisor::state::VcpuState;
@@ -28,7 +32,12 @@ impl Control {
         match self.parts(&msrs) {
             Ok(parts) => {
                 let image = self.machine.ram.image();
-                let frozen = Frozen { parts, image, was_running };
+                let disk = |slot: &Slot| {
+                    let disk = slot.device.disk()?;
+                    Some((slot.transport.name().to_owned(), Arc::clone(disk)))
+                };
+                let disks = self.machine.slots.iter().filter_map(disk).collect();
+                let frozen = Frozen { parts, image, disks, was_running };
                 // Whoever asks has room for it, or does not want it any more.
                 self.frozen = answer.try_send(frozen).is_ok();
                 reply(Ok(self.state.clone()));
@@ -38,7 +47,16 @@ impl Control {
     }
 
     /// Nobody reads the memory any more.
-    pub(super) fn thaw(&mut self, resume: bool, reply: ReplyTo) {
+    pub(super) fn thaw(&mut self, resume: bool, disks: Vec<(String, Backing)>, reply: ReplyTo) {
+        for (name, disk) in disks {
+            let mut slots = self.machine.slots.iter_mut();
+            if let Some(slot) = slots.find(|slot| slot.transport.name() == name)
+                && let Err(error) = slot.device.replace(BackEnd::Frozen(disk))
+            {
+                // Without it the guest would write to what others stand on.
+                slot.transport.broken(&error.to_string());
+            }
+        }
         if std::mem::take(&mut self.frozen) && resume && self.state == State::Paused {
             self.go_on();
         }

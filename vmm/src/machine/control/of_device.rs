@@ -7,13 +7,15 @@ use devices::virtio::device::{BackEnd, Message, Status, Traffic};
 
 use super::super::event::{Reply, ReplyTo};
 use super::super::lifecycle::{Refusal, State};
-use super::{CONSOLE, Change, Control, STOP_DEADLINE};
+use super::{CONSOLE, Change, Control, SAVE, STOP_DEADLINE};
 
 impl Control {
     /// Gives the device called `name` another back-end when what is in flight on its own is done.
     pub(super) fn replace(&mut self, name: String, back_end: BackEnd, reply: ReplyTo) {
-        if let Some(change) = &self.change {
-            return reply(Err(Refusal::Busy { step: "replace", under_way: change.name() }));
+        let under_way = self.change.as_ref().map(Change::name);
+        // Others are about to stand on what it is now.
+        if let Some(under_way) = under_way.or(self.frozen.then_some(SAVE)) {
+            return reply(Err(Refusal::Busy { step: "replace", under_way }));
         }
         let machine = &mut self.machine;
         let mut slots = machine.slots.iter().enumerate();

@@ -1,5 +1,6 @@
 //! Machines that are forked, from the command line.
 
+mod disks;
 mod hostile;
 mod limits;
 mod steps;
@@ -337,32 +338,6 @@ fn a_name_that_is_taken_is_the_matter_of_one_child() {
     goes_on(&parent);
     goes_on(&other);
     assert_eq!(family.processes().len(), 4);
-}
-
-#[test]
-fn a_disk_that_is_written_belongs_to_one() {
-    let family = Family::default();
-    for name in ["own", "shared", "copy"] {
-        fs::write(family.at(name), vec![7; 1 << 20]).unwrap();
-    }
-    let disk =
-        |guest: machine_tests::Guest, name: &str, more: &str| guest.disk(&family.at(name), more);
-    let scenario = "work dirty=2M size=64K every=100M";
-    let guest = disk(family.guest("d", scenario), "shared", ",id=shared,ro");
-    let parent = Family::at_work(disk(guest, "own", ",id=own").start());
-    let outcome = fork(&family, &["d", "-n", "2"]);
-    assert_eq!(outcome.code(), 1, "{}", outcome.stdout);
-    for words in ["copy 1 of 2", "copy 2 of 2", "own", "in use"] {
-        assert!(outcome.stderr.contains(words), "{words}: {}", outcome.stderr);
-    }
-    family.settles(1, &["d.json", "d.sock"]);
-    // With a file of its own it has all that it needs.
-    let copy = format!("own={}", family.at("copy").display());
-    fork_at_work(&family, "d", 1, &["--disk", &copy]);
-    let outcome = fork(&family, &["d", "--disk", "nothing=/x"]);
-    assert!(outcome.code() == 1 && outcome.stderr.contains("nothing"), "{}", outcome.stderr);
-    fork(&family, &["d", "--disk", "nothing"]).failed(&["--disk", "id"]);
-    goes_on(&parent);
 }
 
 #[test]

@@ -1,0 +1,232 @@
+//! Disks of machines that are forked: each copy has one of its own, and what was flushed is there whoever dies.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use machine_tests::{Family, Outcome, Running, eventually};
+use serde_json::Value;
+
+use super::{children, fork, fork_at_work, goes_on, is_intact, kill, names, verb};
+
+/// Bytes of the disk, its blocks that a guest knows, and bytes of one.
+const SIZE: u64 = 8 << 20;
+const BLOCKS: u64 = 16;
+const LENGTH: u64 = 64 << 10;
+
+/// A machine that has a disk it knows by heart and writes and flushes all the time.
+fn parent(family: &Family, name: &str, disk: &Path) -> Running {
+    if !disk.exists() {
+        fs::File::create_new(disk).unwrap().set_len(SIZE).unwrap();
+    }
+    let scenario = format!("work dirty=2M size={LENGTH} every=100M disk={BLOCKS}");
+    Family::at_work(family.guest(name, &scenario).disk(disk, "").start())
+}
+
+/// The file of a child's only disk.
+fn disk(child: &Value) -> PathBuf {
+    let drives = child["drives"].as_array().unwrap_or_else(|| panic!("{child}"));
+    assert_eq!(drives.len(), 1, "{child}");
+    drives[0]["path_on_host"].as_str().unwrap().into()
+}
+
+/// With what a guest wrote and flushed its blocks last, as far as it could say so.
+fn last_stamp(text: &str) -> u64 {
+    let (text, _) = text.rsplit_once('\n').unwrap();
+    let of = |line: &str| Some(line.split("disk stamp=0x").nth(1)?.split(' ').next()?.to_owned());
+    let stamp = text.lines().rev().find_map(of).unwrap_or_else(|| panic!("no disk: {text}"));
+    u64::from_str_radix(&stamp, 16).unwrap()
+}
+
+/// The disk at `path` has each block as the guest of `text` flushed it last, or as it wrote it since, as a whole
+/// file; so many are as they were flushed.
+fn has_what_was_flushed(family: &Family, path: &Path, text: &str) {
+    assert!(!text.contains("lost"), "{text}");
+    let raw = family.at("raw");
+    let _ = fs::remove_file(&raw);
+    let (path, output) = (path.to_str().unwrap(), raw.to_str().unwrap());
+    assert_eq!(verb(family, &["disk", "commit", path, "--output", output]).code(), 0);
+    let raw = fs::File::open(raw).unwrap();
+    let stamp = last_stamp(text);
+    let mut newer = None;
+    for block in 0..BLOCKS {
+        let mut bytes = vec![0; LENGTH as usize];
+        raw.read_exact_at(&mut bytes, SIZE / BLOCKS * block).unwrap();
+        let pages = bytes.chunks_exact(4096).map(|page| {
+            let (words, _) = page.as_chunks::<8>();
+            let first = u64::from_le_bytes(words[0]);
+            assert!(words.iter().all(|word| u64::from_le_bytes(*word) == first), "block {block}");
+            first ^ block
+        });
+        for found in pages.filter(|found| *found != stamp) {
+            assert_eq!(*newer.get_or_insert(found), found, "block {block} of {path}");
+            assert!(found > stamp, "block {block} of {path} is older than what was flushed");
+        }
+    }
+}
+
+fn text(family: &Family, name: &str) -> String {
+    fs::read_to_string(super::log(family, name)).unwrap()
+}
+
+/// Files beside the disk that were made for machines.
+fn copies(family: &Family) -> Vec<String> {
+    let all = fs::read_dir(family.at("")).unwrap().flatten();
+    let name = |entry: fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+    let is_copy = |name: &String| name.starts_with("d.img.") || name.starts_with(".d.img");
+    let mut copies: Vec<_> = all.map(name).filter(is_copy).collect();
+    copies.sort();
+    copies
+}
+
+#[test]
+fn each_has_a_disk_of_its_own_and_keeps_what_it_flushed() {
+    let family = Family::default();
+    let base = family.at("d.img");
+    let mut parent = parent(&family, "web", &base);
+    let first = fork_at_work(&family, "web", 3, &[]);
+    let second = fork_at_work(&family, "web-2", 2, &[]);
+    goes_on(&parent);
+    let all: Vec<_> = first.iter().chain(&second).collect();
+    let mut files: Vec<_> = all.iter().map(|child| disk(child)).collect();
+    files.sort();
+    files.dedup();
+    assert_eq!(files.len(), 5);
+    // Whoever dies harms no other, and loses nothing that it flushed.
+    for (n, child) in all.iter().enumerate() {
+        kill(child);
+        let name = child["name"].as_str().unwrap();
+        // That of one that was forked since is another.
+        if n != 1 {
+            has_what_was_flushed(&family, &disk(child), &text(&family, name));
+        }
+        for other in &all[n + 1..] {
+            is_intact(&family, other["name"].as_str().unwrap());
+        }
+        goes_on(&parent);
+    }
+    let forked: Value =
+        serde_json::from_str(fork(&family, &["web", "--json", "--rm"]).ok()).unwrap();
+    let own: PathBuf = forked["drives"][0]["path_on_host"].as_str().unwrap().into();
+    assert_eq!(forked["drives"][0]["drive_id"], "disk0");
+    goes_on(&parent);
+    parent.write("q");
+    let outcome = parent.finish();
+    has_what_was_flushed(&family, &own, outcome.ok());
+    kill(&forked["children"][0]);
+}
+
+#[test]
+fn nobody_else_writes_to_what_copies_stand_on() {
+    let family = Family::default();
+    let base = family.at("d.img");
+    let parent = parent(&family, "web", &base);
+    let first = fork_at_work(&family, "web", 1, &[]);
+    parent.signal(libc::SIGKILL);
+    drop(parent);
+    is_intact(&family, "web-1");
+    let again = || {
+        let guest = family.guest("again", "blk op=info").disk(&base, "");
+        guest.run()
+    };
+    again().refused(&["d.img", "in use"]);
+    kill(&first[0]);
+    assert_eq!(again().code(), 0);
+}
+
+#[test]
+fn copies_are_made_where_they_are_wanted_and_removed_if_that_is_wanted() {
+    let family = Family::default();
+    let base = family.at("d.img");
+    let parent = parent(&family, "web", &base);
+    let folder = family.at("copies");
+    fs::create_dir(&folder).unwrap();
+    let folder = folder.to_str().unwrap();
+    let named = family.at("own-{n}");
+    let option = format!("disk0={}", named.display());
+    let mine = fork_at_work(&family, "web", 2, &["--disk", &option, "--disks-in", folder]);
+    assert_eq!(mine.iter().map(disk).collect::<Vec<_>>(), [family.at("own-1"), family.at("own-2")]);
+    // Its own is there as well; a second fork has the next.
+    let all = || fs::read_dir(folder).unwrap().count();
+    assert_eq!((all(), copies(&family).len()), (1, 0));
+    mine.iter().for_each(kill);
+    let rest = fork(&family, &["web", "--json", "-n", "2", "--disks-in", folder, "--rm"]);
+    let rest = children(&rest);
+    assert_eq!(all(), 4);
+    for child in names(&rest) {
+        assert_eq!(verb(&family, &["stop", "--now", child]).code(), 0);
+    }
+    eventually(
+        || all() == 2,
+        || format!("{:?}", fs::read_dir(folder).unwrap().collect::<Vec<_>>()),
+    );
+    goes_on(&parent);
+    drop(parent);
+}
+
+#[test]
+fn a_file_that_is_there_is_used_as_it_is() {
+    let family = Family::default();
+    let parent = parent(&family, "web", &family.at("d.img"));
+    let known = family.at("known.img");
+    fs::write(&known, vec![7; SIZE as usize]).unwrap();
+    let option = format!("disk0={}", known.display());
+    let console = family.at("web-1.log").display().to_string();
+    let words = ["web", "--json", "--disk", &option, "--console-file", &console];
+    let child = &children(&fork(&family, &words))[0];
+    assert!(child["drives"].is_null(), "{child}");
+    // Which is another than this guest left.
+    let lost = || fs::read_to_string(&console).unwrap_or_default().contains("disk lost=0 ");
+    eventually(lost, || text(&family, "web-1"));
+    // Nobody stands on the machine's.
+    assert_eq!(copies(&family), [""; 0]);
+    goes_on(&parent);
+    kill(child);
+}
+
+#[test]
+fn a_fork_that_cannot_be_leaves_the_disk_as_it_is() {
+    let family = Family::default();
+    let base = family.at("d.img");
+    let parent = parent(&family, "web", &base);
+    let refused = |outcome: &Outcome, words: &[&str]| {
+        outcome.failed(words);
+        goes_on(&parent);
+        assert_eq!(copies(&family), [""; 0]);
+    };
+    let nowhere = family.at("nowhere");
+    let nowhere = nowhere.to_str().unwrap();
+    refused(&fork(&family, &["web", "--disks-in", nowhere]), &["disk0", "nowhere", "No such file"]);
+    let outcome = fork(&family, &["web", "--template", "--disk", "other=/x"]);
+    refused(&outcome, &["overrides[0].disk", "none with the id other", "disk0"]);
+    let option = ["--disk", "disk0=/x", "--disk", "disk0=/y"];
+    refused(&fork(&family, &[&["web"], &option[..]].concat()), &["disk0 is named twice"]);
+    // It is still its machine's alone.
+    let reader = family.guest("reader", "blk op=info").disk(&base, ",ro").run();
+    reader.refused(&["d.img", "in use"]);
+    // What only one of them cannot have, the others have.
+    let option = "disk0=/nowhere-{n}/copy";
+    let outcome = fork(&family, &["web", "--json", "-n", "2", "--disk", option]);
+    let all = children(&outcome);
+    assert!(all.iter().all(|child| child["fault_message"].as_str().unwrap().contains("/nowhere-")));
+    goes_on(&parent);
+    // A template of nobody is none.
+    assert_eq!(fork(&family, &["web", "--template", "--disk", option]).code(), 1);
+    goes_on(&parent);
+    // Whatever was made for those is gone; the machine's own is not.
+    let mut left = copies(&family).into_iter();
+    assert!(left.all(|name| name.starts_with("d.img.web.")), "{:?}", copies(&family));
+}
+
+#[test]
+fn a_machine_with_overlays_is_saved_and_goes_on() {
+    let family = Family::default();
+    let parent = parent(&family, "web", &family.at("d.img"));
+    let all = fork_at_work(&family, "web", 1, &["--rm"]);
+    goes_on(&parent);
+    let folder = family.at("saved");
+    let folder = folder.to_str().unwrap();
+    assert_eq!(verb(&family, &["snapshot", "web-1", folder, "--stop"]).code(), 0);
+    // One that was saved still needs its disk.
+    assert!(disk(&all[0]).exists(), "{:?}", copies(&family));
+}

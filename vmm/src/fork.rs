@@ -34,7 +34,7 @@ use self::disks::Disks;
 use crate::config::{ConfigError, VmConfig};
 use crate::hook::{self, Hook};
 use crate::machine::{Origin, Shape, Source};
-use crate::memory::{Layer, Runs, sealed_copy};
+use crate::memory::{Layer, sealed_copy};
 use crate::snapshot::{LAYERS, MEMORY, Overrides, Part, State, StateError, parse, write};
 
 /// How long who speaks may pause.
@@ -189,11 +189,11 @@ impl Seed {
         }
         let mut bytes = Vec::new();
         for layer in &layers {
-            let pages = layer.pages().to_bytes();
+            let pages = layer.to_bytes();
             bytes.extend((pages.len() as u32).to_le_bytes());
             bytes.extend(pages);
         }
-        let payload = Payload { kind: LAYERS, version: 1, bytes };
+        let payload = Payload { kind: LAYERS, version: 2, bytes };
         state.parts.push(Part { owner: MEMORY.to_owned(), payload });
         let bytes = disks.to_bytes().map_err(|err| HandOverError::Invalid(err.to_string()))?;
         let payload = Payload { kind: BASES, version: 1, bytes };
@@ -275,15 +275,15 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin, Disks), HandOverEr
     let mut bytes = vec![0; len as usize];
     state.read_exact_at(&mut bytes, 0).map_err(talk("receive from"))?;
     let mut state = parse(&bytes)?;
-    let mut list = |kind: &'static str| {
+    let mut list = |kind: &'static str, version| {
         let place = state.parts.iter().position(|part| part.payload.kind == kind);
         let place = place.ok_or_else(|| invalid("what its memory or its disks are is missing"))?;
         let list = state.parts.swap_remove(place).payload;
-        list.expect(kind, 1)
+        list.expect(kind, version)
             .map(<[u8]>::to_vec)
             .map_err(|err| HandOverError::Invalid(err.to_string()))
     };
-    let (list, disks) = (list(LAYERS)?, list(BASES)?);
+    let (list, disks) = (list(LAYERS, 2)?, list(BASES, 1)?);
     let mut rest: &[u8] = &list;
     let number = layers_in(rest);
     let files_of_disks = files.split_off(number.min(files.len()));
@@ -293,7 +293,7 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin, Disks), HandOverEr
         let (len, after) = rest.split_first_chunk()?;
         let (pages, after) = after.split_at_checked(u32::from_le_bytes(*len) as usize)?;
         rest = after;
-        Some(Layer::new(Arc::new(file), &Runs::from_bytes(pages)?))
+        Layer::from_bytes(Arc::new(file), pages)
     };
     let layers: Option<Vec<Layer>> = files.into_iter().map(layer).collect();
     let layers = layers.filter(|_| rest.is_empty());

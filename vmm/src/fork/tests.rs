@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::VmConfig;
-use crate::memory::PAGE_SIZE;
+use crate::memory::{PAGE_SIZE, Runs};
 use crate::snapshot::{Header, MemoryHeader};
 
 fn state() -> State {
@@ -77,7 +77,11 @@ fn received(bytes: &[u8], fds: &[RawFd]) -> Result<(Child, Origin, Disks), HandO
 
 #[test]
 fn what_is_sent_arrives() {
-    let layers = vec![layer(1, 0..64), layer(2, 3..9), layer(3, 5..6)];
+    let shifted = layer(4, 7..9);
+    let mut bytes = shifted.to_bytes();
+    [7u64, 2, 30].iter().for_each(|number| bytes.extend(number.to_le_bytes()));
+    let shifted = Layer::from_bytes(Arc::clone(shifted.file()), &bytes).unwrap();
+    let layers = vec![layer(1, 0..64), layer(2, 3..9), layer(3, 5..6), shifted];
     let folder = tempfile::tempdir().unwrap();
     let (disks, _switch) = disks(folder.path());
     let listed = disks.to_bytes().unwrap();
@@ -92,7 +96,7 @@ fn what_is_sent_arrives() {
             assert_eq!(same, child);
             assert_eq!(origin.state.parts, state().parts);
             let Source::Layers(received) = origin.memory else { panic!("no layers") };
-            let pages = |layers: &[Layer]| layers.iter().map(Layer::pages).collect::<Vec<_>>();
+            let pages = |layers: &[Layer]| layers.iter().map(Layer::to_bytes).collect::<Vec<_>>();
             assert_eq!(pages(&received), pages(&layers));
             assert_eq!(disks.to_bytes().unwrap(), listed);
             let byte = |file: &Arc<File>| {

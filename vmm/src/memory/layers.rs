@@ -80,6 +80,49 @@ impl Layer {
         self.leased
     }
 
+    /// Which pages it has and where, as bytes: their set ([`Runs::to_bytes`]) in front of which are 4 bytes with the
+    /// length of that, and for each page range of RAM that is somewhere else in the file three numbers of 8
+    /// bytes: all little-endian. A file with pages in their own places has only the first.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let pages = self.pages().to_bytes();
+        let mut bytes = (pages.len() as u32).to_le_bytes().to_vec();
+        bytes.extend(pages);
+        if self.extents.iter().any(|extent| extent.at != extent.from) {
+            for Extent { at, len, from } in &self.extents {
+                [at, len, from].iter().for_each(|number| bytes.extend(number.to_le_bytes()));
+            }
+        }
+        bytes
+    }
+
+    /// From bytes. Nothing if they are none of a layer.
+    pub fn from_bytes(file: Arc<File>, bytes: &[u8]) -> Option<Layer> {
+        let (len, rest) = bytes.split_first_chunk()?;
+        let (pages, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
+        let layer = Layer::new(file, &Runs::from_bytes(pages)?);
+        if rest.is_empty() {
+            return Some(layer);
+        }
+        let (numbers, []) = rest.as_chunks::<8>() else { return None };
+        let (extents, []) = numbers.as_chunks::<3>() else { return None };
+        let extents: Vec<Extent> = extents
+            .iter()
+            .map(|numbers| numbers.map(u64::from_le_bytes))
+            .map(|[at, len, from]| Extent { at, len, from })
+            .collect();
+        let fits = |extent: &Extent| {
+            let ends = [extent.at, extent.from].map(|start| start.checked_add(extent.len));
+            extent.len > 0 && ends.iter().all(Option::is_some)
+        };
+        if !extents.iter().all(fits) {
+            return None;
+        }
+        let in_order = extents.is_sorted_by(|a, b| a.at + a.len <= b.at);
+        let shifted = Layer { extents, ..layer };
+        // They are two ways to say the same.
+        (in_order && shifted.pages() == Runs::from_bytes(pages)?).then_some(shifted)
+    }
+
     /// The pages that it has.
     pub fn pages(&self) -> Runs {
         Runs::new(self.extents.iter().map(|extent| extent.at..extent.at + extent.len))
@@ -316,6 +359,27 @@ mod tests {
             for piece in contents.within(from..from + len) {
                 prop_assert!(piece.extent.at >= from && piece.extent.len > 0);
                 prop_assert!(piece.extent.at + piece.extent.len <= from + len);
+            }
+        }
+
+        #[test]
+        fn bytes_bring_them_back(set in runs(), shift in 0u64..3, holes in runs()) {
+            let mut layer = layer(1, &set, shift);
+            layer.cover(&holes);
+            let again = Layer::from_bytes(Arc::clone(&layer.file), &layer.to_bytes()).unwrap();
+            prop_assert_eq!(again.extents, layer.extents);
+        }
+
+        #[test]
+        fn other_bytes_do_no_harm(
+            mut bytes in prop::collection::vec(any::<u8>(), 0..80), short in any::<bool>())
+        {
+            if short && bytes.len() > 4 {
+                bytes[..4].copy_from_slice(&3u32.to_le_bytes());
+            }
+            if let Some(layer) = Layer::from_bytes(Arc::new(tempfile::tempfile().unwrap()), &bytes) {
+                let contents = Contents::new(PAGES * PAGE_SIZE, [&layer]);
+                prop_assert!(contents.pieces().len() <= layer.extents.len());
             }
         }
 

@@ -69,6 +69,21 @@ fn is_sealed(layer: &Layer) {
 }
 
 impl<'a> Run<'a> {
+    /// Maps pages of a file that are somewhere else in RAM, as those of a kernel are.
+    fn boot(&mut self, file: &File) {
+        const AT: u64 = 5;
+        const FROM: u64 = 2;
+        for (page, byte) in [1u8, 2, 3].into_iter().enumerate() {
+            let page = page as u64;
+            let bytes = [byte; PAGE_SIZE as usize];
+            file.write_all_at(&bytes, (FROM + page) * PAGE_SIZE).unwrap();
+            self.now[(AT + page) as usize] = Some(byte);
+        }
+        let (offset, gpa) = (FROM * PAGE_SIZE, self.kind.at(AT).0);
+        self.ram.map_file(file, offset, gpa, 3 * PAGE_SIZE, false).unwrap();
+        self.below = self.now;
+    }
+
     fn fork(&mut self, folder: &'a Path) -> Run<'a> {
         let image = self.ram.image();
         image.populate().unwrap();
@@ -80,7 +95,11 @@ impl<'a> Run<'a> {
             self.below = self.now;
         }
         let mut ram = self.kind.ram();
-        ram.map_layers(shared.layers).unwrap();
+        // As another process hears of them.
+        let again = |layer: Layer| {
+            Layer::from_bytes(Arc::clone(layer.file()), &layer.to_bytes()).unwrap()
+        };
+        ram.map_layers(shared.layers.into_iter().map(again).collect()).unwrap();
         Run {
             ram,
             below: if self.kind.huge_pages { zeroes } else { self.now },
@@ -98,6 +117,10 @@ fn tree(kind: Kind, most: usize, deeds: Vec<(prop::sample::Index, Deed)>) {
         (0..=deeds.len()).map(|_| tempfile::tempdir_in("/dev/shm").unwrap()).collect();
     let mut fresh = folders.iter().map(tempfile::TempDir::path);
     let mut machines = vec![Run::new(kind, fresh.next().unwrap())];
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    if !kind.huge_pages {
+        machines[0].boot(&file);
+    }
     for (which, deed) in deeds {
         let at = which.index(machines.len());
         match deed {

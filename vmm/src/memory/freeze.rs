@@ -26,9 +26,11 @@ const PIECE: u64 = (2 << 20) / PAGE_SIZE;
 const MOST_LAYERS: usize = 32;
 /// Pages that one looks at at a time.
 const LOOK: u64 = (64 << 20) / PAGE_SIZE;
-/// Most mappings that freezing leaves behind; with more, pages between are copied as well. The kernel
-/// allows a process 65,530.
+/// Most pieces that freezing makes of memory at once; with more, pages between are copied as well.
 const MOST_MAPPINGS: usize = 4096;
+/// Most pieces that memory is left in; with more, all layers but the lowest become one. Each is a mapping and what
+/// lies between may be another, of which the kernel allows a process 65,530.
+const MOST_PIECES: usize = 16_384;
 
 const PAGE: usize = PAGE_SIZE as usize;
 static ZEROES: [u8; PAGE] = [0; PAGE];
@@ -208,20 +210,23 @@ impl Image {
             // Nobody shall have to wait until all of it was written.
             private = private.union(&leased.pages());
         }
-        let too_many = stack.layers.len() > MOST_LAYERS;
-        if too_many {
-            let upper = stack.layers.iter().skip(1);
-            private = upper.fold(private, |all, layer| all.union(&layer.pages()));
-        }
         if private.is_empty() {
             return Ok(0);
+        }
+        let pieces: usize = stack.all().map(|layer| layer.extents.len()).sum();
+        let too_many =
+            stack.layers.len() > MOST_LAYERS || pieces + private.len() > MOST_PIECES;
+        if too_many {
+            let own = stack.own.iter().map(|own| own.pages.clone());
+            let upper = stack.layers.iter().skip(1).map(Layer::pages).chain(own);
+            private = upper.fold(private, |all, pages| all.union(&pages));
         }
         let file = match &stack.own {
             Some(own) => Arc::clone(&own.file),
             None => Arc::new(memfd(self.size())?),
         };
         // What lies between need not be here yet, and must not be waited for.
-        let most = if self.is_lazy() { MOST_MAPPINGS * 8 } else { MOST_MAPPINGS };
+        let most = if self.is_lazy() { MOST_PIECES } else { MOST_MAPPINGS };
         let private = private.coalesced(most);
         let pieces = private.pieces(PIECE);
         let done = Mutex::new(Vec::with_capacity(pieces.len()));

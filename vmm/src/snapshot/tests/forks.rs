@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
 
 use super::*;
-use crate::memory::Layer;
+use crate::memory::{Layer, Runs};
 
 /// Machines that there may be at a time, each of which has four files of its own.
 const MOST: usize = 12;
@@ -192,6 +192,45 @@ proptest! {
 fn is_mapped(inode: u64) -> bool {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().any(|line| line.split_whitespace().nth(4) == Some(&inode.to_string()))
+}
+
+/// Each third time memory is only frozen, or always.
+fn in_pieces(base: bool, shared: bool) {
+    const SIZE: u64 = 128 << 20;
+    let mut ram = GuestRam::new(SIZE, false).unwrap();
+    let mappings = || std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+    let before = mappings();
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(SIZE).unwrap();
+    let half = Layer::new(Arc::new(file), &Runs::first(SIZE / PAGE_SIZE / 2));
+    ram.map_layers(if base { vec![half] } else { Vec::new() }).unwrap();
+    let guest = Arc::clone(ram.memory().guest());
+    for round in 1..20u8 {
+        // No two of them are neighbours, whatever was written before.
+        for page in (0..SIZE / PAGE_SIZE).skip(usize::from(round % 8)).step_by(8) {
+            guest.write_obj(round, GuestAddress(page * PAGE_SIZE)).unwrap();
+        }
+        if round % 3 == 0 || !shared {
+            ram.image().freeze().unwrap();
+        } else {
+            ram.image().share().unwrap();
+        }
+        assert!(mappings() - before < 40_000, "{} in round {round}", mappings() - before);
+    }
+    let contents = ram.image().contents();
+    for page in 0..SIZE / PAGE_SIZE {
+        let last = (1..20u8).rev().find(|round| u64::from(round % 8) == page % 8).unwrap();
+        let mut bytes = [0; PAGE_SIZE as usize];
+        contents.read_page(page, &mut bytes).unwrap();
+        assert_eq!((bytes[0], guest.read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()), (last, last));
+    }
+}
+
+#[test]
+fn memory_does_not_fall_into_ever_more_pieces() {
+    for (base, shared) in [(true, true), (true, false), (false, true), (false, false)] {
+        in_pieces(base, shared);
+    }
 }
 
 #[test]

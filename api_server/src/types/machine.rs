@@ -87,6 +87,9 @@ pub struct MachineConfiguration {
     /// Size of the pages that back guest memory.
     #[serde(default)]
     pub huge_pages: HugePages,
+    /// Keep memory where copies of the machine can have it: it is halted for shorter when it is forked first.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub forkable: bool,
 }
 
 /// A change of some of them.
@@ -108,6 +111,8 @@ pub struct MachineConfigurationUpdate {
     pub track_dirty_pages: Option<bool>,
     /// Size of the pages that back guest memory.
     pub huge_pages: Option<HugePages>,
+    /// Keep memory where copies of the machine can have it: it is halted for shorter when it is forked first.
+    pub forkable: Option<bool>,
 }
 
 impl MachineConfigurationUpdate {
@@ -119,6 +124,7 @@ impl MachineConfigurationUpdate {
             && self.cpu_template.is_none()
             && self.track_dirty_pages.is_none()
             && self.huge_pages.is_none()
+            && self.forkable.is_none()
     }
 
     /// The configuration with this change.
@@ -130,6 +136,7 @@ impl MachineConfigurationUpdate {
             cpu_template: self.cpu_template.or(old.cpu_template),
             track_dirty_pages: self.track_dirty_pages.unwrap_or(old.track_dirty_pages),
             huge_pages: self.huge_pages.unwrap_or(old.huge_pages),
+            forkable: self.forkable.unwrap_or(old.forkable),
         }
     }
 }
@@ -149,6 +156,7 @@ impl From<&VmConfig> for MachineConfiguration {
             } else {
                 HugePages::None
             },
+            forkable: config.memory.forkable,
         }
     }
 }
@@ -170,6 +178,7 @@ impl MachineConfiguration {
         }
         config.memory.size = ByteSize(size);
         config.memory.huge_pages = self.huge_pages == HugePages::Hugetlbfs2M;
+        config.memory.forkable = self.forkable;
         config.memory.track_dirty_pages = self.track_dirty_pages;
         Ok(())
     }

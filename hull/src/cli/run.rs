@@ -60,6 +60,10 @@ pub struct RunArgs {
     /// Take the guest's memory from the host's pool of 2 MiB pages
     #[arg(long)]
     pub huge_pages: bool,
+    /// Keep the guest's memory where copies of the machine can have it: it is halted for shorter when it is
+    /// forked first
+    #[arg(long)]
+    pub forkable: bool,
     /// A disk: path=FILE[,overlay=FILE][,ro][,id=NAME][,root][,cache=writeback|writethrough|unsafe][,direct][,queues=N][,rate=RATE]
     #[arg(short, long, value_name = "OPTIONS")]
     pub disk: Vec<String>,
@@ -212,6 +216,7 @@ impl RunArgs {
         }
         set(&mut config.memory.size, self.memory);
         config.memory.huge_pages |= self.huge_pages;
+        config.memory.forkable |= self.forkable;
         if let Some(text) = &self.rng {
             let options: RngOptions = read_option("rng", text, keyvalue::split(text))?;
             config.rng = true;

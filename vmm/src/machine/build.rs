@@ -192,7 +192,11 @@ impl Machine {
         let Ready { hollow, disks } = ready;
         let (mut ram, made) = match hollow.filter(fits) {
             Some(Hollow { ram, vm, vcpus, .. }) => (ram, Some((vm, vcpus))),
-            None => (GuestRam::new(config.memory.size.0, config.memory.huge_pages)?, None),
+            None if origin.is_some() => {
+                let memory = &config.memory;
+                (GuestRam::new(memory.size.0, memory.huge_pages)?, None)
+            }
+            None => (GuestRam::of(&config.memory)?, None),
         };
         if let Some(origin) = origin {
             restore::memory(origin, &mut ram)?;

@@ -1,8 +1,11 @@
 //! Giving pages of guest RAM back to the host, for the balloon.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use devices::virtio::balloon::Discard;
 
 use super::GuestRam;
+use super::freeze::Stack;
 
 /// Bytes of the pages that RAM is made of when they are from the host's pool.
 const HUGE_PAGE: u64 = 2 << 20;
@@ -34,6 +37,7 @@ impl Range {
 pub struct Discarder {
     ranges: Vec<Range>,
     page: u64,
+    stack: Arc<Mutex<Stack>>,
 }
 
 impl GuestRam {
@@ -46,23 +50,26 @@ impl GuestRam {
         };
         // A part of a huge page cannot be given back; ranges begin at whole ones.
         let page = if self.huge_pages { HUGE_PAGE } else { super::PAGE_SIZE };
-        Discarder { ranges: self.ranges.iter().map(range).collect(), page }
+        let stack = Arc::clone(&self.stack);
+        Discarder { ranges: self.ranges.iter().map(range).collect(), page, stack }
     }
 }
 
 impl Discarder {
     fn give_back(&self, first: impl Fn(&Range) -> u64, start: u64, len: u64) {
+        // Nobody freezes it meanwhile: whoever gives pages back is halted then.
+        let live = self.stack.lock().unwrap_or_else(PoisonError::into_inner).live.is_some();
+        // Private memory, anonymous or of a file: the page goes, and the file is not changed. In a file of the
+        // machine's own it is a hole.
+        let advice = if live { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
         for range in &self.ranges {
             let Some((offset, len)) = range.part(first(range), start, len, self.page) else {
                 continue;
             };
             let at = range.host + offset as usize;
-            // Private memory, anonymous or of a file: the page goes, and the file is not changed.
             // SAFETY: the pages lie within a mapping of guest RAM, which Rust code of ours never
             // holds references to; that their contents change at any time is what guest RAM does.
-            let result = unsafe {
-                libc::madvise(at as *mut libc::c_void, len as usize, libc::MADV_DONTNEED)
-            };
+            let result = unsafe { libc::madvise(at as *mut libc::c_void, len as usize, advice) };
             if result != 0 {
                 // Kernels before 5.18 do not take huge pages back. The guest has lost nothing.
                 let err = std::io::Error::last_os_error();

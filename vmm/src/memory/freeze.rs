@@ -12,7 +12,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::layers::{Contents, Layer};
+use super::layers::{Contents, Layer, data};
+use super::mapping::Mapping;
 use super::pagemap::{Kind, Pagemap};
 use super::pager::Slot;
 use super::runs::Runs;
@@ -44,6 +45,8 @@ pub(super) struct Stack {
     own: Option<Own>,
     /// Pages that were frozen since the last snapshot that was written.
     changed: Runs,
+    /// All of RAM is in this file, which the guest writes: nothing was frozen yet.
+    pub(super) live: Option<Arc<File>>,
 }
 
 #[derive(Debug)]
@@ -71,8 +74,19 @@ pub struct Image {
     pub(super) huge_pages: bool,
 }
 
+/// Maps a file that is as long as RAM in its place: what is written is in the file.
+pub(super) fn share_all(ranges: &Ranges, file: &File) -> io::Result<()> {
+    let mut first = 0;
+    for (_, mapping) in ranges.iter() {
+        let len = mapping.len() as u64;
+        mapping.share_file(0, len, file, first)?;
+        first += len;
+    }
+    Ok(())
+}
+
 /// A memfd of this many bytes that nothing can shorten or lengthen.
-fn memfd(size: u64) -> io::Result<File> {
+pub(super) fn memfd(size: u64) -> io::Result<File> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a C string.
     let fd = unsafe { libc::memfd_create(c"hull".as_ptr(), flags) };
@@ -146,6 +160,14 @@ pub fn shared_out<I: Sync, T: Send, W>(
     })
 }
 
+/// Makes pages of a mapping that begins with the `first` one zero.
+fn clear(mapping: &Mapping, first: u64, pages: Range<u64>) -> io::Result<()> {
+    if pages.is_empty() {
+        return Ok(());
+    }
+    mapping.clear((pages.start - first) * PAGE_SIZE, (pages.end - pages.start) * PAGE_SIZE)
+}
+
 /// What several threads found, which each have theirs in order.
 fn in_order(found: Vec<Vec<Range<u64>>>) -> Runs {
     let mut found: Vec<Range<u64>> = found.into_iter().flatten().collect();
@@ -198,6 +220,13 @@ impl Image {
     /// again.
     pub fn freeze(&self) -> io::Result<u64> {
         let mut stack = self.stack();
+        if let Some(file) = stack.live.clone() {
+            let pages = self.settle(&file)?;
+            stack.live = None;
+            stack.changed = pages.clone();
+            stack.own = Some(Own { file, pages });
+            return Ok(0);
+        }
         if self.huge_pages {
             // They stay where they are, and so belong to the next layer too.
             stack.own = None;
@@ -214,8 +243,7 @@ impl Image {
             return Ok(0);
         }
         let pieces: usize = stack.all().map(|layer| layer.extents.len()).sum();
-        let too_many =
-            stack.layers.len() > MOST_LAYERS || pieces + private.len() > MOST_PIECES;
+        let too_many = stack.layers.len() > MOST_LAYERS || pieces + private.len() > MOST_PIECES;
         if too_many {
             let own = stack.own.iter().map(|own| own.pages.clone());
             let upper = stack.layers.iter().skip(1).map(Layer::pages).chain(own);
@@ -251,6 +279,38 @@ impl Image {
             stack.layers.truncate(1);
         }
         Ok(private.pages())
+    }
+
+    /// Maps the file that RAM lies in copy-on-write from now on. Returns the pages that it has.
+    fn settle(&self, file: &File) -> io::Result<Runs> {
+        let pages = data(file)?;
+        let mapped = self.map_private(file, &pages);
+        if mapped.is_err() && share_all(&self.ranges, file).is_err() {
+            // Parts of memory are in the file, and parts are not: what the guest writes next would be nowhere.
+            tracing::error!(
+                "the guest's memory can be mapped neither as it was nor as it is to be"
+            );
+            std::process::abort();
+        }
+        mapped.map(|()| pages)
+    }
+
+    fn map_private(&self, file: &File, pages: &Runs) -> io::Result<()> {
+        let mut first = 0;
+        for (_, mapping) in self.ranges.iter() {
+            let range = first..first + mapping.len() as u64 / PAGE_SIZE;
+            let mut at = range.start;
+            for run in pages.within(range.clone()) {
+                // A look at a hole would make a page of it.
+                clear(mapping, first, at..run.start)?;
+                let (place, len) = ((run.start - first) * PAGE_SIZE, run.end - run.start);
+                mapping.overlay_file(place, len * PAGE_SIZE, file, run.start * PAGE_SIZE)?;
+                at = run.end;
+            }
+            clear(mapping, first, at..range.end)?;
+            first = range.end;
+        }
+        Ok(())
     }
 
     /// [`Image::freeze`], and what RAM holds then as layers for other machines, the lowest first. None of them

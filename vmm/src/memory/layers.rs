@@ -130,7 +130,7 @@ impl Layer {
 }
 
 /// The pages of a file that have data, and small holes between them.
-fn data(file: &File) -> io::Result<Runs> {
+pub(super) fn data(file: &File) -> io::Result<Runs> {
     let seek = |from: u64, whence| -> io::Result<Option<u64>> {
         let from = libc::off_t::try_from(from).map_err(|_| io::ErrorKind::InvalidInput)?;
         // SAFETY: lseek has no memory arguments.

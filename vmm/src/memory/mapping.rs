@@ -86,6 +86,29 @@ impl Mapping {
         file: &File,
         offset: u64,
     ) -> io::Result<()> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        self.replace(at, len, flags, file.as_raw_fd(), offset)
+    }
+
+    /// Replaces `len` bytes at `at` by a view of `file` from `offset`: what is written is in the file.
+    ///
+    /// # Errors
+    /// As of [`Mapping::overlay_file`].
+    pub(super) fn share_file(&self, at: u64, len: u64, file: &File, offset: u64) -> io::Result<()> {
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        self.replace(at, len, flags, file.as_raw_fd(), offset)
+    }
+
+    /// Replaces `len` bytes at `at` by zeroes.
+    ///
+    /// # Errors
+    /// As of [`Mapping::overlay_file`].
+    pub(super) fn clear(&self, at: u64, len: u64) -> io::Result<()> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        self.replace(at, len, flags, -1, 0)
+    }
+
+    fn replace(&self, at: u64, len: u64, flags: i32, fd: i32, offset: u64) -> io::Result<()> {
         let at = usize::try_from(at).map_err(|_| invalid())?;
         let len = usize::try_from(len).map_err(|_| invalid())?;
         let offset = libc::off_t::try_from(offset).map_err(|_| invalid())?;
@@ -94,8 +117,7 @@ impl Mapping {
         }
         // SAFETY: at + len <= self.len.
         let target = unsafe { self.ptr.as_ptr().add(at) };
-        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        map(target, len, flags, file.as_raw_fd(), offset).map(|_| ())
+        map(target, len, flags | libc::MAP_FIXED, fd, offset).map(|_| ())
     }
 
     /// Replaces `len` bytes at `at` by anonymous memory with the same contents. Nobody may write to

@@ -32,6 +32,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Address, GuestAddress, GuestRegionMmap};
 
+use crate::config::MemoryConfig;
 use crate::hypervisor::{HypervisorError, Vm};
 pub use discard::Discarder;
 use freeze::Stack;
@@ -119,6 +120,31 @@ impl GuestRam {
         Ok(GuestRam { huge_pages, memory, ranges, stack, pager, id_pages })
     }
 
+    /// As [`GuestRam::new`], in a file that other machines can have as it is: to freeze this RAM for the first time
+    /// nothing is copied.
+    ///
+    /// # Errors
+    /// [`MemoryError::Map`] if the host refuses.
+    pub fn forkable(size: u64) -> Result<GuestRam, MemoryError> {
+        let ram = GuestRam::new(size, false)?;
+        let failed = |source| MemoryError::Map { gpa: 0, size, huge: "", source };
+        let file = freeze::memfd(size).map_err(failed)?;
+        freeze::share_all(&ram.ranges, &file).map_err(failed)?;
+        ram.stack.lock().unwrap_or_else(PoisonError::into_inner).live = Some(Arc::new(file));
+        Ok(ram)
+    }
+
+    /// RAM as a configuration has it.
+    ///
+    /// # Errors
+    /// As of [`GuestRam::new`].
+    pub fn of(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
+        match config.forkable {
+            true => GuestRam::forkable(config.size.0),
+            false => GuestRam::new(config.size.0, config.huge_pages),
+        }
+    }
+
     /// The `vm-memory` view of `ranges`.
     fn guest_memory(ranges: &[(GuestAddress, Mapping)]) -> Result<GuestMemory, MemoryError> {
         let layout = |err: String| MemoryError::Layout(err);
@@ -151,7 +177,8 @@ impl GuestRam {
     /// pages would cost the guest a fault of its own: a stock kernel then boots slower by more than
     /// copying it takes.
     pub fn maps_files(&self) -> bool {
-        !self.huge_pages && !transparent_huge_pages()
+        let live = self.stack.lock().unwrap_or_else(PoisonError::into_inner).live.is_some();
+        !self.huge_pages && !live && !transparent_huge_pages()
     }
 
     /// Total bytes of RAM.

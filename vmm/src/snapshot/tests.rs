@@ -75,13 +75,16 @@ type Model = [Option<u8>; PAGES as usize];
 #[derive(Clone, Copy)]
 struct Kind {
     huge_pages: bool,
+    /// The first one lies in a file of its own.
+    forkable: bool,
     /// Bytes from one page of the model to the next.
     apart: u64,
 }
 
-const SMALL: Kind = Kind { huge_pages: false, apart: PAGE_SIZE };
+const SMALL: Kind = Kind { huge_pages: false, forkable: false, apart: PAGE_SIZE };
+const FORKABLE: Kind = Kind { forkable: true, ..SMALL };
 /// Four of them, in each of which some pages are looked at.
-const HUGE: Kind = Kind { huge_pages: true, apart: 128 << 10 };
+const HUGE: Kind = Kind { huge_pages: true, forkable: false, apart: 128 << 10 };
 const HUGE_PAGE: u64 = 2 << 20;
 
 impl Kind {
@@ -142,7 +145,7 @@ impl<'a> Run<'a> {
         Run {
             kind,
             folder,
-            ram: kind.ram(),
+            ram: if kind.forkable { GuestRam::forkable(kind.size()).unwrap() } else { kind.ram() },
             now: zeroes,
             below: zeroes,
             paged: None,
@@ -245,7 +248,7 @@ impl<'a> Run<'a> {
                 }
             }
             Step::Discard { page, len } => {
-                let Kind { huge_pages, apart } = self.kind;
+                let Kind { huge_pages, apart, .. } = self.kind;
                 let end = PAGES.min(page + len);
                 self.ram.discarder().discard(self.kind.at(page).0, len * apart);
                 let unit = if huge_pages { HUGE_PAGE / apart } else { 1 };

@@ -96,9 +96,8 @@ impl<'a> Run<'a> {
         }
         let mut ram = self.kind.ram();
         // As another process hears of them.
-        let again = |layer: Layer| {
-            Layer::from_bytes(Arc::clone(layer.file()), &layer.to_bytes()).unwrap()
-        };
+        let again =
+            |layer: Layer| Layer::from_bytes(Arc::clone(layer.file()), &layer.to_bytes()).unwrap();
         ram.map_layers(shared.layers.into_iter().map(again).collect()).unwrap();
         Run {
             ram,
@@ -118,7 +117,7 @@ fn tree(kind: Kind, most: usize, deeds: Vec<(prop::sample::Index, Deed)>) {
     let mut fresh = folders.iter().map(tempfile::TempDir::path);
     let mut machines = vec![Run::new(kind, fresh.next().unwrap())];
     let file = tempfile::tempfile_in("/dev/shm").unwrap();
-    if !kind.huge_pages {
+    if !kind.huge_pages && !kind.forkable {
         machines[0].boot(&file);
     }
     for (which, deed) in deeds {
@@ -148,6 +147,11 @@ proptest! {
         deeds in prop::collection::vec(deed(false), 1..60))
     {
         tree(SMALL, MOST, deeds);
+    }
+
+    #[test]
+    fn so_has_whose_memory_is_a_file(deeds in prop::collection::vec(deed(false), 1..60)) {
+        tree(FORKABLE, MOST, deeds);
     }
 
     #[test]
@@ -222,7 +226,10 @@ fn in_pieces(base: bool, shared: bool) {
         let last = (1..20u8).rev().find(|round| u64::from(round % 8) == page % 8).unwrap();
         let mut bytes = [0; PAGE_SIZE as usize];
         contents.read_page(page, &mut bytes).unwrap();
-        assert_eq!((bytes[0], guest.read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()), (last, last));
+        assert_eq!(
+            (bytes[0], guest.read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()),
+            (last, last)
+        );
     }
 }
 

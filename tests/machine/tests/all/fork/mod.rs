@@ -497,3 +497,31 @@ fn memory_in_more_layers_than_are_kept_is_handed_over() {
     assert!(descriptors < 80, "{descriptors}");
     goes_on(&parent);
 }
+
+#[test]
+fn nothing_is_copied_of_a_machine_that_is_to_be_forked() {
+    let family = Family::default();
+    let scenario = "work dirty=2M size=64K every=100M";
+    let parent = Family::at_work(family.guest("f", scenario).flag("--forkable").start());
+    let copied = |outcome: &Outcome| {
+        let forked: Value = serde_json::from_str(outcome.ok()).unwrap();
+        forked["children"].as_array().unwrap().iter().for_each(kill);
+        forked["copied_bytes"].as_u64().unwrap()
+    };
+    assert_eq!(copied(&fork(&family, &["f", "--json"])), 0);
+    goes_on(&parent);
+    // From then on it is as any other.
+    assert!(copied(&fork(&family, &["f", "--json"])) >= 2 << 20);
+    fork_at_work(&family, "f", 2, &[]);
+    fork_at_work(&family, "f-1", 1, &[]);
+    goes_on(&parent);
+    let folder = family.at("saved");
+    assert_eq!(verb(&family, &["snapshot", "f", folder.to_str().unwrap()]).code(), 0);
+    goes_on(&parent);
+    family
+        .guest("g", scenario)
+        .flag("--forkable")
+        .flag("--huge-pages")
+        .run()
+        .misused(&["forkable"]);
+}

@@ -145,6 +145,13 @@ impl Socket {
 #[derive(Debug)]
 pub struct Listener(UnixListener);
 
+impl From<Listener> for UnixListener {
+    /// Returns at once when nobody is there.
+    fn from(Listener(listener): Listener) -> UnixListener {
+        listener
+    }
+}
+
 impl AsRawFd for Listener {
     /// Readable when a client is there.
     fn as_raw_fd(&self) -> RawFd {

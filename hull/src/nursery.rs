@@ -3,14 +3,17 @@
 //! A machine cannot make processes: its filters do not let it. It connects here; whoever comes in is a new
 //! process's standard input, and the machine speaks with that one from then on.
 
+use std::fs::{DirBuilder, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use vmm::files::SocketPath;
+use api_server::{ServerError, Socket, SocketFile};
 use vmm::fork;
 use vmm::machine::Shape;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -20,33 +23,77 @@ use crate::runtime;
 /// The subcommand that such a process has.
 pub const CLONE: &str = "clone";
 
+/// How long another may take to begin to listen: microseconds, unless the scheduler steps in.
+const TURN: Duration = Duration::from_secs(3);
+
 /// Where a pool listens, unless it was told otherwise.
 pub fn default_socket() -> PathBuf {
     // No machine has such a name.
     runtime::directory().join(".pool")
 }
 
-/// Listens at `path`.
+/// Why nobody can ask for processes.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The directory cannot be made.
+    #[error("cannot make the directory {}", path.display())]
+    Folder {
+        /// The path.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Somebody is about to listen there, and does not come to an end.
+    #[error("another process holds a lock on {}", .0.display())]
+    Locked(PathBuf),
+    /// The socket cannot be had.
+    #[error(transparent)]
+    Socket(#[from] ServerError),
+}
+
+/// Listens at `path`, for this user alone. The socket goes with its file, unless that is another's by then.
 ///
 /// # Errors
-/// Somebody else does, or the system refused.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    let short = SocketPath::of(path)?;
-    let bind = || UnixListener::bind(short.as_path());
-    match bind() {
-        Err(err) if err.kind() == io::ErrorKind::AddrInUse => {
-            // What a dead one left answers nobody.
-            if UnixStream::connect(short.as_path()).is_ok() {
-                return Err(err);
-            }
-            std::fs::remove_file(path)?;
-            bind()
+/// Something else than what a dead process left is there, or the system refused. What is there stays then.
+pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let failed = |source| ListenError::Folder { path: folder.to_owned(), source };
+    DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+    // Who finds a socket dead removes it: it must not be that of one who is just about to listen.
+    let _turn = turn(folder)?;
+    let (listener, file) = Socket::bind(path)?.into_parts();
+    Ok((listener.into(), file))
+}
+
+/// Locks a folder, as long as the result lives. Nothing if it may not be opened.
+fn turn(folder: &Path) -> Result<Option<File>, ListenError> {
+    let Ok(file) = File::open(folder) else { return Ok(None) };
+    let patience = Instant::now() + TURN;
+    // Where there are no such locks, nobody has one.
+    while !runtime::lock(&file).unwrap_or(true) {
+        if Instant::now() >= patience {
+            return Err(ListenError::Locked(folder.to_owned()));
         }
-        bound => bound,
+        std::thread::sleep(Duration::from_millis(5));
     }
+    Ok(Some(file))
+}
+
+/// True if who connected may have processes made: this user, who could make them, and root. Others are told.
+pub fn admits(stream: &UnixStream) -> bool {
+    // SAFETY: has no arguments and cannot fail.
+    let own = unsafe { libc::geteuid() };
+    let theirs = rustix::net::sockopt::socket_peercred(stream).map(|peer| peer.uid.as_raw());
+    let admitted = theirs.is_ok_and(|user| user == own || user == 0);
+    if !admitted {
+        tracing::warn!(user = ?theirs, "another user asks for a process, and gets none");
+        let why = format!("processes are made for user {own} and root alone");
+        let _ = fork::answer(stream, &Err(why));
+    }
+    admitted
 }
 
 /// Has a process of its own serve whoever is at the other end of `stream`.

@@ -2,7 +2,6 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -29,8 +28,6 @@ const MOST_ASKING: usize = 64;
 
 #[derive(Debug, thiserror::Error)]
 enum PoolError {
-    #[error("cannot listen at {}", path.display())]
-    Listen { path: PathBuf, source: std::io::Error },
     #[error("--keep: number can be 1 to {MOST}")]
     Number,
     #[error("--keep")]
@@ -111,10 +108,7 @@ pub fn pool(args: &PoolArgs) -> Result {
     }
     keep.iter().try_for_each(|keep| keep.shape().validate()).map_err(PoolError::Shape)?;
     let path = args.socket.clone().unwrap_or_else(nursery::default_socket);
-    let failed = |source| PoolError::Listen { path: path.clone(), source };
-    let listener = nursery::listen(&path).map_err(failed)?;
-    let _socket = Remove(&path);
-    listener.set_nonblocking(true)?;
+    let (listener, _socket) = nursery::listen(&path)?;
     let now = Instant::now();
     let shelf = |keep: &Keep| Shelf {
         shape: keep.shape(),
@@ -124,14 +118,6 @@ pub fn pool(args: &PoolArgs) -> Result {
         not_before: now,
     };
     serve(&listener, keep.iter().map(shelf).collect())
-}
-
-struct Remove<'a>(&'a Path);
-
-impl Drop for Remove<'_> {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(self.0);
-    }
 }
 
 fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
@@ -198,6 +184,7 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
         // No more than can wait at the listener: who waits for a process has one soon, however many come.
         for _ in 0..if connecting { MOST_ASKING } else { 0 } {
             match listener.accept() {
+                Ok((stream, _)) if !nursery::admits(&stream) => {}
                 // Who hands a machine over speaks at once.
                 Ok((stream, _)) if fork::peek(&stream).is_some() => {
                     hand_over(stream, &mut shelves, now);

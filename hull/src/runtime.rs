@@ -202,7 +202,10 @@ pub fn socket_path(directory: &Path, name: &str) -> PathBuf {
 }
 
 /// Locks `file`. Returns false if somebody else holds the lock.
-fn lock(file: &File) -> io::Result<bool> {
+///
+/// # Errors
+/// The system has no such locks there.
+pub fn lock(file: &File) -> io::Result<bool> {
     // SAFETY: flock has no memory arguments.
     if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
         return Ok(true);

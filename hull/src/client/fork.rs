@@ -1,15 +1,16 @@
 //! `hull fork NAME`: has copies of a machine made, and says what they are called.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
+use api_server::SocketFile;
 use serde_json::{Value, json};
 use vmm::config::MacAddress;
 
 use super::{Api, Machine, block_on};
 use crate::cli::{ForkArgs, Result};
 use crate::exit::Code;
-use crate::nursery;
+use crate::nursery::{self, ListenError};
 use crate::runtime;
 use crate::streams;
 use crate::table::Table;
@@ -21,8 +22,10 @@ const LONG: Duration = Duration::from_secs(3600);
 
 #[derive(Debug, thiserror::Error)]
 enum ForkError {
-    #[error("cannot listen at {} for the machine to hand over its copies", path.display())]
-    Listen { path: PathBuf, source: std::io::Error },
+    #[error("the machine cannot hand over its copies")]
+    Listen(#[from] ListenError),
+    #[error("cannot listen for the machine to hand over its copies")]
+    Thread(#[source] std::io::Error),
     #[error("all copies would be called {0}; write {{n}} where their numbers are to be")]
     Names(String),
     #[error("{0}: write the device's id, =, and what it gets")]
@@ -34,7 +37,7 @@ enum ForkError {
 }
 
 /// Makes processes for who comes to a socket, which is gone with it.
-struct Maker(PathBuf);
+struct Maker(SocketFile);
 
 /// What the name of its socket begins with; no machine has such a name.
 const SOCKET: &str = ".fork-";
@@ -44,20 +47,21 @@ impl Maker {
         let directory = runtime::directory();
         sweep(&directory);
         let path = directory.join(format!("{SOCKET}{}", std::process::id()));
-        let failed = |source| ForkError::Listen { path: path.clone(), source };
-        let listener = nursery::listen(&path).map_err(failed)?;
+        let (listener, socket) = nursery::listen(&path)?;
+        listener.set_nonblocking(false).map_err(ForkError::Thread)?;
         let serve = move || {
             for stream in listener.incoming() {
                 match stream {
                     // Who asked is told if there is none to be had.
-                    Ok(stream) => drop(nursery::spawn(&stream)),
+                    Ok(stream) if nursery::admits(&stream) => drop(nursery::spawn(&stream)),
+                    Ok(_) => {}
                     // Descriptors come back when processes were made.
                     Err(_) => std::thread::sleep(BREATH),
                 }
             }
         };
-        std::thread::Builder::new().spawn(serve).map_err(failed)?;
-        Ok(Maker(path))
+        std::thread::Builder::new().spawn(serve).map_err(ForkError::Thread)?;
+        Ok(Maker(socket))
     }
 }
 
@@ -74,12 +78,6 @@ fn sweep(directory: &Path) {
     }
 }
 
-impl Drop for Maker {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
 /// Has copies made.
 pub fn fork(args: &ForkArgs) -> Result {
     let machine = Machine::find(&args.machine)?;
@@ -90,7 +88,7 @@ pub fn fork(args: &ForkArgs) -> Result {
     let default = nursery::default_socket();
     let there = args.pool.clone().or_else(|| is_served(&default).then_some(default));
     let own = there.is_none().then(Maker::start).transpose()?;
-    let pool = there.or_else(|| own.as_ref().map(|maker| maker.0.clone()));
+    let pool = there.or_else(|| own.as_ref().map(|maker| maker.0.path().to_owned()));
     let folder =
         args.disks_in.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone()));
     let body = json!({

@@ -1,6 +1,7 @@
 //! Machines that are forked, from the command line.
 
 mod disks;
+mod door;
 mod hostile;
 mod limits;
 mod steps;

@@ -156,14 +156,26 @@ pub struct FirecrackerCommand {
 }
 
 /// `--seccomp`.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
 pub enum Seccomp {
     /// Refused calls end the process
+    #[default]
     On,
     /// Refused calls are logged by the kernel
     Log,
     /// No filters
     Off,
+}
+
+impl Seccomp {
+    /// What it is called on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Seccomp::On => "on",
+            Seccomp::Log => "log",
+            Seccomp::Off => "off",
+        }
+    }
 }
 
 impl From<Seccomp> for seccomp::Mode {

@@ -17,6 +17,7 @@ use vmm::fork::{self, Born, Child, Outcome};
 use vmm::hook::Identity;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::machine::{Command, Hollow, LONGEST_METADATA, Origin, Ready, Service};
+use vmm::seccomp;
 use vmm::timings::Timings;
 
 use crate::api::HULL;
@@ -61,7 +62,7 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
     };
     let (child, origin, disks) = fork::receive(&stream)?;
     let parent = Parent(Rc::new(RefCell::new(Some(stream))));
-    match serve(&parent, &child, &origin, disks, hollow, start) {
+    match serve(&parent, &child, &origin, disks, hollow, args.seccomp.into(), start) {
         Ok(code) => Ok(code),
         // Whoever has it made is told; there is nobody else to be.
         Err(err) if parent.answer(&Err(report::line(err.as_ref()))) => Ok(Code::FAILURE),
@@ -102,12 +103,13 @@ fn serve(
     origin: &Origin,
     disks: Disks,
     hollow: Option<Hollow>,
+    filter: seccomp::Mode,
     start: Instant,
 ) -> Result {
     if let Some(path) = &child.netns {
         enter(path).map_err(|source| CloneError::Netns { path: path.clone(), source })?;
     }
-    let mut config = config(child, origin)?;
+    let mut config = config(child, origin, filter)?;
     let wanted = Wanted { api: ApiSocket::ByName, ..Wanted::default() };
     let mut session = match Session::prepare(&mut config, wanted) {
         Err(err) if child.named_by_number && is_taken(err.as_ref()) => {
@@ -183,9 +185,11 @@ fn is_taken(err: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
     matches!(err.downcast_ref(), Some(RuntimeError::NameTaken(_)))
 }
 
-/// What is to be built: the parent's configuration, with what is otherwise here.
-fn config(child: &Child, origin: &Origin) -> Result<VmConfig> {
-    let mut config = VmConfig { name: child.name.clone(), ..origin.state.header.config.clone() };
+/// What is to be built: the parent's configuration, with what is otherwise here. Which filters there are is the
+/// matter of who has this process made: who hands a machine over may have none.
+fn config(child: &Child, origin: &Origin, filter: seccomp::Mode) -> Result<VmConfig> {
+    let parent = origin.state.header.config.clone();
+    let mut config = VmConfig { name: child.name.clone(), seccomp: filter, ..parent };
     child.overrides.apply(&mut config)?;
     let console = match &child.console {
         Some(path) => ConsoleConfig {

@@ -18,6 +18,7 @@ use vmm::fork;
 use vmm::machine::Shape;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::cli::Seccomp;
 use crate::runtime;
 
 /// The subcommand that such a process has.
@@ -100,8 +101,8 @@ pub fn admits(stream: &UnixStream) -> bool {
 ///
 /// # Errors
 /// There is no process to be had, which the other end is told.
-pub fn spawn(stream: &UnixStream) -> io::Result<()> {
-    let started = stream.try_clone().and_then(|theirs| start(theirs, &[]));
+pub fn spawn(stream: &UnixStream, filter: Seccomp) -> io::Result<()> {
+    let started = stream.try_clone().and_then(|theirs| start(theirs, filter, &[]));
     if let Err(err) = &started {
         // Nobody else does.
         let _ = fork::answer(stream, &Err(format!("no process can be made: {err}")));
@@ -118,14 +119,14 @@ impl Zygote {
     ///
     /// # Errors
     /// There is no process to be had.
-    pub fn start(shape: Shape) -> io::Result<Zygote> {
+    pub fn start(shape: Shape, filter: Seccomp) -> io::Result<Zygote> {
         let (own, theirs) = UnixStream::pair()?;
         let (cpus, memory) = (shape.cpus.to_string(), shape.memory.to_string());
         let mut options = vec!["--cpus", &cpus, "--memory", &memory];
         if shape.huge_pages {
             options.push("--huge-pages");
         }
-        start(theirs, &options)?;
+        start(theirs, filter, &options)?;
         Ok(Zygote(own))
     }
 
@@ -163,9 +164,12 @@ pub fn wait(mut pool: &UnixStream) -> io::Result<Option<UnixStream>> {
     }
 }
 
-fn start(stream: UnixStream, options: &[&str]) -> io::Result<()> {
+fn start(stream: UnixStream, filter: Seccomp, options: &[&str]) -> io::Result<()> {
     let mut command = Command::new("/proc/self/exe");
-    command.arg(CLONE).args(options).stdin(Stdio::from(OwnedFd::from(stream)));
+    command
+        .args([CLONE, "--seccomp", filter.as_str()])
+        .args(options)
+        .stdin(Stdio::from(OwnedFd::from(stream)));
     command.stdout(Stdio::null()).stderr(Stdio::null());
     // SAFETY: setsid and signal are all that is called between fork and exec, and may be.
     unsafe {

@@ -11,7 +11,7 @@ use vmm::fork;
 use vmm::machine::Shape;
 use vmm::signals::{Hooks, Meaning, Signals};
 
-use crate::cli::{PoolArgs, Result, read_option};
+use crate::cli::{PoolArgs, Result, Seccomp, read_option};
 use crate::exit::Code;
 use crate::keyvalue;
 use crate::logging;
@@ -68,11 +68,11 @@ struct Shelf {
 }
 
 impl Shelf {
-    fn fill(&mut self, now: Instant) {
+    fn fill(&mut self, filter: Seccomp, now: Instant) {
         if self.coming.is_some() || self.ready.len() >= self.number || now < self.not_before {
             return;
         }
-        match Zygote::start(self.shape) {
+        match Zygote::start(self.shape, filter) {
             Ok(zygote) => self.coming = Some(zygote),
             Err(error) => {
                 tracing::warn!(%error, "no process can be made");
@@ -117,10 +117,10 @@ pub fn pool(args: &PoolArgs) -> Result {
         coming: None,
         not_before: now,
     };
-    serve(&listener, keep.iter().map(shelf).collect())
+    serve(&listener, keep.iter().map(shelf).collect(), args.seccomp)
 }
 
-fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
+fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>, filter: Seccomp) -> Result {
     let signals = Signals::block()?.with_hooks(Hooks::default());
     // Who connected, and until when they may say what they want.
     let mut asking: Vec<(UnixStream, Instant)> = Vec::new();
@@ -131,7 +131,7 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
         // Who has just begun to speak is heard.
         asking.retain(|(stream, until)| *until > now || fork::peek(stream).is_some());
         for shelf in &mut shelves {
-            shelf.fill(now);
+            shelf.fill(filter, now);
         }
         let listens = if deaf > now { PollFlags::empty() } else { PollFlags::IN };
         let mut fds = vec![PollFd::new(listener, listens)];
@@ -179,7 +179,7 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
         let mut speaking = speaking.into_iter();
         let speaks = |_: &mut (UnixStream, Instant)| speaking.next().unwrap_or_default();
         for (stream, _) in asking.extract_if(.., speaks) {
-            hand_over(stream, &mut shelves, now);
+            hand_over(stream, &mut shelves, filter, now);
         }
         // No more than can wait at the listener: who waits for a process has one soon, however many come.
         for _ in 0..if connecting { MOST_ASKING } else { 0 } {
@@ -187,7 +187,7 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
                 Ok((stream, _)) if !nursery::admits(&stream) => {}
                 // Who hands a machine over speaks at once.
                 Ok((stream, _)) if fork::peek(&stream).is_some() => {
-                    hand_over(stream, &mut shelves, now);
+                    hand_over(stream, &mut shelves, filter, now);
                 }
                 Ok((stream, _)) => {
                     if asking.len() >= MOST_ASKING {
@@ -208,7 +208,7 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>) -> Result {
 }
 
 /// Gives who connected a process that is ready for it, or else a new one.
-fn hand_over(stream: UnixStream, shelves: &mut [Shelf], now: Instant) {
+fn hand_over(stream: UnixStream, shelves: &mut [Shelf], filter: Seccomp, now: Instant) {
     if fork::is_over(&stream) {
         // Somebody looked whether there is a pool.
         return;
@@ -223,7 +223,7 @@ fn hand_over(stream: UnixStream, shelves: &mut [Shelf], now: Instant) {
             }
         }
     }
-    if let Err(error) = nursery::spawn(&stream) {
+    if let Err(error) = nursery::spawn(&stream, filter) {
         tracing::warn!(%error, "no process can be made");
     }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use vmm::machine::Shape;
 
+use super::Seccomp;
 use crate::logging::Level;
 
 const FORK_EXAMPLES: &str = "\
@@ -75,6 +76,9 @@ pub struct ForkArgs {
     /// Socket of the pool that makes the processes [default: `hull pool`'s, else they are made here]
     #[arg(long, value_name = "SOCKET")]
     pub pool: Option<PathBuf>,
+    /// Make the processes here, with these system call filters: on, log or off [default: the pool's, else on]
+    #[arg(long, value_name = "MODE", conflicts_with = "pool")]
+    pub seccomp: Option<Seccomp>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -83,6 +87,8 @@ pub struct ForkArgs {
 // Options of `hull clone`.
 #[derive(Debug, Args)]
 pub struct CloneArgs {
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    pub seccomp: Seccomp,
     #[arg(long, requires = "memory")]
     pub cpus: Option<u32>,
     #[arg(long, requires = "cpus")]
@@ -115,6 +121,10 @@ pub struct PoolArgs {
     /// Where machines that are forked ask for them [default: .pool in the runtime directory]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
+    /// System call filters of the copies, whatever those of the machines are: on, log (log what they would
+    /// refuse) or off
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    pub seccomp: Seccomp,
     /// What is logged to standard error
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     pub log: Level,

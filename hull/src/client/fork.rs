@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use vmm::config::MacAddress;
 
 use super::{Api, Machine, block_on};
-use crate::cli::{ForkArgs, Result};
+use crate::cli::{ForkArgs, Result, Seccomp};
 use crate::exit::Code;
 use crate::nursery::{self, ListenError};
 use crate::runtime;
@@ -43,7 +43,7 @@ struct Maker(SocketFile);
 const SOCKET: &str = ".fork-";
 
 impl Maker {
-    fn start() -> std::result::Result<Maker, ForkError> {
+    fn start(filter: Seccomp) -> std::result::Result<Maker, ForkError> {
         let directory = runtime::directory();
         sweep(&directory);
         let path = directory.join(format!("{SOCKET}{}", std::process::id()));
@@ -53,7 +53,7 @@ impl Maker {
             for stream in listener.incoming() {
                 match stream {
                     // Who asked is told if there is none to be had.
-                    Ok(stream) if nursery::admits(&stream) => drop(nursery::spawn(&stream)),
+                    Ok(stream) if nursery::admits(&stream) => drop(nursery::spawn(&stream, filter)),
                     Ok(_) => {}
                     // Descriptors come back when processes were made.
                     Err(_) => std::thread::sleep(BREATH),
@@ -86,8 +86,10 @@ pub fn fork(args: &ForkArgs) -> Result {
     }
     let overrides = overrides(args)?;
     let default = nursery::default_socket();
-    let there = args.pool.clone().or_else(|| is_served(&default).then_some(default));
-    let own = there.is_none().then(Maker::start).transpose()?;
+    let is_served = || args.seccomp.is_none() && is_served(&default);
+    let there = args.pool.clone().or_else(|| is_served().then(|| default.clone()));
+    let filter = args.seccomp.unwrap_or_default();
+    let own = there.is_none().then(|| Maker::start(filter)).transpose()?;
     let pool = there.or_else(|| own.as_ref().map(|maker| maker.0.path().to_owned()));
     let folder =
         args.disks_in.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone()));

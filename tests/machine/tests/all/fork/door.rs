@@ -9,8 +9,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use machine_tests::{Family, HULL, NOBODY, eventually};
+use serde_json::Value;
 
-use super::{fork, pool};
+use super::{children, fork, kill, pid, pool};
 
 const KEEP: [&str; 2] = ["--keep", "number=1,memory=64M"];
 
@@ -110,4 +111,43 @@ fn who_ends_leaves_the_socket_of_another() {
     assert!(UnixStream::connect(&socket).is_ok());
     assert_eq!(fork(&family, &["m"]).code(), 0);
     super::goes_on(&parent);
+}
+
+/// The mode of the filters that a copy has (seccomp(2): 2 is one that has some), by its control thread.
+fn filters(child: &Value) -> String {
+    let status = fs::read_to_string(format!("/proc/{}/status", pid(child))).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("Seccomp:"));
+    line.unwrap().trim().to_owned()
+}
+
+#[test]
+fn who_makes_a_copy_says_how_it_is_filtered() {
+    let family = Family::default();
+    let scenario = "work dirty=2M size=64K every=100M";
+    let parent = |name, filter| {
+        Family::at_work(family.guest(name, scenario).option("--seccomp", filter).start())
+    };
+    let _parents = [parent("on", "on"), parent("off", "off")];
+    let forked = |words: &[&str]| {
+        let words = [words, &["--json"]].concat();
+        let mut modes = ["on", "off"].map(|name| {
+            // The pool has one ready, and not two.
+            let children = children(&fork(&family, &[&[name, "-n", "2"], &words[..]].concat()));
+            let modes = [0, 1].map(|n| filters(&children[n]));
+            assert_eq!(modes[0], modes[1], "{children:?}");
+            children.iter().for_each(kill);
+            modes[0].clone()
+        });
+        modes.sort();
+        modes
+    };
+    assert_eq!(forked(&[]), ["2", "2"]);
+    assert_eq!(forked(&["--seccomp", "off"]), ["0", "0"]);
+    let pool = super::pool(&family, &KEEP, 1);
+    assert_eq!(forked(&[]), ["2", "2"]);
+    assert_eq!(forked(&["--seccomp", "off"]), ["0", "0"], "without the pool");
+    pool.signal(libc::SIGTERM);
+    pool.finish().ok();
+    let _pool = super::pool(&family, &[&KEEP[..], &["--seccomp", "off"]].concat(), 1);
+    assert_eq!(forked(&[]), ["0", "0"]);
 }

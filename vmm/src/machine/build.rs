@@ -21,6 +21,7 @@ use arch::{interrupts, mptable};
 use devices::acpi::Event as AcpiEvent;
 use devices::bus::BusError;
 use devices::virtio::Kind;
+use devices::virtio::blk::Backing;
 use devices::virtio::mmio::{Registers, reg};
 use devices::virtio::queue::Interrupt;
 use vm_memory::ByteValued;
@@ -42,12 +43,13 @@ use crate::console::Output;
 use crate::hypervisor::{Hypervisor, HypervisorError, Vcpu, Vm};
 use crate::io::{IoThread, Options};
 use crate::journal::Journal;
-use crate::kernel::{self, Context, LoadError};
+use crate::kernel::{self, Context, Lease, LoadError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::metrics::{Registry, Set, VcpuMetrics};
 use crate::random;
 use crate::seccomp;
 use crate::signals;
+use crate::snapshot::Companion;
 use crate::timings::{Milestone, Timings};
 
 /// Why a machine could not be made.
@@ -141,7 +143,10 @@ impl Machine {
     /// [`BuildError`]; nothing of the machine is left then.
     pub fn new(config: &VmConfig, host_side: &Host<'_>) -> Result<Machine, BuildError> {
         config.validate()?;
-        Machine::assemble(config, host_side, None, Ready::default())
+        let cpus = Cpus::new(host_side.hypervisor, config.cpus, &config.cpu)?;
+        let ram = GuestRam::of(&config.memory)?;
+        let parts = Made { cpus: Some(cpus), ram, vm: None, vcpus: None };
+        Assembly::new(config, host_side, parts, Vec::new())?.boot(config, host_side)
     }
 
     /// Assembles the machine of a snapshot, as `config` has it, which may name other files and
@@ -155,29 +160,90 @@ impl Machine {
         host_side: &Host<'_>,
         ready: Ready,
     ) -> Result<Machine, BuildError> {
-        config.validate()?;
-        Machine::assemble(config, host_side, Some(origin), ready)
+        let here = origin.is_from_here();
+        Assembly::of_copy(config, host_side, ready, here)?.go_on(origin)
     }
+}
 
-    fn assemble(
+/// What an assembly begins with.
+struct Made {
+    /// What vCPUs are made from, or compared with.
+    cpus: Option<Cpus>,
+    ram: GuestRam,
+    vm: Option<Box<dyn Vm>>,
+    vcpus: Option<Vec<Box<dyn Vcpu>>>,
+}
+
+/// A machine with all its parts and threads, and nothing in it: no kernel, and nobody's state.
+pub struct Assembly {
+    // Threads end before what they use.
+    threads: Vec<VcpuThread>,
+    io: Vec<IoThread>,
+    slots: Vec<Slot>,
+    shared: Arc<Shared>,
+    serial: Option<Arc<SerialPort>>,
+    keyboard: Arc<KeyboardPort>,
+    acpi: Arc<AcpiPort>,
+    console: Option<usize>,
+    output: Arc<Output>,
+    wake: Arc<EventFd>,
+    receiver: mpsc::Receiver<Event>,
+    vcpus_ready: mpsc::Receiver<io::Result<()>>,
+    observed: Observed,
+    seccomp: seccomp::Mode,
+    generation: [u8; 16],
+    cpus: Option<Cpus>,
+    vcpus: Vec<Box<dyn Vcpu>>,
+    vm: Box<dyn Vm>,
+    ram: GuestRam,
+}
+
+impl Assembly {
+    /// All of a machine that goes on somewhere else as `config` has it; from the same start of this host, if it
+    /// is from `here`. What is `ready` is not made again.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing of the machine is left then.
+    pub fn of_copy(
         config: &VmConfig,
         host_side: &Host<'_>,
-        origin: Option<&Origin>,
         ready: Ready,
-    ) -> Result<Machine, BuildError> {
-        warn_if_larger_than_host(config);
-        let hypervisor = host_side.hypervisor;
+        here: bool,
+    ) -> Result<Assembly, BuildError> {
+        config.validate()?;
         // What a saved machine's CPUs are like is in its state. Where it was saved on this very host there is
         // nothing to compare it with.
         let plain = CpuConfig::default();
-        let cpus = match origin {
-            Some(origin) if origin.is_from_here() => None,
-            Some(_) => Some(Cpus::new(hypervisor, config.cpus, &plain)?),
-            None => Some(Cpus::new(hypervisor, config.cpus, &config.cpu)?),
+        let cpus =
+            (!here).then(|| Cpus::new(host_side.hypervisor, config.cpus, &plain)).transpose()?;
+        let Ready { hollow, disks } = ready;
+        // Its vCPUs have nothing that could be compared.
+        let fits = |hollow: &Hollow| here && hollow.shape == Shape::of(config);
+        let made = match hollow.filter(fits) {
+            Some(Hollow { ram, vm, vcpus, .. }) => {
+                Made { cpus, ram, vm: Some(vm), vcpus: Some(vcpus) }
+            }
+            None => {
+                let memory = &config.memory;
+                let ram = GuestRam::new(memory.size.0, memory.huge_pages)?;
+                Made { cpus, ram, vm: None, vcpus: None }
+            }
         };
+        Assembly::new(config, host_side, made, disks)
+    }
+
+    fn new(
+        config: &VmConfig,
+        host_side: &Host<'_>,
+        made: Made,
+        disks: Vec<(String, Backing)>,
+    ) -> Result<Assembly, BuildError> {
+        warn_if_larger_than_host(config);
+        let Made { cpus, mut ram, vm, vcpus } = made;
         let wake = Arc::new(event()?);
         let (events, receiver) = Sender::new(Arc::clone(&wake));
-        let Observed { metrics, journal } = &host_side.observed;
+        let observed = host_side.observed.clone();
+        let metrics = &observed.metrics;
         metrics.forget_machine();
         let output = Arc::new(Output::new().map_err(host("an event descriptor"))?);
         output.set_limit(table::limiter(config.console.rate));
@@ -186,75 +252,34 @@ impl Machine {
         if let Some(cpus) = &cpus {
             check_addresses(config, cpus.cpuid().address_limit())?;
         }
-
-        // Its vCPUs have nothing that could be compared.
-        let fits = |hollow: &Hollow| cpus.is_none() && hollow.shape == Shape::of(config);
-        let Ready { hollow, disks } = ready;
-        let (mut ram, made) = match hollow.filter(fits) {
-            Some(Hollow { ram, vm, vcpus, .. }) => (ram, Some((vm, vcpus))),
-            None if origin.is_some() => {
-                let memory = &config.memory;
-                (GuestRam::new(memory.size.0, memory.huge_pages)?, None)
-            }
-            None => (GuestRam::of(&config.memory)?, None),
-        };
-        if let Some(origin) = origin {
-            restore::memory(origin, &mut ram)?;
-        }
         let devices = table::devices(config, &output, host_side.window, &ram, disks)?;
-        let (vm, made) = match made {
-            Some((vm, vcpus)) => (vm, Some(vcpus)),
-            None => (hollow::vm(hypervisor, &ram)?, None),
+        let vm = match vm {
+            Some(vm) => vm,
+            None => hollow::vm(host_side.hypervisor, &ram)?,
         };
         let mut wiring = Wiring {
             vm: vm.as_ref(),
             events: events.clone(),
-            buses: Buses::new(Arc::clone(&host_side.timings), host_side.observed.clone()),
+            buses: Buses::new(Arc::clone(&host_side.timings), observed.clone()),
             slots: Vec::new(),
             io: Vec::new(),
             seccomp: config.seccomp,
-            observed: &host_side.observed,
+            observed: &observed,
         };
         let serial = wiring.serial(config, &output)?;
-        let (keyboard, acpi_port) = wiring.legacy(config)?;
+        let (keyboard, acpi) = wiring.legacy(config)?;
         let console = devices.iter().position(|entry| entry.device.kind() == Kind::Console);
         for entry in devices {
             wiring.virtio(entry)?;
         }
-        let Wiring { buses, mut slots, io: io_threads, .. } = wiring;
+        let Wiring { buses, slots, io: io_threads, .. } = wiring;
         host_side.timings.mark(Milestone::VmCreated);
-
-        let vcpus = match (made, &cpus) {
+        let vcpus = match (vcpus, &cpus) {
             (Some(vcpus), _) => vcpus,
             (None, Some(cpus)) => cpus.make(vm.as_ref())?,
             (None, None) => cpus::bare(vm.as_ref(), config.cpus)?,
         };
         let generation = write_identity(&mut ram)?;
-        let mut leased = None;
-        if let Some(origin) = origin {
-            let (vm, serial) = (vm.as_ref(), serial.as_deref());
-            let (keyboard, acpi, slots) = (&keyboard, &acpi_port, &mut slots);
-            let (vcpus, compare) = (&vcpus, cpus.is_some());
-            let parts = Restored { vm, vcpus, compare, serial, keyboard, acpi, slots };
-            restore::states(origin, parts)?;
-            // The guest is a copy. It is told before its first instruction.
-            acpi_port.raise(AcpiEvent::VmGenId);
-            acpi_port.raise(AcpiEvent::VmClock);
-        } else if let Some(cpus) = &cpus {
-            let context = Context {
-                cmdline: &command_line(config, slots.len()),
-                root_disk: config.disk.iter().any(|disk| disk.root),
-                pvm: host_side.pvm,
-                rsdp: describe(config, &slots, &mut ram, cpus.cpuid())?,
-                page_size: PageSize::largest(&cpus.cpuid().for_vcpu(0)),
-            };
-            let kernel = kernel::load(&config.kernel, &mut ram, &context)?;
-            if let Some(boot_cpu) = vcpus.first() {
-                enter_at(boot_cpu.as_ref(), &kernel.entry)?;
-            }
-            leased = kernel.leased;
-        }
-        host_side.timings.mark(Milestone::KernelLoaded);
 
         // From here on signals are main's alone.
         signals::hold().map_err(host("to block signals"))?;
@@ -268,47 +293,123 @@ impl Machine {
         install_kick_handler().map_err(host("a signal handler"))?;
         let (ready, vcpus_ready) = mpsc::channel();
         let mut threads = Vec::new();
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
+        for index in 0..vcpus.len() {
             let counted = Arc::<VcpuMetrics>::default();
             let set: Set = ("vcpu", Arc::clone(&counted) as _);
             metrics.add_of_machine(Some(&index.to_string()), set);
-            let thread =
-                VcpuThread::start(index, vcpu, Arc::clone(&shared), counted, ready.clone())
-                    .map_err(host("a vCPU thread"))?;
+            let thread = VcpuThread::start(index, Arc::clone(&shared), counted, ready.clone())
+                .map_err(host("a vCPU thread"))?;
             threads.push(thread);
         }
-        let companions = match origin {
-            Some(origin) => restore::companions(origin, &ram, config.seccomp)?,
-            None => Vec::new(),
-        };
-        let counted = Counted::default();
-        metrics.add_of_machine(None, ("vmm", Arc::clone(&counted.control) as _));
-        metrics.add_of_machine(None, ("latencies_us", Arc::clone(&counted.latencies) as _));
-        Ok(Machine {
-            vcpus: threads,
+        Ok(Assembly {
+            threads,
             io,
             slots,
             shared,
-            control: Parts {
-                events: receiver,
-                wake,
-                vcpus_ready,
-                output,
-                serial,
-                keyboard,
-                acpi: acpi_port,
-                console,
-                counted,
-                journal: Arc::clone(journal),
-            },
-            leased,
-            restored: origin.is_some(),
-            companions,
+            serial,
+            keyboard,
+            acpi,
+            console,
+            output,
+            wake,
+            receiver,
+            vcpus_ready,
+            observed,
+            seccomp: config.seccomp,
             generation,
+            cpus,
+            vcpus,
             vm,
             ram,
-            seccomp: config.seccomp,
         })
+    }
+
+    /// Loads the kernel of `config`.
+    fn boot(mut self, config: &VmConfig, host_side: &Host<'_>) -> Result<Machine, BuildError> {
+        let mut leased = None;
+        if let Some(cpus) = &self.cpus {
+            let context = Context {
+                cmdline: &command_line(config, self.slots.len()),
+                root_disk: config.disk.iter().any(|disk| disk.root),
+                pvm: host_side.pvm,
+                rsdp: describe(config, &self.slots, &mut self.ram, cpus.cpuid())?,
+                page_size: PageSize::largest(&cpus.cpuid().for_vcpu(0)),
+            };
+            let kernel = kernel::load(&config.kernel, &mut self.ram, &context)?;
+            if let Some(boot_cpu) = self.vcpus.first() {
+                enter_at(boot_cpu.as_ref(), &kernel.entry)?;
+            }
+            leased = kernel.leased;
+        }
+        host_side.timings.mark(Milestone::KernelLoaded);
+        Ok(self.whole(leased, false, Vec::new()))
+    }
+
+    /// Goes on where `origin` was saved. The machine is paused.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing of the machine is left then.
+    pub fn go_on(mut self, origin: &Origin) -> Result<Machine, BuildError> {
+        restore::memory(origin, &mut self.ram)?;
+        restore::states(
+            origin,
+            Restored {
+                vm: self.vm.as_ref(),
+                vcpus: &self.vcpus,
+                compare: self.cpus.is_some(),
+                serial: self.serial.as_deref(),
+                keyboard: &self.keyboard,
+                acpi: &self.acpi,
+                slots: &mut self.slots,
+            },
+        )?;
+        // The guest is a copy. It is told before its first instruction.
+        self.acpi.raise(AcpiEvent::VmGenId);
+        self.acpi.raise(AcpiEvent::VmClock);
+        self.shared.timings.mark(Milestone::KernelLoaded);
+        let companions = restore::companions(origin, &self.ram, self.seccomp)?;
+        Ok(self.whole(None, true, companions))
+    }
+
+    fn whole(
+        self,
+        leased: Option<(Lease, Vec<(u64, u64)>)>,
+        restored: bool,
+        companions: Vec<Companion>,
+    ) -> Machine {
+        let Assembly { mut threads, vcpus, observed, .. } = self;
+        for (thread, vcpu) in threads.iter_mut().zip(vcpus) {
+            thread.give(vcpu);
+        }
+        let counted = Counted::default();
+        let Observed { metrics, journal } = observed;
+        metrics.add_of_machine(None, ("vmm", Arc::clone(&counted.control) as _));
+        metrics.add_of_machine(None, ("latencies_us", Arc::clone(&counted.latencies) as _));
+        Machine {
+            vcpus: threads,
+            io: self.io,
+            slots: self.slots,
+            shared: self.shared,
+            control: Parts {
+                events: self.receiver,
+                wake: self.wake,
+                vcpus_ready: self.vcpus_ready,
+                output: self.output,
+                serial: self.serial,
+                keyboard: self.keyboard,
+                acpi: self.acpi,
+                console: self.console,
+                counted,
+                journal,
+            },
+            leased,
+            restored,
+            companions,
+            generation: self.generation,
+            vm: self.vm,
+            ram: self.ram,
+            seccomp: self.seccomp,
+        }
     }
 }
 

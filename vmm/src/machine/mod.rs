@@ -28,7 +28,7 @@ pub use build::hollow::{Hollow, Ready, Shape};
 #[cfg(test)]
 pub(crate) use build::restore::memory as restore_memory;
 pub use build::restore::{Clock, Origin, OriginError, Source};
-pub use build::{BuildError, Host, Observed, root_arguments};
+pub use build::{Assembly, BuildError, Host, Observed, root_arguments};
 pub use devices::virtio::device::{BackEnd, Call, Message, Status as DeviceStatus, Traffic};
 pub use event::{Command, Frozen, Handle, Reply, ReplyTo};
 pub use lifecycle::{Ending, Refusal, State};

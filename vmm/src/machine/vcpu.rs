@@ -105,6 +105,8 @@ type Errand = Box<dyn FnOnce(&dyn Vcpu) + Send>;
 pub(super) struct VcpuThread {
     orders: Arc<Orders>,
     errands: mpsc::Sender<Errand>,
+    /// Where its vCPU goes, until it has one.
+    vcpu: Option<mpsc::SyncSender<Box<dyn Vcpu>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -117,11 +119,10 @@ pub(super) struct Shared {
 }
 
 impl VcpuThread {
-    /// Starts the thread of vCPU `index`, parked. `ready` gets a message once it is under its
-    /// filter.
+    /// Starts the thread of vCPU `index`, parked, which waits for that. `ready` gets a message once it is
+    /// under its filter.
     pub(super) fn start(
         index: usize,
-        mut vcpu: Box<dyn Vcpu>,
         shared: Arc<Shared>,
         metrics: Arc<VcpuMetrics>,
         ready: mpsc::Sender<io::Result<()>>,
@@ -129,15 +130,18 @@ impl VcpuThread {
         let orders = Arc::new(Orders(AtomicU32::new(Order::Park as u32)));
         let own = Arc::clone(&orders);
         let (errands, received) = mpsc::channel();
+        let (vcpu, given) = mpsc::sync_channel::<Box<dyn Vcpu>>(1);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {index}"))
             .stack_size(STACK_SIZE)
             .spawn(move || {
-                IMMEDIATE_EXIT.set(vcpu.immediate_exit());
                 let filtered = seccomp::apply(ThreadKind::Vcpu, shared.seccomp);
                 let serve = filtered.is_ok();
                 let _ = ready.send(filtered);
                 drop(ready);
+                // There is none if the machine was not to be had.
+                let Ok(mut vcpu) = given.recv() else { return };
+                IMMEDIATE_EXIT.set(vcpu.immediate_exit());
                 if serve {
                     let runner = Runner {
                         index,
@@ -150,7 +154,15 @@ impl VcpuThread {
                 }
                 IMMEDIATE_EXIT.set(std::ptr::null_mut());
             })?;
-        Ok(VcpuThread { orders, errands, thread: Some(thread) })
+        Ok(VcpuThread { orders, errands, vcpu: Some(vcpu), thread: Some(thread) })
+    }
+
+    /// Gives the thread its vCPU.
+    pub(super) fn give(&mut self, vcpu: Box<dyn Vcpu>) {
+        if let Some(place) = self.vcpu.take() {
+            // If the thread ended, it said why.
+            let _ = place.send(vcpu);
+        }
     }
 
     fn order(&self, order: Order) {
@@ -192,6 +204,7 @@ impl VcpuThread {
 
 impl Drop for VcpuThread {
     fn drop(&mut self) {
+        self.vcpu = None;
         if self.orders.get() != Order::End {
             self.end();
         }

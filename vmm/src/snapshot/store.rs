@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use devices::virtio::device::Payload;
@@ -289,8 +289,12 @@ impl Base {
 
 /// Which start of which host this is, if the kernel says (Linux, Documentation/admin-guide/sysctl/kernel.rst).
 pub fn this_host() -> Option<String> {
-    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(id.trim_end().to_owned())
+    static HOST: OnceLock<Option<String>> = OnceLock::new();
+    let read = || {
+        let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        Some(id.trim_end().to_owned())
+    };
+    HOST.get_or_init(read).clone()
 }
 
 /// Milliseconds since 1970.

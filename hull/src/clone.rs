@@ -16,7 +16,7 @@ use vmm::fork::disks::Disks;
 use vmm::fork::{self, Born, Child, Outcome};
 use vmm::hook::Identity;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
-use vmm::machine::{Command, Hollow, LONGEST_METADATA, Origin, Ready, Service};
+use vmm::machine::{Command, Hollow, LONGEST_METADATA, Origin, Ready, Service, Shape};
 use vmm::seccomp;
 use vmm::timings::Timings;
 
@@ -51,7 +51,10 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
     let (stream, hollow) = match args.shape() {
         None => (stream, None),
         Some(shape) => {
-            let hollow = Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape)?;
+            let hollow = hollow(shape).inspect_err(|err| {
+                // The pool says it; this process's words go nowhere.
+                nursery::apologize(&stream, &report::line(err.as_ref()));
+            })?;
             entry::populate_code();
             match nursery::wait(&stream)? {
                 Some(stream) => (stream, Some(hollow)),
@@ -60,14 +63,20 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
             }
         }
     };
-    let (child, origin, disks) = fork::receive(&stream)?;
+    let received = fork::receive(&stream);
     let parent = Parent(Rc::new(RefCell::new(Some(stream))));
-    match serve(&parent, &child, &origin, disks, hollow, args.seccomp.into(), start) {
-        Ok(code) => Ok(code),
-        // Whoever has it made is told; there is nobody else to be.
-        Err(err) if parent.answer(&Err(report::line(err.as_ref()))) => Ok(Code::FAILURE),
-        Err(err) => Err(err),
-    }
+    let served = received.map_err(Into::into).and_then(|(child, origin, disks)| {
+        serve(&parent, &child, &origin, disks, hollow, args.seccomp.into(), start)
+    });
+    served.inspect_err(|err| {
+        // Unless somebody was told already.
+        parent.answer(&Err(report::line(err.as_ref())));
+    })
+}
+
+/// What can be made of a machine beforehand.
+fn hollow(shape: Shape) -> Result<Hollow> {
+    Ok(Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape)?)
 }
 
 /// Who has this process made, and hears once what became of it.

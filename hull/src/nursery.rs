@@ -24,6 +24,10 @@ use crate::runtime;
 /// The subcommand that such a process has.
 pub const CLONE: &str = "clone";
 
+/// What a process says to its pool when it is ready.
+const READY: u8 = 1;
+/// Most bytes of what it says when it will not be.
+const LONGEST_EXCUSE: usize = 1024;
 /// How long another may take to begin to listen: microseconds, unless the scheduler steps in.
 const TURN: Duration = Duration::from_secs(3);
 
@@ -115,7 +119,7 @@ pub fn spawn(stream: &UnixStream, filter: Seccomp) -> io::Result<()> {
 pub struct Zygote(UnixStream);
 
 impl Zygote {
-    /// Has one made. It is ready when its descriptor can be read; if nothing is there then, it is gone.
+    /// Has one made. It has something to say when its descriptor can be read.
     ///
     /// # Errors
     /// There is no process to be had.
@@ -130,9 +134,14 @@ impl Zygote {
         Ok(Zygote(own))
     }
 
-    /// True if it is ready; false if it is gone. To be asked when its descriptor can be read.
-    pub fn is_ready(&mut self) -> bool {
-        self.0.read(&mut [0]).is_ok_and(|len| len == 1)
+    /// That it is ready, or why it is not. To be asked when its descriptor can be read.
+    pub fn readiness(&mut self) -> Result<(), String> {
+        let mut said = [0; LONGEST_EXCUSE];
+        match self.0.read(&mut said).map(|len| said.split_at(len).0) {
+            Ok([READY]) => Ok(()),
+            Ok([]) | Err(_) => Err("it ended without a word".to_owned()),
+            Ok(why) => Err(String::from_utf8_lossy(why).into_owned()),
+        }
     }
 
     /// Has it serve whoever is at the other end of `stream`.
@@ -151,12 +160,19 @@ impl AsFd for Zygote {
     }
 }
 
+/// Says to the pool why this process will not be ready.
+pub fn apologize(mut pool: &UnixStream, why: &str) {
+    let most = why.floor_char_boundary(LONGEST_EXCUSE);
+    // A pool that is gone needs no reason.
+    let _ = pool.write_all(why.get(..most).unwrap_or_default().as_bytes());
+}
+
 /// Says that this process is ready, and waits for who is to be served. Nobody if the pool is gone.
 ///
 /// # Errors
 /// The pool does not take it, or what comes is no socket.
 pub fn wait(mut pool: &UnixStream) -> io::Result<Option<UnixStream>> {
-    pool.write_all(&[1])?;
+    pool.write_all(&[READY])?;
     match pool.recv_with_fd(&mut [0]) {
         Ok((1, Some(file))) => Ok(Some(UnixStream::from(OwnedFd::from(file)))),
         Ok(_) => Ok(None),

@@ -65,6 +65,8 @@ struct Shelf {
     coming: Option<Zygote>,
     /// No other is made before.
     not_before: Instant,
+    /// Why the last one was not to be had.
+    trouble: Option<String>,
 }
 
 impl Shelf {
@@ -74,22 +76,30 @@ impl Shelf {
         }
         match Zygote::start(self.shape, filter) {
             Ok(zygote) => self.coming = Some(zygote),
-            Err(error) => {
-                tracing::warn!(%error, "no process can be made");
-                self.not_before = now + SULK;
-            }
+            Err(error) => self.sulk(error.to_string(), now),
         }
     }
 
     /// The one that was being made is ready, or gone.
     fn arrived(&mut self, now: Instant) {
         let Some(mut zygote) = self.coming.take() else { return };
-        if zygote.is_ready() {
-            self.ready.push(zygote);
-        } else {
-            tracing::warn!(shape = ?self.shape, "a process ended before it was ready");
-            self.not_before = now + SULK;
+        match zygote.readiness() {
+            Ok(()) => {
+                self.ready.push(zygote);
+                self.trouble = None;
+            }
+            Err(why) => self.sulk(why, now),
         }
+    }
+
+    /// There is none for now.
+    fn sulk(&mut self, why: String, now: Instant) {
+        // It is tried again and again; once is enough to be told of it.
+        if self.trouble.as_ref() != Some(&why) {
+            tracing::warn!(shape = ?self.shape, why, "no process is ready");
+            self.trouble = Some(why);
+        }
+        self.not_before = now + SULK;
     }
 }
 
@@ -116,6 +126,7 @@ pub fn pool(args: &PoolArgs) -> Result {
         ready: Vec::new(),
         coming: None,
         not_before: now,
+        trouble: None,
     };
     serve(&listener, keep.iter().map(shelf).collect(), args.seccomp)
 }

@@ -9,7 +9,8 @@
 //!     <──────────────────────────  what it is called, or why there is none
 //! ```
 //!
-//! Both talk on a stream socket: four bytes of length, little-endian, and JSON. With the parent's message come
+//! Both talk on a stream socket: `HUL` and the version of what follows, four bytes of length, little-endian, and
+//! JSON. With the parent's message come
 //! the descriptor of the state, which is that of a snapshot ([`crate::snapshot::parse`]), those of
 //! the layers, the lowest first, and those of the files that disks stand on. Which pages a layer has is in the state
 //! (owner `memory`, kind `layers`), and so is which files are whose (owner `disks`, kind `bases`).
@@ -37,6 +38,10 @@ use crate::machine::{Origin, Shape, Source};
 use crate::memory::{Layer, sealed_copy};
 use crate::snapshot::{LAYERS, MEMORY, Overrides, Part, State, StateError, parse, write};
 
+/// What each message begins with; the last byte is the version of all that is said here.
+const MAGIC: [u8; 4] = *b"HUL\x01";
+/// Bytes in front of a message's text.
+const HEAD: usize = 8;
 /// How long who speaks may pause.
 pub const PAUSE: Duration = Duration::from_secs(5);
 /// Longest message, in bytes.
@@ -160,6 +165,13 @@ pub enum HandOverError {
         /// The system's reason.
         source: io::Error,
     },
+    /// Parent and child are of two versions.
+    #[error(
+        "this was made by another version of Hull, which speaks version {0} and not {ours}; start the pool \
+         with the `hull` that the machine has",
+        ours = MAGIC[3]
+    )]
+    Version(u8),
     /// A message makes no sense.
     #[error("the other process says what makes no sense: {0}")]
     Invalid(String),
@@ -240,8 +252,8 @@ pub fn is_over(stream: &UnixStream) -> bool {
 pub fn peek(stream: &UnixStream) -> Option<Child> {
     let mut bytes = [0; 4096];
     let there = look(stream, &mut bytes)?;
-    let (len, rest) = there.split_first_chunk()?;
-    serde_json::from_slice(rest.get(..u32::from_le_bytes(*len) as usize)?).ok()
+    let (head, rest) = there.split_first_chunk()?;
+    serde_json::from_slice(rest.get(..length(head).ok()?)?).ok()
 }
 
 /// Waits for a machine that is handed over.
@@ -267,7 +279,8 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin, Disks), HandOverEr
     let mut files: Vec<File> = fds.collect();
     start.truncate(len);
     let child: Child = read_message(start, stream)?;
-    let state = state.ok_or_else(|| invalid("there is no state"))?;
+    let lost = "is the limit of open files (`ulimit -n`) too low?";
+    let state = state.ok_or_else(|| invalid(&format!("there is no state; {lost}")))?;
     let len = state.metadata().map_err(talk("receive from"))?.len();
     if len > LONGEST_STATE {
         return Err(invalid("its state is too long"));
@@ -286,6 +299,9 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin, Disks), HandOverEr
     let (list, disks) = (list(LAYERS, 2)?, list(BASES, 1)?);
     let mut rest: &[u8] = &list;
     let number = layers_in(rest);
+    if files.len() < number {
+        return Err(invalid(&format!("{} of its {number} layers came; {lost}", files.len())));
+    }
     let files_of_disks = files.split_off(number.min(files.len()));
     let disks = Disks::from_bytes(&disks, files_of_disks);
     let disks = disks.ok_or_else(|| invalid("its disks are not those of its state"))?;
@@ -366,7 +382,21 @@ fn message(what: &impl Serialize) -> Result<Vec<u8>, HandOverError> {
     if text.len() > LONGEST {
         return Err(HandOverError::Invalid("a message is too long".to_owned()));
     }
-    Ok([&(text.len() as u32).to_le_bytes()[..], &text].concat())
+    Ok([&MAGIC[..], &(text.len() as u32).to_le_bytes(), &text].concat())
+}
+
+/// How long the message is that this is in front of.
+fn length([h, u, l, version, len @ ..]: &[u8; HEAD]) -> Result<usize, HandOverError> {
+    if [*h, *u, *l] != MAGIC[..3] {
+        return Err(HandOverError::Invalid("it does not begin as a message".to_owned()));
+    }
+    if *version != MAGIC[3] {
+        return Err(HandOverError::Version(*version));
+    }
+    match u32::from_le_bytes(*len) as usize {
+        len if len > LONGEST => Err(HandOverError::Invalid("a message is too long".to_owned())),
+        len => Ok(len),
+    }
 }
 
 /// Reads a message of which `start` is there already.
@@ -380,7 +410,7 @@ fn read_message<T: DeserializeOwned>(
         stream.read_exact(start.get_mut(there..).unwrap_or_default()).map_err(talk("receive from"))
     };
     let begun = !start.is_empty();
-    more(&mut start, 4).map_err(|err| match err {
+    more(&mut start, HEAD).map_err(|err| match err {
         // A process that is killed leaves what was sent to it unread, which resets the connection.
         HandOverError::Talk { source, .. }
             if !begun
@@ -393,13 +423,10 @@ fn read_message<T: DeserializeOwned>(
         }
         err => err,
     })?;
-    let (len, _) = start.split_first_chunk().unwrap_or((&[0; 4], &[]));
-    let len = u32::from_le_bytes(*len) as usize;
-    if len > LONGEST {
-        return Err(HandOverError::Invalid("a message is too long".to_owned()));
-    }
-    more(&mut start, 4 + len)?;
-    serde_json::from_slice(start.get(4..).unwrap_or_default())
+    let (head, _) = start.split_first_chunk().unwrap_or((&[0; HEAD], &[]));
+    let len = length(head)?;
+    more(&mut start, HEAD + len)?;
+    serde_json::from_slice(start.get(HEAD..).unwrap_or_default())
         .map_err(|err| HandOverError::Invalid(err.to_string()))
 }
 

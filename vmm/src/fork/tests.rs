@@ -142,9 +142,9 @@ fn who_says_nothing_is_not_waited_for() {
     let (own, theirs) = pair();
     assert!(receive(&theirs).is_err());
     // Nor is who stops in the middle.
-    (&own).write_all(&[9, 0, 0, 0, b'{']).unwrap();
+    (&own).write_all(&[b'H', b'U', b'L', 1, 9, 0, 0, 0, b'{']).unwrap();
     assert!(receive(&theirs).is_err());
-    (&theirs).write_all(&[9, 0, 0, 0, b'{']).unwrap();
+    (&theirs).write_all(&[b'H', b'U', b'L', 1, 9, 0, 0, 0, b'{']).unwrap();
     let soon = Instant::now() + Duration::from_millis(50);
     assert!(matches!(outcome(&own, soon), Err(HandOverError::Late)));
     assert!(start.elapsed() < PAUSE * 3);
@@ -164,6 +164,25 @@ fn a_state_that_is_none_is_refused() {
     }
     let err = received(&message, &[]).unwrap_err().to_string();
     assert!(err.contains("no state"), "{err}");
+}
+
+#[test]
+fn another_version_is_said_to_be_one() {
+    let state = sealed_copy(&write(&state()).unwrap()).unwrap();
+    let mut message = message(&child("a")).unwrap();
+    message[3] += 1;
+    let err = received(&message, &[state.as_raw_fd()]).unwrap_err();
+    assert!(matches!(err, HandOverError::Version(2)), "{err:?}");
+    assert!(err.to_string().contains("another version of Hull"), "{err}");
+}
+
+#[test]
+fn descriptors_that_did_not_come_are_missed() {
+    let layers = vec![layer(1, 0..64), layer(2, 3..9)];
+    let seed = Seed::new(state(), layers, Disks::default()).unwrap();
+    let fds = [seed.state.as_raw_fd(), seed.layers[0].file().as_raw_fd()];
+    let err = received(&message(&child("a")).unwrap(), &fds).unwrap_err().to_string();
+    assert!(err.contains("1 of its 2 layers") && err.contains("ulimit -n"), "{err}");
 }
 
 /// A file of which nothing is there.

@@ -36,9 +36,46 @@ fn cloned(input: impl Into<OwnedFd>, words: &[&str]) -> (i32, String) {
     (output.status.code().unwrap_or(-1), text)
 }
 
-/// A message: its length, and as much text.
+/// A message: what each begins with, its length, and as much text.
 fn message(text: &str) -> Vec<u8> {
-    [&(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
+    [&b"HUL\x01"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat()
+}
+
+/// What is answered, behind what each message begins with.
+fn answer(mut stream: &UnixStream) -> String {
+    let mut said = Vec::new();
+    // What was not read of a message resets the connection behind the answer.
+    let _ = stream.read_to_end(&mut said);
+    String::from_utf8_lossy(said.get(8..).unwrap_or_default()).into_owned()
+}
+
+#[test]
+fn who_asks_hears_what_was_wrong() {
+    let other = [&b"HUL\x02"[..], &2u32.to_le_bytes(), b"{}"].concat();
+    for (bytes, why) in [
+        (other, "another version of Hull"),
+        (message("{\"wings\": 2}"), "unknown field `wings`"),
+        (message("{}"), "there is no state"),
+    ] {
+        let (own, theirs) = UnixStream::pair().unwrap();
+        (&own).write_all(&bytes).unwrap();
+        assert_eq!(cloned(theirs, &[]).0, 1);
+        let answer = answer(&own);
+        assert!(answer.contains(why), "{answer}");
+    }
+}
+
+#[test]
+fn a_pool_says_why_nothing_is_ready() {
+    let family = Family::default();
+    // As much as there is address space for, and more than there is.
+    let most = 1u64 << 30;
+    let pool = family.hull("pool").option("--keep", "number=1,memory=4G");
+    let pool = pool.on(machine_tests::Surroundings::new().limit(libc::RLIMIT_AS, most)).start();
+    pool.wait_for_message("no process is ready");
+    pool.wait_for_message("memory");
+    pool.signal(libc::SIGTERM);
+    pool.finish().ok();
 }
 
 #[test]
@@ -93,6 +130,7 @@ fn what_is_no_machine_is_refused() {
             });
             let (code, text) = cloned(theirs, &[]);
             assert!(code == 1 && text.starts_with("hull: "), "{code} {text}");
+            assert!(answer(&own).starts_with("{\"Err\":\""));
         });
         assert!(start.elapsed() < Duration::from_secs(4));
     }
@@ -100,7 +138,7 @@ fn what_is_no_machine_is_refused() {
 
 #[test]
 fn who_says_nothing_is_not_waited_for() {
-    for bytes in [&b""[..], b"\x20\0", b"\x20\0\0\0{"] {
+    for bytes in [&b""[..], b"HU", b"HUL\x01\x20\0\0\0{"] {
         let (mut own, theirs) = UnixStream::pair().unwrap();
         own.write_all(bytes).unwrap();
         let (code, text) = cloned(theirs, &[]);
@@ -155,7 +193,7 @@ fn a_pool_hears_many_that_make_no_sense() {
     let mut silent: Vec<UnixStream> = (0..100).map(|_| connect()).collect();
     let mut others = Vec::new();
     for bytes in
-        [&b"x"[..], b"GET / HTTP/1.1\r\n\r\n", &[255; 5000], &message("{}"), b"\x20\0\0\0{"]
+        [&b"x"[..], b"GET / HTTP/1.1\r\n\r\n", &[255; 5000], &message("{}"), b"HUL\x01\x20\0\0\0{"]
     {
         let mut stream = connect();
         // It may be gone already.

@@ -12,12 +12,13 @@ use std::time::Instant;
 
 use api_server::{Instance, Limits};
 use vmm::config::{ConsoleConfig, ConsoleMode, VmConfig};
-use vmm::fork::disks::Disks;
-use vmm::fork::{self, Born, Child, Outcome};
+use vmm::fork::disks::{Copies, Disks};
+use vmm::fork::{self, Born, Child, Notice, Outcome};
 use vmm::hook::Identity;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::machine::{Command, Hollow, LONGEST_METADATA, Origin, Ready, Service, Shape};
 use vmm::seccomp;
+use vmm::snapshot;
 use vmm::timings::Timings;
 
 use crate::api::HULL;
@@ -56,6 +57,8 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
                 nursery::apologize(&stream, &report::line(err.as_ref()));
             })?;
             entry::populate_code();
+            // Asked for once.
+            snapshot::this_host();
             match nursery::wait(&stream)? {
                 Some(stream) => (stream, Some(hollow)),
                 // The pool is gone.
@@ -63,11 +66,11 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
             }
         }
     };
-    let received = fork::receive(&stream);
+    let heard = fork::hear(&stream);
     let parent = Parent(Rc::new(RefCell::new(Some(stream))));
-    let served = received.map_err(Into::into).and_then(|(child, origin, disks)| {
-        serve(&parent, &child, &origin, disks, hollow, args.seccomp.into(), start)
-    });
+    let served = heard
+        .map_err(Into::into)
+        .and_then(|notice| serve(&parent, notice, hollow, args.seccomp.into(), start));
     served.inspect_err(|err| {
         // Unless somebody was told already.
         parent.answer(&Err(report::line(err.as_ref())));
@@ -84,6 +87,14 @@ fn hollow(shape: Shape) -> Result<Hollow> {
 struct Parent(Rc<RefCell<Option<UnixStream>>>);
 
 impl Parent {
+    /// Waits for what it hands over.
+    fn receive(&self) -> Result<(Origin, Disks)> {
+        match &*self.0.borrow() {
+            Some(stream) => Ok(fork::receive(stream)?),
+            None => Err(CloneError::NoSocket.into()),
+        }
+    }
+
     /// Returns whether somebody was told.
     fn answer(&self, outcome: &Outcome) -> bool {
         // Closed behind it: nobody is kept waiting for an end of file.
@@ -108,17 +119,18 @@ fn socket() -> Result<UnixStream> {
 
 fn serve(
     parent: &Parent,
-    child: &Child,
-    origin: &Origin,
-    disks: Disks,
+    notice: Notice,
     hollow: Option<Hollow>,
     filter: seccomp::Mode,
     start: Instant,
 ) -> Result {
+    let Notice { child, config: parents, host, disks } = notice;
+    let child = &child;
+    let here = host.is_some() && host == snapshot::this_host();
     if let Some(path) = &child.netns {
         enter(path).map_err(|source| CloneError::Netns { path: path.clone(), source })?;
     }
-    let mut config = config(child, origin, filter)?;
+    let mut config = config(child, parents, filter)?;
     let wanted = Wanted { api: ApiSocket::ByName, ..Wanted::default() };
     let mut session = match Session::prepare(&mut config, wanted) {
         Err(err) if child.named_by_number && is_taken(err.as_ref()) => {
@@ -139,16 +151,27 @@ fn serve(
         vsock.cid =
             child.overrides.cid.unwrap_or_else(|| u64::from(std::process::id()).max(LOWEST_CID));
     }
-    let mut copies = disks.copy(child, &name, &mut config)?;
-    drop(disks);
+    // Without what its disks stand on it cannot be assembled; else it can before its parent is frozen.
+    let (mut handed, mut copies) = (None, Copies::default());
+    if disks {
+        let (origin, bases) = parent.receive()?;
+        copies = bases.copy(child, &name, &mut config)?;
+        handed = Some(origin);
+    }
     let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
     let observed = session.observed().clone();
     let (instance, link) = Instance::configured(HULL, limits, config, observed);
     let config = link.config();
     session.offer(instance, config.seccomp);
     let ready = Ready { hollow, disks: copies.take() };
-    let machine = session.build(&config, Some(origin), &Arc::new(Timings::new(start)), ready)?;
+    let assembly = session.assemble(&config, &Arc::new(Timings::new(start)), ready, here)?;
     let console = session.console(&config)?;
+    let origin = match handed {
+        Some(origin) => origin,
+        None => parent.receive()?.0,
+    };
+    let machine = assembly.go_on(&origin)?;
+    drop(origin);
     let handle = machine.handle();
     link.started(handle.clone(), None);
     let api = session.api_path().to_owned();
@@ -196,8 +219,7 @@ fn is_taken(err: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
 
 /// What is to be built: the parent's configuration, with what is otherwise here. Which filters there are is the
 /// matter of who has this process made: who hands a machine over may have none.
-fn config(child: &Child, origin: &Origin, filter: seccomp::Mode) -> Result<VmConfig> {
-    let parent = origin.state.header.config.clone();
+fn config(child: &Child, parent: VmConfig, filter: seccomp::Mode) -> Result<VmConfig> {
     let mut config = VmConfig { name: child.name.clone(), seccomp: filter, ..parent };
     child.overrides.apply(&mut config)?;
     let console = match &child.console {

@@ -224,7 +224,7 @@ fn hand_over(stream: UnixStream, shelves: &mut [Shelf], filter: Seccomp, now: In
         // Somebody looked whether there is a pool.
         return;
     }
-    let shape = fork::peek(&stream).map(|child| child.shape);
+    let shape = fork::peek(&stream);
     let shelf = shelves.iter_mut().find(|shelf| Some(shelf.shape) == shape);
     if let Some(shelf) = shelf {
         shelf.not_before = now + REST;

@@ -15,7 +15,7 @@ use vmm::hypervisor::HypervisorError;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::journal::{Happening, Reason};
 use vmm::machine::{
-    Ending, Handle, Host, Machine, Observed, Origin, Ready, RunError, RunOptions, Service,
+    Assembly, Ending, Handle, Host, Machine, Observed, Origin, Ready, RunError, RunOptions, Service,
 };
 use vmm::metrics::Registry;
 use vmm::seccomp::{self, ThreadKind};
@@ -295,6 +295,20 @@ impl Session {
         timings: &Arc<Timings>,
         ready: Ready,
     ) -> Result<Machine> {
+        self.building(config, timings, |host| {
+            Ok(match origin {
+                Some(origin) => Machine::restore(config, origin, host, ready)?,
+                None => Machine::new(config, host)?,
+            })
+        })
+    }
+
+    fn building<T>(
+        &self,
+        config: &VmConfig,
+        timings: &Arc<Timings>,
+        build: impl FnOnce(&Host<'_>) -> Result<T>,
+    ) -> Result<T> {
         let watch = match config.memory.size.0 {
             LARGE.. => Some(self.signals.watch()?),
             _ => self.signals.interruptible().map(|()| None)?,
@@ -307,12 +321,24 @@ impl Session {
             observed: self.observed.clone(),
             window: window_size(libc::STDIN_FILENO),
         };
-        let machine = match origin {
-            Some(origin) => Machine::restore(config, origin, &host, ready)?,
-            None => Machine::new(config, &host)?,
-        };
+        let built = build(&host)?;
         drop(watch);
-        Ok(machine)
+        Ok(built)
+    }
+
+    /// Assembles the machine of `config`, which goes on later as a copy of one that is saved in the same start of
+    /// this host, if it is from `here`; with what is `ready`.
+    ///
+    /// # Errors
+    /// There is no KVM, or no machine can be built; nothing of it is left then.
+    pub fn assemble(
+        &self,
+        config: &VmConfig,
+        timings: &Arc<Timings>,
+        ready: Ready,
+        here: bool,
+    ) -> Result<Assembly> {
+        self.building(config, timings, |host| Ok(Assembly::of_copy(config, host, ready, here)?))
     }
 
     /// Opens the host side of the console of `config`. The terminal is in raw mode as long as it lives.

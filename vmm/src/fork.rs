@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!   parent                        child
+//!     shape, notice ─────────────> what it is to be: a name, devices, threads
 //!     halt, freeze, seal
 //!     go on
-//!     message, descriptors ──────> what it is to be; state; layers of RAM
+//!     descriptors ───────────────> state; layers of RAM; what disks stand on
 //!                                  map, set state, run
 //!     <──────────────────────────  what it is called, or why there is none
 //! ```
@@ -39,11 +40,13 @@ use crate::memory::{Layer, sealed_copy};
 use crate::snapshot::{LAYERS, MEMORY, Overrides, Part, State, StateError, parse, write};
 
 /// What each message begins with; the last byte is the version of all that is said here.
-const MAGIC: [u8; 4] = *b"HUL\x01";
+const MAGIC: [u8; 4] = *b"HUL\x02";
 /// Bytes in front of a message's text.
 const HEAD: usize = 8;
 /// How long who speaks may pause.
 pub const PAUSE: Duration = Duration::from_secs(5);
+/// How long freezing a machine may take: what a pager still has is fetched before.
+const FREEZING: Duration = Duration::from_secs(3600);
 /// Longest message, in bytes.
 const LONGEST: usize = 1 << 20;
 /// Longest state, in bytes: 64 vCPUs have some 700 KiB, and each of the layers some KiB.
@@ -74,8 +77,6 @@ pub struct Child {
     pub console: Option<PathBuf>,
     /// The network namespace in which it opens its TAP interfaces.
     pub netns: Option<PathBuf>,
-    /// What it has in common with others, for whoever has something ready.
-    pub shape: Shape,
     /// It goes on at once.
     pub resume: bool,
     /// What the hook of its guest is told, before whoever asked hears of it.
@@ -106,6 +107,39 @@ impl Child {
         config.validate_without_kernel()?;
         self.hook.iter().try_for_each(|hook| hook.validate(&config))
     }
+}
+
+/// What is said of a machine before it is handed over: all that its copy needs to be a machine with nothing in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Notice {
+    /// What the copy is to be.
+    pub child: Child,
+    /// The machine as it is configured.
+    pub config: VmConfig,
+    /// Where it is: which start of which host.
+    pub host: Option<String>,
+    /// Files that disks of the copy need may come with it.
+    pub disks: bool,
+}
+
+/// Says what is about to be handed over.
+///
+/// # Errors
+/// The other process does not listen.
+pub fn announce(mut stream: &UnixStream, notice: &Notice) -> Result<(), HandOverError> {
+    let messages = [message(&Shape::of(&notice.config))?, message(notice)?].concat();
+    stream.write_all(&messages).map_err(talk("send to"))
+}
+
+/// Waits for what is about to be handed over.
+///
+/// # Errors
+/// Nothing comes for some seconds, or what comes makes no sense.
+pub fn hear(stream: &UnixStream) -> Result<Notice, HandOverError> {
+    stream.set_read_timeout(Some(PAUSE)).map_err(talk("receive from"))?;
+    let _: Shape = read_message(Vec::new(), stream)?;
+    read_message(Vec::new(), stream)
 }
 
 /// What a child says when it runs.
@@ -177,6 +211,14 @@ pub enum HandOverError {
     Invalid(String),
 }
 
+impl HandOverError {
+    /// The other process does not listen any more.
+    pub fn is_over(&self) -> bool {
+        let over = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
+        matches!(self, HandOverError::Talk { source, .. } if over.contains(&source.kind()))
+    }
+}
+
 fn talk(verb: &'static str) -> impl FnOnce(io::Error) -> HandOverError {
     move |source| HandOverError::Talk { verb, source }
 }
@@ -216,12 +258,12 @@ impl Seed {
         Ok(Seed { state, layers, disks })
     }
 
-    /// Hands it over.
+    /// Hands it over, after [`announce`].
     ///
     /// # Errors
     /// The other process does not take it.
-    pub fn send(&self, stream: &UnixStream, child: &Child) -> Result<(), HandOverError> {
-        let message = message(child)?;
+    pub fn send(&self, stream: &UnixStream) -> Result<(), HandOverError> {
+        let message = message(&())?;
         let fds: Vec<RawFd> = std::iter::once(self.state.as_raw_fd())
             .chain(self.layers.iter().map(|layer| layer.file().as_raw_fd()))
             .chain(self.disks.files().map(|file| file.as_raw_fd()))
@@ -248,20 +290,20 @@ pub fn is_over(stream: &UnixStream) -> bool {
     look(stream, &mut [0]).is_some_and(<[u8]>::is_empty)
 }
 
-/// What will be handed over, as far as it is there: nothing is taken.
-pub fn peek(stream: &UnixStream) -> Option<Child> {
-    let mut bytes = [0; 4096];
+/// The shape of what will be handed over, if that was said: nothing is taken.
+pub fn peek(stream: &UnixStream) -> Option<Shape> {
+    let mut bytes = [0; 256];
     let there = look(stream, &mut bytes)?;
     let (head, rest) = there.split_first_chunk()?;
     serde_json::from_slice(rest.get(..length(head).ok()?)?).ok()
 }
 
-/// Waits for a machine that is handed over.
+/// Waits for a machine that was announced, for as long as it takes its parent to freeze it.
 ///
 /// # Errors
-/// None comes for some seconds, or what comes is none.
-pub fn receive(stream: &UnixStream) -> Result<(Child, Origin, Disks), HandOverError> {
-    stream.set_read_timeout(Some(PAUSE)).map_err(talk("receive from"))?;
+/// It does not come, or what comes is none.
+pub fn receive(stream: &UnixStream) -> Result<(Origin, Disks), HandOverError> {
+    stream.set_read_timeout(Some(FREEZING)).map_err(talk("receive from"))?;
     let invalid = |what: &str| HandOverError::Invalid(what.to_owned());
     let mut fds = [-1; MOST_FILES + 1];
     let mut start = vec![0; 4096];
@@ -275,10 +317,11 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin, Disks), HandOverEr
         // SAFETY: the descriptors are fresh, and each is taken once.
         File::from(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) })
     });
+    stream.set_read_timeout(Some(PAUSE)).map_err(talk("receive from"))?;
     let state = fds.next();
     let mut files: Vec<File> = fds.collect();
     start.truncate(len);
-    let child: Child = read_message(start, stream)?;
+    let () = read_message(start, stream)?;
     let lost = "is the limit of open files (`ulimit -n`) too low?";
     let state = state.ok_or_else(|| invalid(&format!("there is no state; {lost}")))?;
     let len = state.metadata().map_err(talk("receive from"))?.len();
@@ -314,7 +357,7 @@ pub fn receive(stream: &UnixStream) -> Result<(Child, Origin, Disks), HandOverEr
     let layers: Option<Vec<Layer>> = files.into_iter().map(layer).collect();
     let layers = layers.filter(|_| rest.is_empty());
     let layers = layers.ok_or_else(|| invalid("its layers are not those of its state"))?;
-    Ok((child, Origin::new(state, Source::Layers(layers), None), disks))
+    Ok((Origin::new(state, Source::Layers(layers), None), disks))
 }
 
 /// How many layers a list has, as far as it is one.

@@ -13,10 +13,11 @@
 //! listens at the pool's socket does.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, mpsc};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use vmm::config::{LONGEST_NAME, VmConfig};
@@ -24,7 +25,7 @@ use vmm::devices::virtio::blk::Backing;
 use vmm::devices::virtio::vsock;
 use vmm::files::SocketPath;
 use vmm::fork::disks::{DiskError, Disks, Switch};
-use vmm::fork::{self, Child, HandOverError, Outcome, Seed};
+use vmm::fork::{self, Child, HandOverError, Notice, Outcome, Seed};
 use vmm::hook::Hook;
 use vmm::machine::{Command, Frozen};
 use vmm::snapshot::{self, Header, MemoryHeader, State};
@@ -72,26 +73,27 @@ impl Instance {
         let saving = Saving::begin(&shared)?;
         // Before anything is halted for nothing.
         let first = connect_at_once(&pool).map_err(|error| failed(&error))?;
-        tokio::spawn(saving.fork(params, pool, first)).await.map_err(|_| Fault::gone())?
+        let mut children = params.children(&config);
+        shared.name_children(&mut children);
+        let mut birth = Birth { children, config: portable(config), pool, first };
+        birth.announce_first();
+        tokio::spawn(saving.fork(params, birth)).await.map_err(|_| Fault::gone())?
     }
 }
 
 impl Saving {
-    async fn fork(
-        self,
-        params: ForkParams,
-        pool: PathBuf,
-        first: Option<UnixStream>,
-    ) -> Result<Forked, Fault> {
+    async fn fork(self, params: ForkParams, mut birth: Birth) -> Result<Forked, Fault> {
         let handle = self.0.handle()?;
         let (frozen, halted) = halt(&self.0, &handle, false).await?;
         let (was_running, machine) = (frozen.was_running, handle.clone());
         let forked = elsewhere(move || {
-            let config = self.0.config();
-            let mut children = params.children(&config);
-            self.0.name_children(&mut children);
+            // Somebody may have given a device another back-end since.
+            let config = portable(self.0.config());
+            if config != birth.config {
+                (birth.first, birth.config) = (None, config);
+            }
             let folder = params.drives_dir.as_deref();
-            let planted = plant(frozen, config, &children, folder);
+            let planted = plant(frozen, &birth, folder);
             let resume = was_running && !(params.template && planted.is_ok());
             let (disks, planted) = match planted {
                 Ok((switch, seed, copied)) => (self.0.switch(switch), Ok((seed, copied))),
@@ -108,7 +110,7 @@ impl Saving {
             // The next may be made meanwhile.
             drop(self);
             let (seed, copied_bytes) = planted?;
-            let children = deliver(&seed, &children, &pool, first);
+            let children = birth.deliver(&seed);
             if !resume && was_running && children.iter().all(Result::is_err) {
                 // It is nobody's template.
                 handle.send(Command::Resume, Box::new(drop));
@@ -166,29 +168,28 @@ impl Instance {
 /// over, and how many bytes of memory were copied for that.
 fn plant(
     frozen: Frozen,
-    config: VmConfig,
-    children: &[Child],
+    birth: &Birth,
     folder: Option<&Path>,
 ) -> Result<(Switch, Seed, u64), Fault> {
     let Frozen { parts, image, disks, .. } = frozen;
-    let config = portable(config);
     let shared = image.share().map_err(|error| failed(&error))?;
     let id = snapshot::word().map_err(|error| failed(&error))?;
-    let name = config.name.clone().unwrap_or_default();
-    let disks = Disks::freeze(&disks, children, &name, folder);
+    let name = birth.config.name.clone().unwrap_or_default();
+    let disks = Disks::freeze(&disks, &birth.children, &name, folder);
     let (disks, switch) = disks.map_err(|error: DiskError| failed(&error))?;
-    let state = State { header: header(config, id, image.size()), parts };
+    let state = State { header: header(id, image.size()), parts };
     let seed = Seed::new(state, shared.layers, disks).map_err(|error| failed(&error))?;
     Ok((switch, seed, shared.copied))
 }
 
-fn header(config: VmConfig, id: String, size: u64) -> Header {
+/// What is in front of a state that is handed over. Its configuration was sent before.
+fn header(id: String, size: u64) -> Header {
     Header {
         hull: env!("CARGO_PKG_VERSION").to_owned(),
         created_ms: snapshot::now_ms(),
         host: snapshot::this_host(),
         disks: Vec::new(),
-        config,
+        config: VmConfig::default(),
         memory: MemoryHeader {
             id,
             aside: String::new(),
@@ -221,50 +222,80 @@ fn connect_at_once(pool: &Path) -> Result<Option<UnixStream>, HandOverError> {
     }
 }
 
-/// Has each child made, some at a time, and says what became of them, in order.
-fn deliver(
-    seed: &Seed,
-    children: &[Child],
-    pool: &Path,
+/// Children that are to be made.
+struct Birth {
+    children: Vec<Child>,
+    /// The machine, as they are told before it is frozen.
+    config: VmConfig,
+    pool: PathBuf,
+    /// Who serves the first of them, and was told so: it makes what it can while the machine halts.
     first: Option<UnixStream>,
-) -> Vec<Outcome> {
-    let next = AtomicUsize::new(0);
-    let first = Mutex::new(first);
-    let one = |child: &Child| -> Result<Outcome, HandOverError> {
-        let there = first.lock().ok().and_then(|mut first| first.take());
-        // Freezing may have taken longer than a pool waits.
-        let sent = there.filter(|stream| seed.send(stream, child).is_ok());
-        let stream = match sent {
-            Some(stream) => stream,
-            None => {
-                let stream = connect(pool)?;
-                seed.send(&stream, child)?;
-                stream
+}
+
+impl Birth {
+    fn notice(&self, child: &Child) -> Notice {
+        let config = self.config.clone();
+        let disks = config.disk.iter().any(|disk| !disk.ro);
+        Notice { child: child.clone(), config, host: snapshot::this_host(), disks }
+    }
+
+    fn announce_first(&mut self) {
+        let Some((stream, child)) = self.first.take().zip(self.children.first()) else { return };
+        // If it is gone, another is asked for.
+        self.first = fork::announce(&stream, &self.notice(child)).is_ok().then_some(stream);
+    }
+
+    /// Has one child made.
+    fn one(&self, n: usize, child: &Child, seed: &Seed) -> Result<Outcome, HandOverError> {
+        let hook = child.hook.as_ref().map_or(Duration::ZERO, Hook::patience);
+        let give = |stream: &UnixStream| {
+            let sent = seed.send(stream);
+            if sent.is_err() {
+                // Who still waits for it need not any more; who had reason not to take it has said so.
+                let _ = stream.shutdown(Shutdown::Write);
+            }
+            let outcome = fork::outcome(stream, Instant::now() + PATIENCE + hook);
+            match (sent, outcome) {
+                (Err(error), Ok(Err(_)) | Err(_)) if !error.is_over() => Err(error),
+                (_, outcome) => outcome,
             }
         };
-        let hook = child.hook.as_ref().map_or(Duration::ZERO, Hook::patience);
-        fork::outcome(&stream, Instant::now() + PATIENCE + hook)
-    };
-    let some = || {
-        let mut done = Vec::new();
-        loop {
-            let n = next.fetch_add(1, Ordering::Relaxed);
-            let Some(child) = children.get(n) else { return done };
-            done.push((n, one(child).unwrap_or_else(|error| Err(chain(&error)))));
+        if let Some(stream) = self.first.as_ref().filter(|_| n == 0) {
+            match give(stream) {
+                // Its process ended before it was needed.
+                Err(HandOverError::Silent) => {}
+                outcome => return outcome,
+            }
         }
-    };
-    let mut all = std::thread::scope(|scope| {
-        let threads = AT_ONCE.min(children.len()).saturating_sub(1);
-        // Fewer will do, where there are none to be had.
-        let others: Vec<_> = (0..threads)
-            .filter_map(|_| std::thread::Builder::new().spawn_scoped(scope, some).ok())
-            .collect();
-        let mut all = some();
-        for other in others {
-            all.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        }
-        all
-    });
-    all.sort_unstable_by_key(|(n, _)| *n);
-    all.into_iter().map(|(_, outcome)| outcome).collect()
+        let stream = connect(&self.pool)?;
+        fork::announce(&stream, &self.notice(child))?;
+        give(&stream)
+    }
+
+    /// Has each child made, some at a time, and says what became of them, in order.
+    fn deliver(&self, seed: &Seed) -> Vec<Outcome> {
+        let next = AtomicUsize::new(0);
+        let some = || {
+            let mut done = Vec::new();
+            loop {
+                let n = next.fetch_add(1, Ordering::Relaxed);
+                let Some(child) = self.children.get(n) else { return done };
+                done.push((n, self.one(n, child, seed).unwrap_or_else(|error| Err(chain(&error)))));
+            }
+        };
+        let mut all = std::thread::scope(|scope| {
+            let threads = AT_ONCE.min(self.children.len()).saturating_sub(1);
+            // Fewer will do, where there are none to be had.
+            let others: Vec<_> = (0..threads)
+                .filter_map(|_| std::thread::Builder::new().spawn_scoped(scope, some).ok())
+                .collect();
+            let mut all = some();
+            for other in others {
+                all.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+            all
+        });
+        all.sort_unstable_by_key(|(n, _)| *n);
+        all.into_iter().map(|(_, outcome)| outcome).collect()
+    }
 }

@@ -8,7 +8,6 @@ use utoipa::ToSchema;
 use vmm::config::{HostAddress, MacAddress, VmConfig};
 use vmm::fork::{Child, Outcome};
 use vmm::hook::{Addresses, Hook};
-use vmm::machine::Shape;
 use vmm::snapshot::Overrides;
 
 use super::snapshot::{DriveOverride, NetworkOverride, VsockOverride};
@@ -139,7 +138,6 @@ fn one() -> u32 {
 impl ForkParams {
     /// What each child of the machine of `config` is to be.
     pub fn children(&self, config: &VmConfig) -> Vec<Child> {
-        let shape = Shape::of(config);
         // Nobody makes a file for a disk that is only read.
         let is_written = |name: &str| {
             (0..config.disk.len()).all(|n| config.disk_name(n) != name || !config.disk[n].ro)
@@ -157,7 +155,6 @@ impl ForkParams {
                 wish.vsock_override.map(|vsock| (vsock.uds_path, vsock.guest_cid)).unzip();
             Child {
                 name: wish.name,
-                shape,
                 named_by_number: false,
                 overrides: Overrides {
                     nets: wish.network_overrides.into_iter().map(net).collect(),

@@ -63,9 +63,17 @@ fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// What comes of these bytes and descriptors, behind which there is nothing.
-fn received(bytes: &[u8], fds: &[RawFd]) -> Result<(Child, Origin, Disks), HandOverError> {
+fn notice(name: &str) -> Notice {
+    let config = VmConfig { name: Some("m".to_owned()), ..VmConfig::default() };
+    Notice { child: child(name), config, host: Some("h".to_owned()), disks: true }
+}
+
+/// What comes of these bytes and descriptors after a notice, behind which there is nothing.
+fn received(bytes: &[u8], fds: &[RawFd]) -> Result<(Origin, Disks), HandOverError> {
     let (own, theirs) = pair();
+    announce(&own, &notice("a")).unwrap();
+    assert_eq!(peek(&theirs), Some(Shape::of(&VmConfig::default())));
+    assert_eq!(hear(&theirs).unwrap(), notice("a"));
     let sent = match fds {
         [] => (&own).write(bytes).unwrap(),
         fds => own.send_with_fds(&[bytes], fds).unwrap(),
@@ -89,11 +97,14 @@ fn what_is_sent_arrives() {
     // A long message comes in parts.
     for name in ["a".to_owned(), "long".repeat(20_000)] {
         let (own, theirs) = pair();
-        let child = child(&name);
+        let notice = notice(&name);
         std::thread::scope(|scope| {
-            scope.spawn(|| seed.send(&own, &child).unwrap());
-            let (same, origin, disks) = receive(&theirs).unwrap();
-            assert_eq!(same, child);
+            scope.spawn(|| {
+                announce(&own, &notice).unwrap();
+                seed.send(&own).unwrap();
+            });
+            assert_eq!(hear(&theirs).unwrap(), notice);
+            let (origin, disks) = receive(&theirs).unwrap();
             assert_eq!(origin.state.parts, state().parts);
             let Source::Layers(received) = origin.memory else { panic!("no layers") };
             let pages = |layers: &[Layer]| layers.iter().map(Layer::to_bytes).collect::<Vec<_>>();
@@ -121,12 +132,12 @@ fn what_is_sent_arrives() {
 fn there_is_a_most_of_everything() {
     let most = Seed::new(state(), vec![layer(1, 0..1); MOST_FILES], Disks::default()).unwrap();
     let (own, theirs) = pair();
-    most.send(&own, &child("a")).unwrap();
-    let Source::Layers(layers) = receive(&theirs).unwrap().1.memory else { panic!("no layers") };
+    most.send(&own).unwrap();
+    let Source::Layers(layers) = receive(&theirs).unwrap().0.memory else { panic!("no layers") };
     assert_eq!(layers.len(), MOST_FILES);
     let more = Seed::new(state(), vec![layer(1, 0..1); MOST_FILES + 1], Disks::default());
     assert!(matches!(more, Err(HandOverError::Files { layers: 253, files: 0 })), "{more:?}");
-    let long = most.send(&own, &child(&"x".repeat(LONGEST)));
+    let long = announce(&own, &notice(&"x".repeat(LONGEST)));
     assert!(matches!(long, Err(HandOverError::Invalid(_))), "{long:?}");
 }
 
@@ -140,11 +151,11 @@ fn who_says_nothing_is_not_waited_for() {
     let err = outcome(&own, start + Duration::from_secs(60)).unwrap_err();
     assert!(err.to_string().contains("without a word"), "{err}");
     let (own, theirs) = pair();
-    assert!(receive(&theirs).is_err());
+    assert!(hear(&theirs).is_err());
     // Nor is who stops in the middle.
-    (&own).write_all(&[b'H', b'U', b'L', 1, 9, 0, 0, 0, b'{']).unwrap();
+    (&own).write_all(&[b'H', b'U', b'L', MAGIC[3], 9, 0, 0, 0, b'{']).unwrap();
     assert!(receive(&theirs).is_err());
-    (&theirs).write_all(&[b'H', b'U', b'L', 1, 9, 0, 0, 0, b'{']).unwrap();
+    (&theirs).write_all(&[b'H', b'U', b'L', MAGIC[3], 9, 0, 0, 0, b'{']).unwrap();
     let soon = Instant::now() + Duration::from_millis(50);
     assert!(matches!(outcome(&own, soon), Err(HandOverError::Late)));
     assert!(start.elapsed() < PAUSE * 3);
@@ -152,7 +163,7 @@ fn who_says_nothing_is_not_waited_for() {
 
 #[test]
 fn a_state_that_is_none_is_refused() {
-    let message = message(&child("a")).unwrap();
+    let message = message(&()).unwrap();
     let long = memfd(1 << 60);
     let other = sealed_copy(b"hello").unwrap();
     let plain = sealed_copy(&write(&state()).unwrap()).unwrap();
@@ -169,10 +180,10 @@ fn a_state_that_is_none_is_refused() {
 #[test]
 fn another_version_is_said_to_be_one() {
     let state = sealed_copy(&write(&state()).unwrap()).unwrap();
-    let mut message = message(&child("a")).unwrap();
+    let mut message = message(&()).unwrap();
     message[3] += 1;
     let err = received(&message, &[state.as_raw_fd()]).unwrap_err();
-    assert!(matches!(err, HandOverError::Version(2)), "{err:?}");
+    assert!(matches!(err, HandOverError::Version(3)), "{err:?}");
     assert!(err.to_string().contains("another version of Hull"), "{err}");
 }
 
@@ -181,7 +192,7 @@ fn descriptors_that_did_not_come_are_missed() {
     let layers = vec![layer(1, 0..64), layer(2, 3..9)];
     let seed = Seed::new(state(), layers, Disks::default()).unwrap();
     let fds = [seed.state.as_raw_fd(), seed.layers[0].file().as_raw_fd()];
-    let err = received(&message(&child("a")).unwrap(), &fds).unwrap_err().to_string();
+    let err = received(&message(&()).unwrap(), &fds).unwrap_err().to_string();
     assert!(err.contains("1 of its 2 layers") && err.contains("ulimit -n"), "{err}");
 }
 
@@ -217,7 +228,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let (disks, _switch) = disks(folder.path());
         let seed = Seed::new(state(), layers, disks).unwrap();
-        let mut message = message(&child("abc")).unwrap();
+        let mut message = message(&()).unwrap();
         let mut fds: Vec<RawFd> = std::iter::once(seed.state.as_raw_fd())
             .chain(seed.layers.iter().map(|layer| layer.file().as_raw_fd()))
             .chain(seed.disks.files().map(|file| file.as_raw_fd()))

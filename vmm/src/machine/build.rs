@@ -210,7 +210,7 @@ impl Assembly {
         ready: Ready,
         here: bool,
     ) -> Result<Assembly, BuildError> {
-        config.validate()?;
+        config.validate_without_kernel()?;
         // What a saved machine's CPUs are like is in its state. Where it was saved on this very host there is
         // nothing to compare it with.
         let plain = CpuConfig::default();

@@ -118,7 +118,7 @@ pub fn run(
 }
 
 /// Random bytes, in the page cache when done.
-fn write_image(path: &Path) -> Result<()> {
+pub fn write_image(path: &Path) -> Result<()> {
     let mut source = File::open("/dev/urandom")?;
     let mut target = File::create(path)?;
     let mut buffer = vec![0; 1 << 20];
@@ -191,7 +191,7 @@ fn one(
         let first = running.wait_for("result")?;
         return running.finish(first);
     }
-    let disk = Disk { path: image.to_owned(), engine, direct: load.direct };
+    let disk = Disk { path: image.to_owned(), engine, direct: load.direct, overlay: None };
     let line = format!("payload=blk {}", load.scenario);
     let guest = Guest { disk: Some(disk), ..Guest::new(&line) };
     let sample = sample::run(programs, system, &guest, "result")?;

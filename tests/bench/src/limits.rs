@@ -203,7 +203,8 @@ fn described(
     scenario: &str,
     limiter: Value,
 ) -> Value {
-    let disk = Disk { path: image.to_owned(), engine: Engine::Default, direct: false };
+    let disk =
+        Disk { path: image.to_owned(), engine: Engine::Default, direct: false, overlay: None };
     let mut guest = Guest::new(scenario);
     match device {
         Device::Read | Device::Write => guest.disk = Some(disk),

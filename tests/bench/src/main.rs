@@ -14,6 +14,7 @@ mod host;
 mod limits;
 mod memory;
 mod net;
+mod overlay;
 mod peer;
 mod peers;
 mod report;
@@ -63,7 +64,7 @@ enum Action {
 /// What to measure, and how often.
 #[derive(Args)]
 pub struct RunOptions {
-    /// Benches to run: boot, kernel50, memory, blk, vsock, limits, net (or its parts net-send,
+    /// Benches to run: boot, kernel50, memory, blk, overlay, vsock, limits, net (or its parts net-send,
     /// net-receive, net-echo), api (or api-start, api-memory, api-latency), snapshot (or
     /// snapshot-load, snapshot-restore, snapshot-full, snapshot-diff, snapshot-speed), fork (or fork-call,
     /// fork-many). All if none is named.
@@ -89,11 +90,12 @@ pub struct RunOptions {
     scratch: Option<PathBuf>,
 }
 
-const BENCHES: [&str; 23] = [
+const BENCHES: [&str; 24] = [
     "boot",
     "kernel50",
     "memory",
     "blk",
+    "overlay",
     "net",
     "net-send",
     "net-receive",
@@ -167,6 +169,9 @@ fn run(options: &RunOptions) -> Result<()> {
     }
     if options.wants("blk") {
         block::run(&programs, &systems, options.runs.div_ceil(5), &mut report)?;
+    }
+    if options.wants("overlay") && systems.contains(&System::Hull) {
+        overlay::run(&programs, options.runs.div_ceil(3), &mut report)?;
     }
     net::run(&programs, &systems, options, &mut report)?;
     if options.wants("vsock") {

@@ -87,6 +87,8 @@ pub struct Disk {
     pub engine: Engine,
     /// Passes O_DIRECT, where the system can.
     pub direct: bool,
+    /// What is written goes here, where the system is Hull.
+    pub overlay: Option<PathBuf>,
 }
 
 /// One guest to run.
@@ -148,7 +150,11 @@ impl Guest {
         command.arg("--kernel").arg(kernel).arg("--cmdline").arg(&self.command_line);
         if let Some(disk) = &self.disk {
             let direct = if disk.direct { ",direct" } else { "" };
-            command.arg("--disk").arg(format!("path={}{direct}", disk.path.display()));
+            let mut option = format!("path={}{direct}", disk.path.display());
+            if let Some(overlay) = &disk.overlay {
+                option.push_str(&format!(",overlay={}", overlay.display()));
+            }
+            command.arg("--disk").arg(option);
         }
         if let Some(tap) = &self.tap {
             command.arg("--net").arg(format!("tap={tap},mac={MAC}"));

@@ -164,7 +164,7 @@ fn asked(
     let folder = super::folder()?;
     let socket = folder.path().join("api.sock");
     let file = folder.path().join("machine.json");
-    let disk = Disk { path: image.to_owned(), engine, direct: false };
+    let disk = Disk { path: image.to_owned(), engine, direct: false, overlay: None };
     // One vCPU that asks and looks for answers without a pause, for longer than this takes.
     let guest =
         Guest { disk: Some(disk), ..Guest::new("payload=blk op=read depth=32 count=1000000000") };

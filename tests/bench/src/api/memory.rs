@@ -83,7 +83,8 @@ fn measure(
     image: &std::path::Path,
     report: &mut Report,
 ) -> Result<()> {
-    let disk = Disk { path: image.to_owned(), engine: Engine::Default, direct: false };
+    let disk =
+        Disk { path: image.to_owned(), engine: Engine::Default, direct: false, overlay: None };
     let guest = Guest { disk: Some(disk), ..Guest::new("payload=spin") };
     let mut seen = vec![[const { Vec::new() }; 3]; systems.len()];
     for run_number in 0..=runs {

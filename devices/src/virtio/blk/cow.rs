@@ -10,6 +10,9 @@
 //!
 //! One flush runs at a time; those that come meanwhile are answered by the next. A bit is taken before the top is
 //! synced, so that the data that it tells of is on the disk when it is written.
+//!
+//! A write that is not to be durable is answered once the second bitmap tells of all blocks that are new, so that it is
+//! there if this process is killed. All that wait for it are served by one write of each page.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,6 +20,7 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 
 use super::overlay::{BLOCK, Bits, Overlay};
+use super::worker::Pace;
 use crate::virtio::device::{Action, FileOperation, IoVecs, Reactor};
 
 /// A request: the index of its queue, and the head of its chain.
@@ -39,6 +43,8 @@ impl Who {
 
 /// The name of the flush's operations.
 pub(super) const FLUSH: u64 = 1 << 32;
+/// The name of those that write the second bitmap.
+pub(super) const NOTE: u64 = 2 << 32;
 
 /// What the queues share.
 #[derive(Debug, Default)]
@@ -49,8 +55,19 @@ pub(super) struct Cow {
     pub(super) ready: VecDeque<Who>,
     run: Option<Run>,
     next: Vec<Who>,
-    /// Requests whose flush ended, and whether it worked.
-    pub(super) flushed: Vec<(Who, bool)>,
+    noting: Option<Noting>,
+    unnoted: Vec<Who>,
+    /// Whether writes to the second bitmap take long now.
+    notes: Pace,
+    /// Requests that are done, and whether that worked.
+    pub(super) done: Vec<(Who, bool)>,
+}
+
+/// New blocks on their way into the second bitmap.
+#[derive(Debug)]
+struct Noting {
+    for_whom: Vec<Who>,
+    bits: Bits,
 }
 
 /// A flush under way.
@@ -111,12 +128,75 @@ impl Cow {
         self.run.is_none()
     }
 
-    /// Flushes for `who`, who finds itself in [`Cow::flushed`].
+    /// Flushes for `who`, who finds itself in [`Cow::done`].
     pub(super) fn flush(&mut self, who: Who, overlay: &Overlay, reactor: &mut dyn Reactor) {
         self.next.push(who);
         if self.run.is_none() {
             self.begin(overlay, reactor);
         }
+    }
+
+    /// True if a write that ends now has to wait for the second bitmap: it may be to a block whose bit is not there, whoever
+    /// made it new.
+    pub(super) fn has_unnoted(&self, overlay: &Overlay) -> bool {
+        self.noting.is_some() || overlay.has_unnoted()
+    }
+
+    /// Has `who`, whose data are written, wait for the second bitmap. It finds itself in [`Cow::done`] after
+    /// [`Cow::note`].
+    pub(super) fn wait_for_note(&mut self, who: Who) {
+        self.unnoted.push(who);
+    }
+
+    /// True if somebody waits for the second bitmap, and it is not being written.
+    pub(super) fn is_to_note(&self) -> bool {
+        !self.unnoted.is_empty() && self.noting.is_none()
+    }
+
+    /// Writes the second bitmap for those who wait for it.
+    pub(super) fn note(&mut self, overlay: &Overlay, reactor: &mut dyn Reactor) {
+        let here = reactor.alone() && !overlay.direct() && self.notes.is_quick();
+        if here {
+            // A failure is told by the overlay: what has to be there after a kill nobody promised the driver.
+            let _ = self.notes.time(|| overlay.note_bits());
+            self.done.extend(self.unnoted.drain(..).map(|who| (who, true)));
+            return;
+        }
+        let noting =
+            Noting { for_whom: std::mem::take(&mut self.unnoted), bits: overlay.unnoted() };
+        self.write_note(noting, overlay, reactor);
+    }
+
+    /// Writes the next page.
+    fn write_note(&mut self, noting: Noting, overlay: &Overlay, reactor: &mut dyn Reactor) {
+        let noting = self.noting.insert(noting);
+        match noting.bits.last() {
+            Some((offset, page)) => reactor.submit(NOTE, write(overlay, offset, page)),
+            None => {
+                self.done.extend(noting.for_whom.drain(..).map(|who| (who, true)));
+                self.noting = None;
+            }
+        }
+    }
+
+    /// A write of the second bitmap ended.
+    pub(super) fn on_noted(
+        &mut self,
+        result: io::Result<u32>,
+        overlay: &Overlay,
+        reactor: &mut dyn Reactor,
+    ) {
+        let Some(mut noting) = self.noting.take() else { return };
+        let len = noting.bits.last().map_or(0, |(_, page)| page.len());
+        match result {
+            Ok(written) if written as usize == len => noting.bits.done(),
+            Err(err) if matches!(err.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}
+            result => {
+                overlay.not_noted(&result.err().unwrap_or(io::ErrorKind::WriteZero.into()));
+                noting.bits = Bits::default();
+            }
+        }
+        self.write_note(noting, overlay, reactor);
     }
 
     fn begin(&mut self, overlay: &Overlay, reactor: &mut dyn Reactor) {
@@ -190,7 +270,7 @@ impl Cow {
             if !worked {
                 overlay.not_saved();
             }
-            self.flushed.extend(run.for_whom.into_iter().map(|who| (who, worked)));
+            self.done.extend(run.for_whom.into_iter().map(|who| (who, worked)));
         }
         self.begin(overlay, reactor);
     }
@@ -215,12 +295,15 @@ fn submit(run: &mut Run, overlay: &Overlay, reactor: &mut dyn Reactor) {
     let sync = |fd| FileOperation { fd, offset: 0, action: Action::Sync };
     let operation = match (run.stage, run.current()) {
         (Stage::Below, _) => sync(run.below.last().copied().unwrap_or(top)),
-        (Stage::Bits, Some((offset, page))) => {
-            // SAFETY: the page stays where it is until its write ended.
-            let bufs = unsafe { IoVecs::of_bytes(page) };
-            FileOperation { fd: top, offset, action: Action::Write { bufs, durable: false } }
-        }
+        (Stage::Bits, Some((offset, page))) => write(overlay, offset, page),
         _ => sync(top),
     };
     reactor.submit(FLUSH, operation);
+}
+
+/// Writes a page of [`Bits`], which has to stay where it is until that ended.
+fn write(overlay: &Overlay, offset: u64, page: &[u8]) -> FileOperation {
+    // SAFETY: the pages of bits are on the heap, and go when their write ended.
+    let bufs = unsafe { IoVecs::of_bytes(page) };
+    FileOperation { fd: overlay.fd(), offset, action: Action::Write { bufs, durable: false } }
 }

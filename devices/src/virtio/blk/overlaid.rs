@@ -1,7 +1,7 @@
 //! Serving the queues of an overlay: as of a raw file, but for what [`Cow`] is there for.
 //!
 //! ```text
-//!   write ──> Hold ──> Fill ──> Write ──> (durable: flush) ──> answer
+//!   write ──> Hold ──> Fill ──> Write ──> durable: flush, new blocks: note ──> answer
 //!               │ held by another: waits
 //!   zeroes ─> Ranges: an edge that is not in the overlay is a write of zeroes, the rest is one operation on the file
 //! ```
@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use super::cow::{Cow, FLUSH, Who, blocks};
+use super::cow::{Cow, FLUSH, NOTE, Who, blocks};
 use super::overlay::{BLOCK, Overlay};
 use super::pending::{Pending, Step, ZEROES, first_method};
 use super::request::{ByteRange, Status};
@@ -233,6 +233,10 @@ impl BlockWorker {
             cow.flush(who, overlay, reactor);
             return None;
         }
+        if cow.has_unnoted(overlay) {
+            cow.wait_for_note(who);
+            return None;
+        }
         Some(Status::Ok)
     }
 
@@ -346,7 +350,7 @@ impl OverlayWorker {
         Some(result)
     }
 
-    /// Goes on with requests that waited for blocks or for a flush, and tells the drivers.
+    /// Goes on with requests that waited for blocks, a flush or the second bitmap, and tells the drivers.
     fn catch_up(&mut self, reactor: &mut dyn Reactor) {
         let mut touched = Vec::new();
         loop {
@@ -358,10 +362,14 @@ impl OverlayWorker {
                         lane.end_later(who.head, status, 0);
                     }
                 });
-            } else if let Some((who, worked)) = cow.flushed.pop() {
+            } else if let Some((who, worked)) = cow.done.pop() {
                 touched.push(who.queue);
                 let status = if worked { Status::Ok } else { Status::IoError };
                 self.lend(who.queue, reactor, |lane, _| lane.end_later(who.head, status, 0));
+            } else if cow.is_to_note() {
+                let disk = Arc::clone(&self.settings.disk);
+                let (Some(cow), Some(overlay)) = (&mut self.cow, disk.overlay()) else { return };
+                cow.note(overlay, reactor);
             } else if let Some(index) = touched.pop() {
                 touched.retain(|other| *other != index);
                 self.lend(index, reactor, |lane, reactor| lane.on_settled(reactor));
@@ -404,9 +412,12 @@ impl Worker for OverlayWorker {
     }
 
     fn on_completion(&mut self, token: u64, result: io::Result<u32>, reactor: &mut dyn Reactor) {
-        if token == FLUSH {
+        if token == FLUSH || token == NOTE {
             if let (Some(cow), Some(overlay)) = (&mut self.cow, self.settings.disk.overlay()) {
-                cow.on_completion(result, overlay, reactor);
+                match token {
+                    FLUSH => cow.on_completion(result, overlay, reactor),
+                    _ => cow.on_noted(result, overlay, reactor),
+                }
             }
             return self.catch_up(reactor);
         }

@@ -2,6 +2,7 @@
 //! not written is read from the file below, the base, which may be an overlay itself.
 //!
 //! - this file: a chain of files as one disk, and which of them has each block;
+//! - [`bitmap`]: which blocks the top has;
 //! - [`format`]: header and note of an overlay's file;
 //! - [`open`]: making and opening the files of a chain;
 //! - [`sync`]: what of the bitmap is on the disk, and when it may be;
@@ -16,6 +17,7 @@
 //!             owners[block]   └──> raw file or block device
 //! ```
 
+mod bitmap;
 mod fold;
 mod format;
 mod freeze;
@@ -27,7 +29,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 pub use fold::{Progress, commit, flatten};
 pub use format::{BaseRef, DEEPEST, FormatError, Header, Id, VERSION};
@@ -36,11 +38,11 @@ pub use open::{BaseFormat, Described, LayerInfo, create, describe, looks_like_ov
 
 pub use format::BLOCK;
 pub(super) use sync::Bits;
-use sync::UNNOTED;
 
 use super::OpenError;
+use bitmap::{Bitmap, zeroed};
 pub(super) use format::Note;
-use format::{BLOCKS_PER_PAGE, PAGE};
+use format::PAGE;
 
 /// Why an overlay cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -151,21 +153,7 @@ impl std::fmt::Debug for Owners {
 impl Owners {
     /// All blocks are the lowest file's.
     fn new(blocks: u64) -> io::Result<Owners> {
-        let out = || io::Error::from(io::ErrorKind::OutOfMemory);
-        let len = usize::try_from(blocks).map_err(|_| out())?;
-        let layout = std::alloc::Layout::array::<AtomicU8>(len).map_err(|_| out())?;
-        if len == 0 {
-            return Ok(Owners(Box::default()));
-        }
-        // SAFETY: the layout has a length above 0; zeroes are valid atomics; the slice is of just this
-        // allocation, which a box of this type frees by the same layout.
-        unsafe {
-            let bytes = std::alloc::alloc_zeroed(layout).cast::<AtomicU8>();
-            if bytes.is_null() {
-                return Err(out());
-            }
-            Ok(Owners(Box::from_raw(std::ptr::slice_from_raw_parts_mut(bytes, len))))
-        }
+        zeroed(blocks).map(Owners)
     }
 
     fn get(&self, block: u64) -> u8 {
@@ -208,17 +196,16 @@ pub struct Overlay {
     direct: bool,
     block_size: u32,
     /// Blocks that the top has.
-    allocated: AtomicU64,
-    /// What is to be done for each page of the bitmap.
-    pages: Box<[AtomicU8]>,
+    bitmap: Bitmap,
     /// Something was written since the top was synced.
     written: AtomicBool,
     /// All that is below is on the disk.
     base_synced: AtomicBool,
-    /// The second bitmap holds.
-    noted: AtomicBool,
-    /// This start of the host, if it is known.
+    /// That the second bitmap cannot be written was said.
+    complained: AtomicBool,
+    /// This start of the host, if it is known: the second bitmap holds in it, and the file's note says so.
     boot: Option<Id>,
+    /// Names what the second bitmap tells.
     stamp: Id,
     /// Somebody began to fold it into its base, and did not come to the end.
     committing: bool,
@@ -271,7 +258,7 @@ impl Overlay {
 
     /// Blocks that the top has.
     pub fn allocated(&self) -> u64 {
-        self.allocated.load(Ordering::Relaxed)
+        self.bitmap.count()
     }
 
     /// Place of the top in the chain.
@@ -318,10 +305,7 @@ impl Overlay {
         for block in blocks {
             if self.owners.get(block) != top {
                 self.owners.set(block, top);
-                self.allocated.fetch_add(1, Ordering::Relaxed);
-                if let Some(page) = self.pages.get((block / BLOCKS_PER_PAGE) as usize) {
-                    page.fetch_or(sync::UNSAVED | UNNOTED, Ordering::Relaxed);
-                }
+                self.bitmap.add(block);
             }
         }
     }

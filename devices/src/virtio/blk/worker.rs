@@ -86,8 +86,8 @@ impl Tally {
 }
 
 /// How long calls of one kind take, which are quick as long as they need not wait for the disk.
-#[derive(Default)]
-struct Pace {
+#[derive(Debug, Default)]
+pub(super) struct Pace {
     slow_until: Option<Instant>,
 }
 
@@ -97,12 +97,12 @@ impl Pace {
     /// For how long after a slow call the next ones are expected to be slow as well.
     const SPELL: Duration = Duration::from_millis(500);
 
-    fn is_quick(&self) -> bool {
+    pub(super) fn is_quick(&self) -> bool {
         self.slow_until.is_none_or(|until| Instant::now() >= until)
     }
 
     /// Makes a call and remembers whether it was slow. Returns how long it took as well.
-    fn time<T>(&mut self, call: impl FnOnce() -> T) -> (T, Duration) {
+    pub(super) fn time<T>(&mut self, call: impl FnOnce() -> T) -> (T, Duration) {
         let start = Instant::now();
         let result = call();
         let end = Instant::now();
@@ -367,11 +367,13 @@ impl BlockWorker {
         write_here(&self.settings, &mut self.writes, &mut self.nowait_writes, from, place)
     }
 
-    /// True if the write in `chain` is one to blocks that the overlay does not have.
+    /// True if the write in `chain` is one to blocks that the overlay does not have, or has so lately that the write
+    /// cannot be answered at once.
     fn has_to_copy(&self, offset: u64) -> bool {
         let Some(overlay) = self.settings.disk.overlay() else { return false };
         overlay.wrote();
-        !overlay.has_all(blocks(offset, self.chain.readable.len()))
+        let waits = self.cow.as_ref().is_some_and(|cow| cow.has_unnoted(overlay));
+        waits || !overlay.has_all(blocks(offset, self.chain.readable.len()))
     }
 
     /// With nothing else under way. A driver that sent nothing meanwhile has not waited for anything

@@ -16,14 +16,13 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::bitmap::Bitmap;
 use super::fold::copy;
 use super::format::{NO_ID, PAGE};
-use super::open::{
-    Under, aside, boot_id, folder_of, header_of, make, random, raw_layer, reopened, settle, share,
-};
-use super::{Header, Layer, OpenError, Overlay, OverlayError, Owners};
+use super::open::{Under, aside, folder_of, header_of, make, raw_layer, reopened, settle, share};
+use super::{Header, Layer, Note, OpenError, Overlay, OverlayError, Owners};
 use crate::virtio::blk::file::lock;
 use crate::virtio::blk::{Backing, DiskFile};
 
@@ -332,7 +331,7 @@ fn over_overlay(
         }
         base.path = path.to_owned();
         base.unsynced = unsynced;
-        base.stamp = if overlay.noted.load(Ordering::Relaxed) { overlay.stamp } else { NO_ID };
+        base.stamp = if overlay.boot.is_some() { overlay.stamp } else { NO_ID };
     }
     let mut vouched = overlay.note(false).synced;
     vouched.sort_unstable();
@@ -359,6 +358,8 @@ impl Overlay {
     ) -> Result<Overlay, OverlayError> {
         let failed = |source| OverlayError::File { verb: "open", path: path.to_owned(), source };
         let Top { file, header, folder } = top;
+        let note = Note::new(vouched).map_err(failed)?;
+        note.write(&file).map_err(failed)?;
         if direct {
             super::open::go_direct(&file).map_err(failed)?;
         }
@@ -372,19 +373,18 @@ impl Overlay {
         });
         Ok(Overlay {
             path: path.to_owned(),
-            pages: (0..header.bitmap_pages()).map(|_| AtomicU8::new(0)).collect(),
+            bitmap: Bitmap::new(header.bitmap_pages()).map_err(failed)?,
             header,
             layers,
             owners,
             read_only: false,
             direct,
             block_size,
-            allocated: AtomicU64::new(0),
             written: AtomicBool::new(true),
             base_synced: AtomicBool::new(false),
-            noted: AtomicBool::new(false),
-            boot: boot_id(),
-            stamp: random().map_err(failed)?,
+            complained: AtomicBool::new(false),
+            boot: note.boot,
+            stamp: note.stamp,
             committing: false,
             vouched: vouched.to_vec(),
             folder: Some(Arc::new(folder)),

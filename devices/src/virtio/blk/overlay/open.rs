@@ -6,8 +6,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::bitmap::{Bitmap, UNSAVED};
 use super::format::{BITMAP_START, BLOCKS_PER_PAGE, LONGEST_PATH, NO_ID, NOTE_START, PAGE};
 use super::{
     BaseRef, DEEPEST, FormatError, Header, Id, Layer, Note, OpenError, Overlay, OverlayError,
@@ -405,9 +406,17 @@ impl Overlay {
         };
         let owners =
             Owners::new(header.blocks()).map_err(failed("find room for the map of", path))?;
+        let bitmap = Bitmap::new(header.bitmap_pages())
+            .map_err(failed("find room for the bitmap of", path))?;
+        let top_place = files.len().saturating_sub(1);
         for (place, (layer, note)) in files.iter_mut().enumerate() {
             let Some(header) = &layer.header else { continue };
-            let claim = |block| owners.set(block, place as u8);
+            let claim = |block| {
+                owners.set(block, place as u8);
+                if place == top_place {
+                    bitmap.load(block);
+                }
+            };
             bits(&layer.file, BITMAP_START, header, claim)
                 .map_err(failed("read the bitmap of", &layer.path))?;
             if holds(note, boot, &vouched) {
@@ -420,21 +429,17 @@ impl Overlay {
         }
         let layers: Vec<Layer> = files.into_iter().map(|(layer, _)| layer).collect();
         let top = &layers[layers.len() - 1];
-        let pages: Box<[AtomicU8]> = (0..header.bitmap_pages()).map(|_| AtomicU8::new(0)).collect();
         let trusted = holds(&note, boot, &[]);
-        if !access.read_only && access.lock && !trusted && note.boot.is_some() {
-            // What is there was noted in another life of the host, and must not count in this one.
-            note.boot = None;
-            let len = header.bitmap_pages() * PAGE as u64;
-            top.file
-                .write_all_at(&note.to_page()[..], NOTE_START)
-                .and_then(|()| clear(&top.file, header.noted_start(), len))
-                .map_err(failed("write", path))?;
+        if !trusted {
+            note = Note {
+                committing: note.committing,
+                ..Note::new(&note.synced).map_err(failed("find a name for", path))?
+            };
+        }
+        if !access.read_only && access.lock && !trusted {
+            begin_note(&top.file, &header, &note).map_err(failed("write", path))?;
         }
         let base_synced = !layers.iter().any(|layer| layer.unsynced);
-        let top_place = layers.len().saturating_sub(1) as u8;
-        let owned = owners.0.iter().filter(|slot| slot.load(Ordering::Relaxed) == top_place);
-        let allocated = AtomicU64::new(owned.count() as u64);
         let mut overlay = Overlay {
             path: path.to_owned(),
             header,
@@ -443,13 +448,12 @@ impl Overlay {
             read_only: access.read_only,
             direct: access.direct,
             block_size: lower_block_size,
-            allocated,
-            pages,
+            bitmap,
             written: AtomicBool::new(true),
             base_synced: AtomicBool::new(base_synced),
-            noted: AtomicBool::new(trusted),
+            complained: AtomicBool::new(false),
             boot,
-            stamp: random().map_err(failed("find a name for", path))?,
+            stamp: note.stamp,
             committing: note.committing,
             vouched: note.synced,
             folder: None,
@@ -470,13 +474,13 @@ impl Overlay {
     /// Marks the pages whose bits are in the second bitmap only.
     fn find_unsaved(&self) -> io::Result<()> {
         let top = self.top_layer();
-        for (page, flags) in self.pages.iter().enumerate() {
+        for page in 0..self.header.bitmap_pages() as usize {
             let (mut saved, mut noted) = ([0; PAGE], [0; PAGE]);
             let offset = (page * PAGE) as u64;
             read_page(&top.file, BITMAP_START + offset, &mut saved)?;
             read_page(&top.file, self.header.noted_start() + offset, &mut noted)?;
             if noted.iter().zip(&saved).any(|(noted, saved)| noted & !saved != 0) {
-                flags.fetch_or(sync::UNSAVED, Ordering::Relaxed);
+                self.bitmap.mark(page, UNSAVED);
             }
         }
         Ok(())
@@ -622,6 +626,24 @@ pub(super) fn seek(file: &File, offset: u64, whence: i32) -> io::Result<u64> {
     // SAFETY: no memory is involved.
     let found = unsafe { libc::lseek(file.as_raw_fd(), offset as libc::off_t, whence) };
     u64::try_from(found).map_err(|_| io::Error::last_os_error())
+}
+
+/// Begins another life of a file in another start of the host: what its second bitmap has counts no more, and what is
+/// written to it from now on does. To who looks at its time the file is as it was.
+fn begin_note(file: &File, header: &Header, note: &Note) -> io::Result<()> {
+    let (start, len) = (header.noted_start(), header.bitmap_pages() * PAGE as u64);
+    let before = sync::modified(file);
+    // Looked at whatever the old note says: it may have been cut off in the middle.
+    if seek(file, start, libc::SEEK_DATA).map_or_else(may_have_data, |data| data < start + len) {
+        clear(file, start, len)?;
+    }
+    note.write(file)?;
+    before.map_or(Ok(()), |before| sync::set_modified(file, before))
+}
+
+/// After a search for data failed.
+fn may_have_data(err: io::Error) -> bool {
+    err.raw_os_error() != Some(libc::ENXIO)
 }
 
 /// Makes a range zeroes.

@@ -2,10 +2,11 @@
 //!
 //! - The **bitmap** holds after a power cut: a bit is set only once the block's data is on the disk. A flush does
 //!   that: sync the data, write the bits, sync them.
-//! - The **second bitmap** is written without a sync when the queues stop. It holds for as long as the host is not
-//!   started anew, as the page cache does, and later if somebody noted that all of the file was synced. So a
-//!   machine that is paused, saved or forked does not wait for the disk, and one that is killed then has lost
-//!   nothing.
+//! - The **second bitmap** is written without a sync, behind the data and before a write is answered. It holds for as
+//!   long as the host is not started anew, as the page cache does, and later if somebody noted that all of the file
+//!   was synced. So a machine that is paused, saved or forked does not wait for the disk, and one that is killed has
+//!   lost nothing that it said was written. The note that says in which start of the host it holds is written when the
+//!   file is opened, while that bitmap is empty.
 
 use std::fs::File;
 use std::io;
@@ -13,18 +14,10 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
-use super::format::{BITMAP_START, BLOCKS_PER_PAGE, NO_ID, NOTE_START};
-use super::{Note, Overlay, PAGE};
-
-/// The page has bits that are not on the disk.
-pub(in crate::virtio::blk) const UNSAVED: u8 = 1;
-/// The page has bits that are not in the second bitmap.
-pub(in crate::virtio::blk) const UNNOTED: u8 = 2;
-
-/// A page that O_DIRECT takes.
-#[derive(Clone)]
-#[repr(C, align(4096))]
-struct Aligned([u8; PAGE]);
+use super::bitmap::{Aligned, UNNOTED, UNSAVED};
+use super::format::{BITMAP_START, NO_ID, NOTE_START};
+use super::open::{boot_id, random};
+use super::{Id, Note, Overlay, PAGE};
 
 /// Bits at one moment, on their way to the disk.
 #[derive(Default)]
@@ -54,10 +47,21 @@ impl Bits {
     }
 }
 
+impl Note {
+    /// That the second bitmap holds from now on, under a name of its own, and of what below all is on the disk.
+    pub(super) fn new(synced: &[Id]) -> io::Result<Note> {
+        Ok(Note { boot: boot_id(), stamp: random()?, synced: synced.to_vec(), committing: false })
+    }
+
+    pub(super) fn write(&self, file: &File) -> io::Result<()> {
+        file.write_all_at(&aligned(&self.to_page()[..]).0, NOTE_START)
+    }
+}
+
 impl Overlay {
     /// True if a flush has only to sync the top.
     pub(in crate::virtio::blk) fn is_saved(&self) -> bool {
-        self.is_base_synced() && self.pages_with(UNSAVED).next().is_none()
+        self.is_base_synced() && !self.bitmap.has(UNSAVED)
     }
 
     /// True if all below is on the disk.
@@ -92,12 +96,9 @@ impl Overlay {
     /// The bits that are not on the disk, as they are now; the data that they tell of has to be synced before
     /// they are written.
     pub(in crate::virtio::blk) fn unsaved(&self) -> Bits {
-        let mut bits = Bits::default();
-        for page in self.pages_with(UNSAVED) {
-            self.pages[page].fetch_and(!UNSAVED, Ordering::Relaxed);
-            bits.pages.push((BITMAP_START + (page * PAGE) as u64, self.page_of_bits(page)));
-        }
-        bits
+        let at = |page: usize| BITMAP_START + (page * PAGE) as u64;
+        let pages = self.bitmap.take(UNSAVED).map(|(page, bits)| (at(page), bits));
+        Bits { pages: pages.collect() }
     }
 
     /// Bits that were taken could not be written, or the data could not be synced.
@@ -105,32 +106,8 @@ impl Overlay {
         self.written.store(true, Ordering::Relaxed);
         let unsynced = self.folder.is_some() || self.layers.iter().any(|layer| layer.unsynced);
         self.base_synced.fetch_and(!unsynced, Ordering::Relaxed);
-        for (page, flags) in self.pages.iter().enumerate() {
-            // Which were taken is not kept: each page with bits counts as one.
-            if self.page_of_bits(page).0.iter().any(|byte| *byte != 0) {
-                flags.fetch_or(UNSAVED, Ordering::Relaxed);
-            }
-        }
-    }
-
-    fn pages_with(&self, flag: u8) -> impl Iterator<Item = usize> {
-        let pages = self.pages.iter().enumerate();
-        let wanted =
-            move |flags: &std::sync::atomic::AtomicU8| flags.load(Ordering::Relaxed) & flag != 0;
-        pages.filter(move |(_, flags)| wanted(flags)).map(|(page, _)| page)
-    }
-
-    fn page_of_bits(&self, page: usize) -> Box<Aligned> {
-        let mut bits = Box::new(Aligned([0; PAGE]));
-        let first = page * BLOCKS_PER_PAGE as usize;
-        let owners = self.owners.0.get(first..).unwrap_or_default();
-        let top = self.top();
-        for (byte, owners) in bits.0.iter_mut().zip(owners.chunks(8)) {
-            for (bit, owner) in owners.iter().enumerate() {
-                *byte |= u8::from(owner.load(Ordering::Relaxed) == top) << bit;
-            }
-        }
-        bits
+        // Which were taken is not kept: each page with bits counts as one.
+        self.bitmap.mark_all(UNSAVED);
     }
 
     pub(super) fn note(&self, committing: bool) -> Note {
@@ -141,36 +118,56 @@ impl Overlay {
         } else {
             self.vouched.clone()
         };
-        let boot = self.boot.filter(|_| self.noted.load(Ordering::Relaxed));
-        Note { boot, stamp: self.stamp, synced, committing }
+        Note { boot: self.boot, stamp: self.stamp, synced, committing }
     }
 
-    /// Writes what is not on the disk into the second bitmap. Waits for no disk, unless writes go past the page
-    /// cache.
+    /// True if somebody who is killed now would lose what was written to blocks that were not in the overlay. Without
+    /// a name for this start of the host nothing can be done about it.
+    pub(in crate::virtio::blk) fn has_unnoted(&self) -> bool {
+        self.boot.is_some() && self.bitmap.has_unnoted()
+    }
+
+    /// What has to be written to the second bitmap: the data that it tells of are in the page cache.
+    pub(in crate::virtio::blk) fn unnoted(&self) -> Bits {
+        let at = |page: usize| self.header.noted_start() + (page * PAGE) as u64;
+        let pages = self.bitmap.take(UNNOTED).map(|(page, bits)| (at(page), bits));
+        Bits { pages: pages.collect() }
+    }
+
+    /// What [`Overlay::unnoted`] gave could not be written.
+    pub(in crate::virtio::blk) fn not_noted(&self, err: &io::Error) {
+        self.bitmap.mark_all(UNNOTED);
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            let path = self.path.display();
+            tracing::warn!(%path, %err, "what is not flushed may be lost if this process is killed");
+        }
+    }
+
+    /// Writes what is not there into the second bitmap. Waits for no disk, unless writes go past the page cache.
     ///
     /// # Errors
     /// A write failed.
     pub fn note_bits(&self) -> io::Result<()> {
-        if self.read_only || self.pages_with(UNNOTED).next().is_none() {
+        if self.read_only || !self.bitmap.has(UNNOTED) {
             return Ok(());
         }
         if self.boot.is_none() {
             // Whether the second bitmap holds could not be seen later.
             return self.save();
         }
-        let file = &self.top_layer().file;
-        let start = self.header.noted_start();
-        for page in self.pages_with(UNNOTED) {
-            self.pages[page].fetch_and(!UNNOTED, Ordering::Relaxed);
-            let bits = self.page_of_bits(page);
-            let written = file.write_all_at(&bits.0, start + (page * PAGE) as u64);
-            if written.is_err() {
-                self.pages[page].fetch_or(UNNOTED, Ordering::Relaxed);
-            }
-            written?;
+        let written = self.write(&mut self.unnoted());
+        if let Err(err) = &written {
+            self.not_noted(err);
         }
-        self.noted.store(true, Ordering::Relaxed);
-        file.write_all_at(&aligned(&self.note(false).to_page()[..]).0, NOTE_START)
+        written
+    }
+
+    fn write(&self, bits: &mut Bits) -> io::Result<()> {
+        while let Some((offset, page)) = bits.last() {
+            self.top_layer().file.write_all_at(page, offset)?;
+            bits.done();
+        }
+        Ok(())
     }
 
     /// Makes everything that was written durable, and waits for it.
@@ -204,12 +201,8 @@ impl Overlay {
         if bits.is_empty() && below.is_empty() {
             return Ok(());
         }
-        for bits in [&mut bits, &mut below] {
-            while let Some((offset, page)) = bits.last() {
-                file.write_all_at(page, offset)?;
-                bits.done();
-            }
-        }
+        self.write(&mut bits)?;
+        self.write(&mut below)?;
         sync(file.as_raw_fd())
     }
 
@@ -244,13 +237,13 @@ pub(super) fn sync(fd: RawFd) -> io::Result<()> {
     }
 }
 
-fn modified(file: &File) -> Option<libc::timespec> {
+pub(super) fn modified(file: &File) -> Option<libc::timespec> {
     use std::os::unix::fs::MetadataExt;
     let metadata = file.metadata().ok()?;
     Some(libc::timespec { tv_sec: metadata.mtime(), tv_nsec: metadata.mtime_nsec() })
 }
 
-fn set_modified(file: &File, time: libc::timespec) -> io::Result<()> {
+pub(super) fn set_modified(file: &File, time: libc::timespec) -> io::Result<()> {
     let omit = libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT };
     // SAFETY: two valid times.
     match unsafe { libc::futimens(file.as_raw_fd(), [omit, time].as_ptr()) } {

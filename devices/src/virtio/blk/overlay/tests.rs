@@ -777,3 +777,6 @@ proptest! {
         prop_assert!(Header::parse(&fs::read(harness.device().1.path("top")).unwrap(), u64::MAX).is_ok());
     }
 }
+
+#[path = "tests/survival.rs"]
+mod survival;

@@ -148,6 +148,11 @@ impl Cow {
         self.unnoted.push(who);
     }
 
+    /// True if nobody's turn has come.
+    pub(super) fn is_idle(&self) -> bool {
+        self.ready.is_empty() && self.done.is_empty() && !self.is_to_note()
+    }
+
     /// True if somebody waits for the second bitmap, and it is not being written.
     pub(super) fn is_to_note(&self) -> bool {
         !self.unnoted.is_empty() && self.noting.is_none()

@@ -352,6 +352,9 @@ impl OverlayWorker {
 
     /// Goes on with requests that waited for blocks, a flush or the second bitmap, and tells the drivers.
     fn catch_up(&mut self, reactor: &mut dyn Reactor) {
+        if self.cow.as_ref().is_none_or(|cow| cow.is_idle()) {
+            return;
+        }
         let mut touched = Vec::new();
         loop {
             let Some(cow) = &mut self.cow else { return };
@@ -426,7 +429,8 @@ impl Worker for OverlayWorker {
     }
 
     fn on_settled(&mut self, reactor: &mut dyn Reactor) {
-        for index in self.indices() {
+        for place in 0..self.lanes.len() {
+            let index = self.lanes[place].index;
             self.with(index, reactor, |lane, reactor| lane.on_settled(reactor));
         }
     }

@@ -175,6 +175,21 @@ impl Owners {
     }
 }
 
+/// What a look at a block needs of its file. All of a chain are a few cache lines; what a [`Layer`] has is not.
+#[derive(Clone, Copy, Debug)]
+struct Spot {
+    fd: RawFd,
+    /// Where block 0 is.
+    start: u64,
+}
+
+impl Spot {
+    /// Of each file.
+    fn of(layers: &[Layer]) -> Box<[Spot]> {
+        layers.iter().map(|layer| Spot { fd: layer.file.as_raw_fd(), start: layer.start }).collect()
+    }
+}
+
 /// Where bytes of a disk are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
@@ -191,6 +206,7 @@ pub struct Overlay {
     header: Header,
     /// The lowest first.
     layers: Vec<Layer>,
+    spots: Box<[Spot]>,
     owners: Arc<Owners>,
     read_only: bool,
     direct: bool,
@@ -284,9 +300,12 @@ impl Overlay {
     /// Where the bytes from `offset` on are, at most `len` of them, and as many as are in a row.
     pub(super) fn place(&self, offset: u64, len: u64) -> Place {
         let (first, end) = (offset / BLOCK, (offset + len).div_ceil(BLOCK));
-        let row = (first + self.owners.run(first, end)) * BLOCK - offset;
-        let layer = &self.layers[usize::from(self.owners.get(first)).min(self.layers.len() - 1)];
-        Place { fd: layer.file.as_raw_fd(), offset: layer.start + offset, len: row.min(len) }
+        let row = match end - first {
+            0 | 1 => len,
+            _ => ((first + self.owners.run(first, end)) * BLOCK - offset).min(len),
+        };
+        let spot = self.spots[usize::from(self.owners.get(first)).min(self.spots.len() - 1)];
+        Place { fd: spot.fd, offset: spot.start + offset, len: row }
     }
 
     /// The top has this block.

@@ -22,7 +22,7 @@ use super::bitmap::Bitmap;
 use super::fold::copy;
 use super::format::{NO_ID, PAGE};
 use super::open::{Under, aside, folder_of, header_of, make, raw_layer, reopened, settle, share};
-use super::{Header, Layer, Note, OpenError, Overlay, OverlayError, Owners};
+use super::{Header, Layer, Note, OpenError, Overlay, OverlayError, Owners, Spot};
 use crate::virtio::blk::file::lock;
 use crate::virtio::blk::{Backing, DiskFile};
 
@@ -375,6 +375,7 @@ impl Overlay {
             path: path.to_owned(),
             bitmap: Bitmap::new(header.bitmap_pages()).map_err(failed)?,
             header,
+            spots: Spot::of(&layers),
             layers,
             owners,
             read_only: false,

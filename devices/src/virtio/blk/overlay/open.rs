@@ -12,7 +12,7 @@ use super::bitmap::{Bitmap, UNSAVED};
 use super::format::{BITMAP_START, BLOCKS_PER_PAGE, LONGEST_PATH, NO_ID, NOTE_START, PAGE};
 use super::{
     BaseRef, DEEPEST, FormatError, Header, Id, Layer, Note, OpenError, Overlay, OverlayError,
-    Owners, sync,
+    Owners, Spot, sync,
 };
 use crate::virtio::blk::DiskFile;
 use crate::virtio::blk::file::{direct_alignment, lock};
@@ -443,6 +443,7 @@ impl Overlay {
         let mut overlay = Overlay {
             path: path.to_owned(),
             header,
+            spots: Spot::of(&layers),
             layers,
             owners: Arc::new(owners),
             read_only: access.read_only,

@@ -17,8 +17,9 @@ pub(super) const BLOCKS_PER_PAGE: u64 = PAGE as u64 * 8;
 pub(super) const NOTE_START: u64 = PAGE as u64;
 /// Where the bitmap is.
 pub(super) const BITMAP_START: u64 = 2 * PAGE as u64;
-/// What the start of the data is a multiple of.
-const DATA_ALIGNMENT: u64 = 64 << 10;
+/// What the start of the data is a multiple of in a new file. The page cache keeps what is written together in pages of up
+/// to that length, as it does with a raw disk, if it is aligned alike; from another start it has more and smaller ones.
+const DATA_ALIGNMENT: u64 = 1 << 20;
 /// The version that this code reads and writes.
 pub const VERSION: u32 = 1;
 /// Most files of a chain, the lowest included.
@@ -93,9 +94,18 @@ pub struct Header {
     pub depth: u32,
     /// What it stands on.
     pub base: BaseRef,
+    /// Where block 0 is.
+    data_start: u64,
 }
 
 impl Header {
+    /// Of a new file.
+    pub(super) fn new(id: Id, size: u64, depth: u32, base: BaseRef) -> Header {
+        let mut header = Header { id, size, depth, base, data_start: 0 };
+        header.data_start = header.bitmaps_end().next_multiple_of(DATA_ALIGNMENT);
+        header
+    }
+
     /// Blocks of the disk; the last may be cut short.
     pub fn blocks(&self) -> u64 {
         self.size.div_ceil(BLOCK)
@@ -113,8 +123,11 @@ impl Header {
 
     /// Where block 0 is.
     pub fn data_start(&self) -> u64 {
-        let end = self.noted_start() + self.bitmap_pages() * PAGE as u64;
-        end.next_multiple_of(DATA_ALIGNMENT)
+        self.data_start
+    }
+
+    fn bitmaps_end(&self) -> u64 {
+        self.noted_start() + self.bitmap_pages() * PAGE as u64
     }
 
     /// Length of the file.
@@ -191,11 +204,9 @@ impl Header {
                 modified_ns,
                 unsynced: Some(unsynced).filter(|id| *id != NO_ID),
             },
+            data_start,
         };
         header.check(path)?;
-        if data_start != header.data_start() {
-            return Err(FormatError::Invalid("its data start where they cannot"));
-        }
         if len < header.file_len() {
             return Err(FormatError::Truncated { found: len, expected: header.file_len() });
         }
@@ -214,6 +225,10 @@ impl Header {
         }
         if path.is_empty() || path.len() > LONGEST_PATH || path.contains(&0) {
             return Err(FormatError::Invalid("the path of its base is none"));
+        }
+        let is_page = self.data_start.is_multiple_of(PAGE as u64);
+        if !is_page || !(self.bitmaps_end()..=LARGEST).contains(&self.data_start) {
+            return Err(FormatError::Invalid("its data start where they cannot"));
         }
         Ok(())
     }
@@ -334,18 +349,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn header() -> Header {
-        Header {
-            id: [7; 16],
-            size: (1 << 30) + 512,
-            depth: 2,
-            base: BaseRef {
-                path: "../base.ovl".into(),
-                overlay: Some([9; 16]),
-                len: 4711,
-                modified_ns: 1 << 60,
-                unsynced: Some([1; 16]),
-            },
-        }
+        let base = BaseRef {
+            path: "../base.ovl".into(),
+            overlay: Some([9; 16]),
+            len: 4711,
+            modified_ns: 1 << 60,
+            unsynced: Some([1; 16]),
+        };
+        Header::new([7; 16], (1 << 30) + 512, 2, base)
     }
 
     #[test]
@@ -379,19 +390,31 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused() {
-        let cases: [fn(&mut Header); 6] = [
+        let cases: [fn(&mut Header); 9] = [
             |header| header.size = 0,
             |header| header.size = 513,
             |header| header.size = LARGEST + SECTOR,
             |header| header.depth = 0,
             |header| header.depth = DEEPEST as u32,
             |header| header.base.path = "".into(),
+            |header| header.data_start = header.bitmaps_end() - PAGE as u64,
+            |header| header.data_start += 512,
+            |header| header.data_start = 0_u64.wrapping_sub(PAGE as u64),
         ];
         for change in cases {
             let mut header = header();
             change(&mut header);
             assert!(header.to_page().is_err(), "{header:?}");
         }
+    }
+
+    #[test]
+    fn data_may_start_anywhere_behind_the_bitmaps() {
+        let mut header = header();
+        header.data_start = header.bitmaps_end().next_multiple_of(64 << 10);
+        assert_ne!(header.data_start % DATA_ALIGNMENT, 0);
+        let page = header.to_page().unwrap();
+        assert_eq!(Header::parse(&page[..], header.file_len()), Ok(header));
     }
 
     proptest! {

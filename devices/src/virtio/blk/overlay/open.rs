@@ -148,18 +148,14 @@ pub(super) fn make(path: &Path, under: &Under) -> Result<(File, Header), Overlay
     }
     let metadata = under.file.metadata().map_err(failed("measure the base of"))?;
     let id = random().map_err(failed("find a name for"))?;
-    let header = Header {
-        id,
-        size: under.size,
-        depth,
-        base: BaseRef {
-            path: seen_from(path, &under.path),
-            overlay: under.header.as_ref().map(|header| header.id),
-            len: length(&under.file, under.size).map_err(failed("measure the base of"))?,
-            modified_ns: if metadata.is_file() { modified_ns(&metadata) } else { 0 },
-            unsynced: boot_id().filter(|_| under.unsynced),
-        },
+    let base = BaseRef {
+        path: seen_from(path, &under.path),
+        overlay: under.header.as_ref().map(|header| header.id),
+        len: length(&under.file, under.size).map_err(failed("measure the base of"))?,
+        modified_ns: if metadata.is_file() { modified_ns(&metadata) } else { 0 },
+        unsynced: boot_id().filter(|_| under.unsynced),
     };
+    let header = Header::new(id, under.size, depth, base);
     let page = header
         .to_page()
         .map_err(|source| OverlayError::Format { path: path.to_owned(), source })?;

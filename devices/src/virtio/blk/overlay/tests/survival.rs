@@ -140,6 +140,20 @@ fn opening_leaves_the_time_of_the_last_write() {
     assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), before);
 }
 
+#[test]
+fn an_overlay_can_be_folded_into_one_on_another_start() {
+    let folder = Folder::new();
+    drop(folder.made());
+    create(&folder.path("higher"), &folder.path("top"), BaseFormat::Overlay).unwrap();
+    let higher = folder.open("higher");
+    higher.own(3..4);
+    higher.save().unwrap();
+    drop(higher);
+    on_another_start(&folder.path("top"));
+    commit(&folder.path("higher"), &|_, _| {}).unwrap();
+    assert!(folder.open("top").has(3));
+}
+
 /// First sector, number of sectors, the byte that is written; 0 asks for zeroes.
 type Change = (u64, u64, u8);
 

@@ -4,7 +4,7 @@
 //! - this file: a chain of files as one disk, and which of them has each block;
 //! - [`bitmap`]: which blocks the top has;
 //! - [`format`]: header and note of an overlay's file;
-//! - [`open`]: making and opening the files of a chain;
+//! - [`make`], [`open`], [`describe`]: making, opening and looking at the files of a chain;
 //! - [`sync`]: what of the bitmap is on the disk, and when it may be;
 //! - [`freeze`]: an overlay that becomes the base of others while its machine goes on;
 //! - [`fold`]: making one file of several.
@@ -18,9 +18,11 @@
 //! ```
 
 mod bitmap;
+mod describe;
 mod fold;
 mod format;
 mod freeze;
+mod make;
 mod open;
 mod sync;
 
@@ -31,10 +33,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+pub use describe::{Described, LayerInfo, describe};
 pub use fold::{Progress, commit, flatten};
 pub use format::{BaseRef, DEEPEST, FormatError, Header, Id, VERSION};
 pub use freeze::{Base, Frozen, MOST_LAYERS, freeze};
-pub use open::{BaseFormat, Described, LayerInfo, create, describe, looks_like_overlay};
+pub use make::{BaseFormat, create, looks_like_overlay};
 
 pub use format::BLOCK;
 pub(super) use sync::Bits;

@@ -6,7 +6,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::format::{BLOCK, NOTE_START};
-use super::open::{Access, aside, folder_of, modified_ns, settle};
+use super::make::{aside, settle};
+use super::open::{Access, folder_of, modified_ns};
 use super::{Overlay, OverlayError, sync};
 use crate::virtio::blk::{Backing, DiskFile};
 

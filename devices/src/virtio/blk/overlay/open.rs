@@ -1,7 +1,7 @@
-//! Making overlays, and opening them with everything below.
+//! Opening overlays with everything below.
 
 use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -9,26 +9,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::bitmap::{Bitmap, UNSAVED};
-use super::format::{BITMAP_START, BLOCKS_PER_PAGE, LONGEST_PATH, NO_ID, NOTE_START, PAGE};
+use super::format::{BITMAP_START, BLOCKS_PER_PAGE, NO_ID, NOTE_START, PAGE};
+use super::make::create_unsynced;
 use super::{
-    BaseRef, DEEPEST, FormatError, Header, Id, Layer, Note, OpenError, Overlay, OverlayError,
-    Owners, Spot, sync,
+    BaseFormat, FormatError, Header, Id, Layer, Note, OpenError, Overlay, OverlayError, Owners,
+    Spot, sync,
 };
 use crate::virtio::blk::DiskFile;
 use crate::virtio::blk::file::{direct_alignment, lock};
-
-/// What a base is. It is never guessed: a guest can make its raw disk look like an overlay that stands on
-/// any file of the host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum BaseFormat {
-    /// Raw; a file that looks like an overlay is refused.
-    #[default]
-    Raw,
-    /// Raw, whatever it looks like.
-    CertainlyRaw,
-    /// An overlay.
-    Overlay,
-}
 
 /// How a chain is opened.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,176 +27,6 @@ pub(super) struct Access {
     pub(super) lock: bool,
     /// The base may have been written since.
     pub(super) any_base: bool,
-}
-
-/// What is below an overlay that is about to be made.
-#[derive(Clone, Debug)]
-pub(super) struct Under {
-    /// Where; absolute.
-    pub(super) path: PathBuf,
-    pub(super) file: Arc<File>,
-    /// Of an overlay.
-    pub(super) header: Option<Header>,
-    pub(super) size: u64,
-    /// It may not be on the disk yet.
-    pub(super) unsynced: bool,
-}
-
-/// What a file of a chain says of itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LayerInfo {
-    /// The file.
-    pub path: PathBuf,
-    /// Of an overlay.
-    pub header: Option<Header>,
-    /// Blocks that it has; of a raw file none is counted.
-    pub allocated: u64,
-}
-
-/// What a chain of files says of itself, the top first.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Described {
-    /// The files.
-    pub layers: Vec<LayerInfo>,
-}
-
-/// True if the file begins as an overlay does. A raw disk can, if its guest wants it to.
-///
-/// # Errors
-/// The file cannot be read.
-pub fn looks_like_overlay(path: &Path) -> io::Result<bool> {
-    let mut page = Vec::new();
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Ok(false);
-    }
-    file.take(PAGE as u64).read_to_end(&mut page)?;
-    Ok(Header::parse(&page, 0) != Err(FormatError::Magic))
-}
-
-/// Makes an overlay of `base` at `path`, where nothing is yet. It is on the disk when this returns.
-///
-/// # Errors
-/// [`OverlayError`].
-pub fn create(path: &Path, base: &Path, format: BaseFormat) -> Result<Header, OverlayError> {
-    let (file, header) = create_unsynced(path, base, format)?;
-    file.sync_all()
-        .and_then(|()| File::open(folder_of(path))?.sync_all())
-        .map_err(|source| OverlayError::File { verb: "sync", path: path.to_owned(), source })?;
-    Ok(header)
-}
-
-fn create_unsynced(
-    path: &Path,
-    base: &Path,
-    format: BaseFormat,
-) -> Result<(File, Header), OverlayError> {
-    let failed = |source| OverlayError::File { verb: "find", path: base.to_owned(), source };
-    let under = match format {
-        BaseFormat::Overlay => {
-            let access = Access { read_only: true, lock: true, ..Access::default() };
-            let overlay = Overlay::open_as(base, access, &mut None)?;
-            Under {
-                path: fs::canonicalize(base).map_err(failed)?,
-                file: Arc::clone(&overlay.top_layer().file),
-                header: Some(overlay.header.clone()),
-                size: overlay.len(),
-                unsynced: !overlay.is_saved(),
-            }
-        }
-        BaseFormat::Raw | BaseFormat::CertainlyRaw => {
-            if format == BaseFormat::Raw && looks_like_overlay(base).unwrap_or(false) {
-                return Err(OverlayError::Ambiguous(base.to_owned()));
-            }
-            let disk = DiskFile::open(base, true, false)?;
-            let path = fs::canonicalize(base).map_err(failed)?;
-            let size = disk.len();
-            Under { path, file: Arc::new(disk.into_file()), header: None, size, unsynced: false }
-        }
-    };
-    make(path, &under)
-}
-
-/// Makes an overlay's file. It is there as a whole or not at all, and locked.
-pub(super) fn make(path: &Path, under: &Under) -> Result<(File, Header), OverlayError> {
-    let failed = |verb| {
-        let path = path.to_owned();
-        move |source: io::Error| match source.kind() {
-            ErrorKind::AlreadyExists => OverlayError::Exists(path),
-            _ => OverlayError::File { verb, path, source },
-        }
-    };
-    if under.path.as_os_str().len() > LONGEST_PATH {
-        let reason = format!("its path is longer than {LONGEST_PATH} bytes");
-        return Err(OverlayError::Unfit { path: under.path.clone(), reason });
-    }
-    let depth = under.header.as_ref().map_or(0, |header| header.depth) + 1;
-    if depth as usize >= DEEPEST {
-        return Err(OverlayError::Deep(under.path.clone()));
-    }
-    let metadata = under.file.metadata().map_err(failed("measure the base of"))?;
-    let id = random().map_err(failed("find a name for"))?;
-    let base = BaseRef {
-        path: seen_from(path, &under.path),
-        overlay: under.header.as_ref().map(|header| header.id),
-        len: length(&under.file, under.size).map_err(failed("measure the base of"))?,
-        modified_ns: if metadata.is_file() { modified_ns(&metadata) } else { 0 },
-        unsynced: boot_id().filter(|_| under.unsynced),
-    };
-    let header = Header::new(id, under.size, depth, base);
-    let page = header
-        .to_page()
-        .map_err(|source| OverlayError::Format { path: path.to_owned(), source })?;
-    let aside = aside(path).map_err(failed("find a name for"))?;
-    let made = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&aside)
-        .map_err(failed("make"))?;
-    let written = made
-        .set_len(header.file_len())
-        .and_then(|()| made.write_all_at(&page[..], 0))
-        .and_then(|()| lock(&made, false))
-        .and_then(|()| settle(&aside, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&aside);
-    }
-    written.map_err(failed("make"))?;
-    Ok((made, header))
-}
-
-/// A name beside `path` that nobody else has.
-pub(super) fn aside(path: &Path) -> io::Result<PathBuf> {
-    let name = path.file_name().ok_or(ErrorKind::InvalidInput)?.to_string_lossy();
-    let word = u128::from_le_bytes(random()?);
-    Ok(path.with_file_name(format!(".{name}.{word:032x}")))
-}
-
-/// Gives the file at `aside` its name, which nothing has yet.
-pub(super) fn settle(aside: &Path, path: &Path) -> io::Result<()> {
-    match fs::hard_link(aside, path) {
-        Ok(()) => fs::remove_file(aside),
-        // A file system without links.
-        Err(err) if matches!(err.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
-            if fs::symlink_metadata(path).is_ok() {
-                return Err(ErrorKind::AlreadyExists.into());
-            }
-            fs::rename(aside, path)
-        }
-        Err(err) => Err(err),
-    }
-}
-
-/// The path of a base as its overlay has it: of neighbours without folder, so that they can be moved together.
-fn seen_from(overlay: &Path, base: &Path) -> PathBuf {
-    let folder = folder_of(overlay);
-    let (folder, base_folder) = (fs::canonicalize(folder).ok(), base.parent());
-    match base.file_name().filter(|_| folder.as_deref() == base_folder) {
-        Some(name) => name.into(),
-        None => base.to_owned(),
-    }
 }
 
 /// The folder that a file is in.
@@ -485,7 +303,7 @@ impl Overlay {
 }
 
 /// The second bitmap of a file with this note is as good as the first.
-fn holds(note: &Note, boot: Option<Id>, vouched: &[Id]) -> bool {
+pub(super) fn holds(note: &Note, boot: Option<Id>, vouched: &[Id]) -> bool {
     (note.boot.is_some() && note.boot == boot)
         || (note.stamp != NO_ID && vouched.contains(&note.stamp))
 }
@@ -568,7 +386,7 @@ pub(super) fn raw_layer(disk: DiskFile, path: PathBuf) -> Layer {
 }
 
 /// Reads up to the end of the file.
-fn read_page(file: &File, offset: u64, page: &mut [u8; PAGE]) -> io::Result<usize> {
+pub(super) fn read_page(file: &File, offset: u64, page: &mut [u8; PAGE]) -> io::Result<usize> {
     let mut done = 0;
     while done < PAGE {
         match file.read_at(&mut page[done..], offset + done as u64) {
@@ -669,7 +487,7 @@ pub(super) fn go_direct(file: &File) -> io::Result<()> {
 }
 
 /// Length of a file; of a block device, that of the disk, which was measured.
-fn length(file: &File, size: u64) -> io::Result<u64> {
+pub(super) fn length(file: &File, size: u64) -> io::Result<u64> {
     let metadata = file.metadata()?;
     match metadata.is_file() {
         true => Ok(metadata.len()),
@@ -695,38 +513,4 @@ pub(super) fn random() -> io::Result<Id> {
     // SAFETY: the buffer is valid for its length, and so few bytes are not cut short.
     let got = unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) };
     if got == id.len() as isize { Ok(id) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Reads what the overlay at `path` and the files below it say of themselves. A machine may be using them.
-///
-/// # Errors
-/// [`OverlayError`].
-pub fn describe(path: &Path) -> Result<Described, OverlayError> {
-    let access = Access { read_only: true, any_base: true, ..Access::default() };
-    let overlay = Overlay::open_as(path, access, &mut None)?;
-    let boot = overlay.boot;
-    let mut vouched = Vec::new();
-    let mut layers = Vec::new();
-    for layer in overlay.layers.iter().rev() {
-        let mut allocated = 0;
-        if let Some(header) = &layer.header {
-            let failed =
-                |source| OverlayError::File { verb: "read", path: layer.path.clone(), source };
-            let mut page = [0; PAGE];
-            read_page(&layer.file, NOTE_START, &mut page).map_err(failed)?;
-            let note = Note::parse(&page);
-            let seen = Owners::new(header.blocks()).map_err(failed)?;
-            bits(&layer.file, BITMAP_START, header, |block| seen.set(block, 1)).map_err(failed)?;
-            if holds(&note, boot, &vouched) {
-                bits(&layer.file, header.noted_start(), header, |block| seen.set(block, 1))
-                    .map_err(failed)?;
-            }
-            vouched.extend(note.synced);
-            allocated =
-                seen.0.iter().filter(|slot| slot.load(Ordering::Relaxed) == 1).count() as u64;
-        }
-        let (path, header) = (layer.path.clone(), layer.header.clone());
-        layers.push(LayerInfo { path, header, allocated });
-    }
-    Ok(Described { layers })
 }

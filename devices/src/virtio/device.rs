@@ -395,6 +395,32 @@ pub enum Action {
         /// Length in bytes.
         len: u64,
     },
+    /// Whatever a library does, which waits as it likes; `fd` and `offset` mean nothing then.
+    Call(Blocking),
+}
+
+/// A call that may wait, for a thread that has nothing else to do.
+pub struct Blocking(Box<dyn FnOnce() -> io::Result<u32> + Send>);
+
+impl Blocking {
+    /// Wraps a call, which returns the bytes done. What it refers to lives for as long as it does.
+    pub fn new(call: impl FnOnce() -> io::Result<u32> + Send + 'static) -> Blocking {
+        Blocking(Box::new(call))
+    }
+
+    /// Makes the call.
+    ///
+    /// # Errors
+    /// Its own.
+    pub fn run(self) -> io::Result<u32> {
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for Blocking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Blocking")
+    }
 }
 
 /// Buffers in guest RAM, which stays mapped for as long as an operation runs: the worker that

@@ -35,55 +35,69 @@ pub(super) struct Completion {
     pub(super) result: io::Result<u32>,
 }
 
-/// Runs file operations. Completions are signalled at [`Engine::event`] and taken with
-/// [`Engine::reap`].
-pub(super) enum Engine {
-    Uring(Box<Uring>),
-    Pool(Pool),
+/// Runs file operations. Completions are signalled at [`Engine::events`] and taken with
+/// [`Engine::reap`]. There is a ring, a pool, or both.
+pub(super) struct Engine {
+    // Goes first: its end waits for operations.
+    ring: Option<Box<Uring>>,
+    pool: Option<Pool>,
 }
 
 impl Engine {
-    /// An io_uring if the host has one that knows what is needed, else a pool.
-    pub(super) fn new(index: usize, seccomp: seccomp::Mode) -> io::Result<Engine> {
-        match Uring::new() {
-            Ok(ring) => Ok(Engine::Uring(Box::new(ring))),
+    /// An io_uring if the host has one that knows what is needed, else a pool; and a pool as well if there will be
+    /// `calls` ([`Action::Call`]), which nothing else can run.
+    pub(super) fn new(index: usize, calls: bool, seccomp: seccomp::Mode) -> io::Result<Engine> {
+        let ring = match Uring::new() {
+            Ok(ring) => Some(Box::new(ring)),
             Err(err) => {
                 tracing::info!(%err, "no io_uring on this host, file I/O uses a thread pool");
-                Pool::new(index, seccomp).map(Engine::Pool)
+                None
             }
-        }
+        };
+        let needed = calls || ring.is_none();
+        let pool = needed.then(|| Pool::new(index, seccomp)).transpose()?;
+        Ok(Engine { ring, pool })
+    }
+
+    /// Operations that are submitted together cost less.
+    pub(super) fn batches(&self) -> bool {
+        self.ring.is_some()
     }
 
     /// Readable (edge-triggered) when operations ended.
-    pub(super) fn event(&self) -> RawFd {
-        match self {
-            // The ring itself: no signal is sent for what ended at submission and was reaped.
-            Engine::Uring(ring) => ring.ring.as_raw_fd(),
-            Engine::Pool(pool) => pool.event.as_raw_fd(),
-        }
+    pub(super) fn events(&self) -> impl Iterator<Item = RawFd> {
+        // The ring itself: no signal is sent for what ended at submission and was reaped.
+        let ring = self.ring.iter().map(|ring| ring.ring.as_raw_fd());
+        ring.chain(self.pool.iter().map(|pool| pool.event.as_raw_fd()))
     }
 
     /// Queues an operation; [`Engine::flush`] starts it.
     pub(super) fn submit(&mut self, origin: Origin, operation: FileOperation) {
-        match self {
-            Engine::Uring(ring) => ring.submit(origin, operation),
-            Engine::Pool(pool) => pool.submit(origin, operation),
+        match (&mut self.ring, &mut self.pool) {
+            (Some(ring), _) if !matches!(operation.action, Action::Call(_)) => {
+                ring.submit(origin, operation);
+            }
+            (_, Some(pool)) => pool.submit(origin, operation),
+            (Some(ring), None) => {
+                let result = Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+                ring.failed.push_back(Completion { origin, result });
+            }
+            // Not reached: there is one of them.
+            (None, None) => {}
         }
     }
 
     /// Starts what was queued.
     pub(super) fn flush(&mut self) {
-        if let Engine::Uring(ring) = self {
+        if let Some(ring) = &mut self.ring {
             ring.flush();
         }
     }
 
     /// The next operation that ended, if any.
     pub(super) fn reap(&mut self) -> Option<Completion> {
-        match self {
-            Engine::Uring(ring) => ring.reap(),
-            Engine::Pool(pool) => pool.done.try_recv().ok(),
-        }
+        let ring = self.ring.as_mut().and_then(|ring| ring.reap());
+        ring.or_else(|| self.pool.as_ref()?.done.try_recv().ok())
     }
 }
 
@@ -274,6 +288,8 @@ fn entry(operation: &FileOperation) -> squeue::Entry {
         Action::Allocate { mode, len } => {
             opcode::Fallocate::new(fd, *len).offset(offset).mode(*mode).build()
         }
+        // Not reached: these go to the pool.
+        Action::Call(_) => opcode::Nop::new().build(),
     }
 }
 
@@ -314,7 +330,7 @@ impl Pool {
                         // others for the lock.
                         let job = receiver.lock().ok().and_then(|jobs| jobs.recv().ok());
                         let Some((origin, operation)) = job else { return };
-                        let completion = Completion { origin, result: perform(&operation) };
+                        let completion = Completion { origin, result: perform(operation) };
                         if done.send(completion).is_err() || event.write(1).is_err() {
                             return;
                         }
@@ -357,31 +373,37 @@ impl Drop for Pool {
 }
 
 /// Does `operation` now, on this thread.
-fn perform(operation: &FileOperation) -> io::Result<u32> {
+fn perform(operation: FileOperation) -> io::Result<u32> {
     let FileOperation { fd, offset, action } = operation;
+    let action = match action {
+        Action::Call(call) => return call.run(),
+        action => action,
+    };
     let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
-    let offset = libc::off_t::try_from(*offset).map_err(invalid)?;
+    let offset = libc::off_t::try_from(offset).map_err(invalid)?;
     loop {
-        let result = match action {
+        let result = match &action {
             Action::Read(bufs) => {
                 let (ptr, len) = (bufs.as_slice().as_ptr(), bufs.as_slice().len() as i32);
                 // SAFETY: the list describes guest RAM that stays mapped until completion.
-                unsafe { libc::preadv(*fd, ptr, len, offset) }
+                unsafe { libc::preadv(fd, ptr, len, offset) }
             }
             Action::Write { bufs, durable } => {
                 let (ptr, len) = (bufs.as_slice().as_ptr(), bufs.as_slice().len() as i32);
                 // SAFETY: as above.
-                unsafe { libc::pwritev2(*fd, ptr, len, offset, write_flags(*durable)) }
+                unsafe { libc::pwritev2(fd, ptr, len, offset, write_flags(*durable)) }
             }
             Action::Sync => {
                 // SAFETY: no memory is involved.
-                unsafe { libc::fdatasync(*fd) as isize }
+                unsafe { libc::fdatasync(fd) as isize }
             }
             Action::Allocate { mode, len } => {
                 let len = libc::off_t::try_from(*len).map_err(invalid)?;
                 // SAFETY: no memory is involved.
-                unsafe { libc::fallocate(*fd, *mode, offset, len) as isize }
+                unsafe { libc::fallocate(fd, *mode, offset, len) as isize }
             }
+            // Not reached: it was run above.
+            Action::Call(_) => 0,
         };
         match u32::try_from(result) {
             Ok(done) => return Ok(done),
@@ -402,6 +424,14 @@ mod tests {
     use std::time::{Duration, Instant};
 
     const ORIGIN: Origin = Origin { worker: WorkerId { device: 0, group: 0 }, token: 7 };
+
+    fn ring() -> Engine {
+        Engine { ring: Some(Box::new(Uring::new().unwrap())), pool: None }
+    }
+
+    fn pool() -> Engine {
+        Engine { ring: None, pool: Some(Pool::new(0, seccomp::Mode::Off).unwrap()) }
+    }
 
     fn wait(engine: &mut Engine) -> Completion {
         let start = Instant::now();
@@ -438,12 +468,40 @@ mod tests {
 
     #[test]
     fn pool_runs_operations() {
-        exercise(Engine::Pool(Pool::new(0, seccomp::Mode::Off).unwrap()));
+        exercise(pool());
     }
 
     #[test]
     fn ring_runs_operations() {
-        exercise(Engine::Uring(Box::new(Uring::new().unwrap())));
+        exercise(ring());
+    }
+
+    #[test]
+    fn calls_go_to_a_pool() {
+        use devices::virtio::device::Blocking;
+        let call = || {
+            let thread = std::thread::current();
+            let in_pool = thread.name().is_some_and(|name| name.starts_with("pool"));
+            FileOperation {
+                fd: -1,
+                offset: 0,
+                action: Action::Call(Blocking::new(move || {
+                    let here = std::thread::current();
+                    let here = here.name().is_some_and(|name| name.starts_with("pool"));
+                    Ok(u32::from(here && !in_pool))
+                })),
+            }
+        };
+        let mut both = Engine::new(0, true, seccomp::Mode::Off).unwrap();
+        assert_eq!(both.events().count(), 2);
+        for engine in [&mut both, &mut pool()] {
+            engine.submit(ORIGIN, call());
+            assert_eq!(wait(engine).result.unwrap(), 1);
+        }
+        // Whoever forgets to ask for one gets an error, not a request that never ends.
+        let mut ring = ring();
+        ring.submit(ORIGIN, call());
+        wait(&mut ring).result.unwrap_err();
     }
 
     #[test]
@@ -453,7 +511,7 @@ mod tests {
         const FULL: usize = 64 * 1024;
         let (mut reader, mut writer) = io::pipe().unwrap();
         writer.write_all(&[1; FULL]).unwrap();
-        let mut engine = Engine::Uring(Box::new(Uring::new().unwrap()));
+        let mut engine = ring();
         let bufs = devices::virtio::device::IoVecs::repeat(&ZEROES, 4096);
         let action = Action::Write { bufs, durable: false };
         engine.submit(ORIGIN, FileOperation { fd: writer.as_raw_fd(), offset: u64::MAX, action });
@@ -473,7 +531,7 @@ mod tests {
 
     #[test]
     fn more_operations_than_ring_entries_all_end() {
-        let mut engine = Engine::Uring(Box::new(Uring::new().unwrap()));
+        let mut engine = ring();
         let file = tempfile::tempfile().unwrap();
         let count = RING_ENTRIES as usize * 3;
         for _ in 0..count {

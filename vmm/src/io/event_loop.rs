@@ -136,8 +136,10 @@ impl EventLoop {
         wake: Arc<EventFd>,
         reports: ReportSink,
     ) -> io::Result<EventLoop> {
-        let engine =
-            options.files.then(|| Engine::new(options.index, options.seccomp)).transpose()?;
+        let engine = options
+            .files
+            .then(|| Engine::new(options.index, options.calls, options.seccomp))
+            .transpose()?;
         let core = Core {
             engine,
             wake,
@@ -178,8 +180,8 @@ impl MutEventSubscriber for Loop {
         };
         add(self.core.wake.as_raw_fd(), Source::Wake);
         add(self.core.timer.as_raw_fd(), Source::Timer);
-        if let Some(engine) = &self.core.engine {
-            add(engine.event(), Source::Engine);
+        for event in self.core.engine.iter().flat_map(Engine::events) {
+            add(event, Source::Engine);
         }
     }
 
@@ -449,7 +451,7 @@ impl Reactor for SlotReactor<'_, '_> {
     }
 
     fn batches(&self) -> bool {
-        matches!(self.core.engine, Some(Engine::Uring(_)))
+        self.core.engine.as_ref().is_some_and(Engine::batches)
     }
 
     fn alone(&self) -> bool {
@@ -530,6 +532,7 @@ mod tests {
         let options = Options {
             index: 0,
             files: false,
+            calls: false,
             sockets: false,
             alone: false,
             seccomp: seccomp::Mode::Off,

@@ -102,6 +102,8 @@ pub struct Options {
     pub index: usize,
     /// The thread serves files: it gets an io_uring or a pool.
     pub files: bool,
+    /// It serves a disk whose format a library reads: it gets a pool in any case.
+    pub calls: bool,
     /// The thread serves a device that makes connections to programs of the host.
     pub sockets: bool,
     /// The thread serves one device only.

@@ -468,7 +468,8 @@ impl Wiring<'_> {
         let index = shared.unwrap_or_else(|| {
             let index = self.io.len();
             let seccomp = self.seccomp;
-            self.io.push(Options { index, files: false, sockets: false, alone, seccomp });
+            let (files, calls, sockets) = (false, false, false);
+            self.io.push(Options { index, files, calls, sockets, alone, seccomp });
             index
         });
         self.io[index].files |= matches!(back_end, BackEnd::File | BackEnd::CachedWrites);

@@ -83,7 +83,7 @@ impl TestReactor {
     ) -> Option<(u64, io::Result<u32>)> {
         let at = self.operations.iter().position(|op| group.is_none_or(|g| g == op.group))?;
         let operation = self.operations.remove(at)?;
-        Some((operation.token, perform(&operation.operation)))
+        Some((operation.token, perform(operation.operation)))
     }
 
     /// Forgets what belongs to the worker of `group`, which is gone.
@@ -159,11 +159,12 @@ impl Reactor for TestReactor {
 }
 
 /// Does `operation` now.
-fn perform(operation: &FileOperation) -> io::Result<u32> {
+fn perform(operation: FileOperation) -> io::Result<u32> {
     let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
     let fd = operation.fd;
     let offset = libc::off_t::try_from(operation.offset).map_err(invalid)?;
-    let result = match &operation.action {
+    let result = match operation.action {
+        Action::Call(call) => return call.run(),
         Action::Read(bufs) => {
             let (list, count) = (bufs.as_slice().as_ptr(), bufs.as_slice().len() as i32);
             // SAFETY: the list describes guest RAM, which the harness keeps mapped.
@@ -171,7 +172,7 @@ fn perform(operation: &FileOperation) -> io::Result<u32> {
         }
         Action::Write { bufs, durable } => {
             let (list, count) = (bufs.as_slice().as_ptr(), bufs.as_slice().len() as i32);
-            let flags = if *durable { libc::RWF_DSYNC } else { 0 };
+            let flags = if durable { libc::RWF_DSYNC } else { 0 };
             // SAFETY: as above.
             unsafe { libc::pwritev2(fd, list, count, offset, flags) }
         }
@@ -180,9 +181,9 @@ fn perform(operation: &FileOperation) -> io::Result<u32> {
             unsafe { libc::fdatasync(fd) as isize }
         }
         Action::Allocate { mode, len } => {
-            let len = libc::off_t::try_from(*len).map_err(invalid)?;
+            let len = libc::off_t::try_from(len).map_err(invalid)?;
             // SAFETY: no memory is involved.
-            unsafe { libc::fallocate(fd, *mode, offset, len) as isize }
+            unsafe { libc::fallocate(fd, mode, offset, len) as isize }
         }
     };
     u32::try_from(result).map_err(|_| io::Error::last_os_error())

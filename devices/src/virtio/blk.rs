@@ -1,8 +1,9 @@
-//! Virtio block device (virtio 1.3 § 5.2) on a raw file or block device, or on an overlay of one.
+//! Virtio block device (virtio 1.3 § 5.2) on a raw file or block device, on an overlay of one, or on an image.
 //!
 //! - this file: what the driver sees: features, configuration space, saved state;
 //! - [`backing`]: what is behind it; [`file`]: opening, locking and measuring a raw file;
 //! - [`overlay`]: a file that has what was written, over others that have the rest;
+//! - [`qcow2`]: an image in that format;
 //! - [`request`]: what a chain asks for, checked;
 //! - [`worker`]: serving a queue; [`overlaid`] and [`cow`]: what is otherwise with an overlay;
 //! - [`metrics`]: what is counted meanwhile.
@@ -14,6 +15,7 @@ mod metrics;
 mod overlaid;
 pub mod overlay;
 mod pending;
+pub mod qcow2;
 mod request;
 mod worker;
 
@@ -22,7 +24,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use backing::Backing;
+pub use backing::{Backing, DiskError};
 pub use file::{Candidate, DiskFile, OpenError};
 pub use metrics::BlockMetrics;
 
@@ -194,14 +196,15 @@ impl Device for Block {
     }
 
     fn replace(&mut self, back_end: BackEnd) -> Result<Vec<u8>, ReplaceError> {
-        let candidate = match back_end {
-            BackEnd::Disk(candidate) => candidate,
+        let replaced = match back_end {
+            BackEnd::Disk(candidate) => self.disk.replaced_by(candidate).map(Backing::from),
+            BackEnd::Image(image) => Ok(Backing::from(*image)),
+            // Nobody changed it: it goes on as another.
             BackEnd::Frozen(disk) => {
                 self.disk = Arc::new(disk);
                 return Ok(self.config());
             }
         };
-        let replaced = self.disk.replaced_by(candidate).map(Backing::from);
         match &replaced {
             Ok(_) => self.metrics.update_count.count(),
             Err(_) => self.metrics.update_fails.count(),
@@ -233,7 +236,11 @@ impl Device for Block {
     }
 
     fn end(&mut self) {
-        let saved = self.disk.overlay().map_or(Ok(()), overlay::Overlay::close);
+        let saved = match &*self.disk {
+            Backing::Raw(_) => Ok(()),
+            Backing::Overlay(overlay) => overlay.close(),
+            Backing::Qcow2(image) => image.close(),
+        };
         if let Err(err) = saved {
             tracing::error!(path = %self.disk.path().display(), %err, "the last writes to a disk are not on it");
         }

@@ -27,6 +27,7 @@ use serde_json::Value;
 
 use super::Kind;
 use super::balloon::BalloonStatus;
+use super::blk::qcow2::Qcow2;
 use super::blk::{Backing, Candidate};
 use super::queue::{Queue, QueueError, QueueState};
 use crate::metrics::Set;
@@ -213,6 +214,8 @@ pub trait Worker: Send {
 pub enum BackEnd {
     /// The file of a disk.
     Disk(Candidate),
+    /// An image for a disk that has one.
+    Image(Box<Qcow2>),
     /// What a disk goes on with that became the base of others.
     Frozen(Backing),
 }

@@ -153,17 +153,31 @@ impl DiskFile {
         read_only: bool,
         direct: bool,
     ) -> Result<DiskFile, OpenError> {
-        DiskFile::measured(file, path, read_only, direct)?.locked(path)
+        DiskFile::measured(file, path, read_only, direct)?.of_whole_blocks()?.locked(path)
     }
 
     /// As [`DiskFile::of`], of a descriptor that has its lock.
     pub(super) fn of_shared(file: File, path: &Path, direct: bool) -> Result<DiskFile, OpenError> {
-        DiskFile::measured(file, path, true, direct)
+        DiskFile::measured(file, path, true, direct)?.of_whole_blocks()
     }
 
     /// The raw disk at `path`, for somebody who only looks.
     pub(super) fn unlocked_reader(path: &Path) -> Result<DiskFile, OpenError> {
         DiskFile::unlocked(path, true, false, false)
+    }
+
+    /// The file of an image at `path`, opened and locked as [`DiskFile::open`] does it; of any length.
+    pub(super) fn open_image(
+        path: &Path,
+        read_only: bool,
+        direct: bool,
+    ) -> Result<DiskFile, OpenError> {
+        DiskFile::opened(path, read_only, direct, true)?.locked(path)
+    }
+
+    /// As [`DiskFile::unlocked_reader`], of an image.
+    pub(super) fn unlocked_image(path: &Path) -> Result<DiskFile, OpenError> {
+        DiskFile::opened(path, true, false, false)
     }
 
     fn locked(self, path: &Path) -> Result<DiskFile, OpenError> {
@@ -179,6 +193,15 @@ impl DiskFile {
     }
 
     fn unlocked(
+        path: &Path,
+        read_only: bool,
+        direct: bool,
+        claim: bool,
+    ) -> Result<DiskFile, OpenError> {
+        DiskFile::opened(path, read_only, direct, claim)?.of_whole_blocks()
+    }
+
+    fn opened(
         path: &Path,
         read_only: bool,
         direct: bool,
@@ -231,15 +254,21 @@ impl DiskFile {
         } else {
             SECTOR as u32
         };
-        if len == 0 || !len.is_multiple_of(u64::from(block_size)) {
-            let block = u64::from(block_size);
-            return Err(OpenError::Size { path: path.to_owned(), size: len, block });
-        }
         let path = path.to_owned();
         Ok(DiskFile { file, path, len, block_size, read_only, direct, identity })
     }
 
-    /// Length in bytes, a multiple of the sector size.
+    /// Refuses what is not a whole number of blocks.
+    fn of_whole_blocks(self) -> Result<DiskFile, OpenError> {
+        let DiskFile { len: size, .. } = self;
+        let block = u64::from(self.block_size);
+        if size == 0 || !size.is_multiple_of(block) {
+            return Err(OpenError::Size { path: self.path, size, block });
+        }
+        Ok(self)
+    }
+
+    /// Length in bytes; of a raw disk, a multiple of the sector size.
     pub fn len(&self) -> u64 {
         self.len
     }

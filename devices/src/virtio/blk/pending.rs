@@ -3,11 +3,13 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 
 use super::overlaid::{Edges, Fill};
+use super::qcow2::Qcow2;
 use super::request::{ByteRange, Status};
 use super::{Backing, MAX_RANGE_SECTORS, SECTOR};
-use crate::virtio::device::{Action, FileOperation, IoVecs};
+use crate::virtio::device::{Action, Blocking, FileOperation, IoVecs};
 use crate::virtio::iobuf::{GuestByte, IoBuf};
 
 /// A request under way.
@@ -67,6 +69,9 @@ impl Pending {
 
     /// The operation that comes next. With `durable`, what is written is on the disk when it ends.
     pub(super) fn operation(&self, disk: &Backing, durable: bool) -> FileOperation {
+        if let Some(image) = disk.image() {
+            return self.call(Arc::clone(image), durable);
+        }
         let fd = disk.fd();
         let sync = FileOperation { fd, offset: 0, action: Action::Sync };
         match &self.step {
@@ -103,6 +108,29 @@ impl Pending {
             // The first is not reached: nothing is done while a request waits for blocks.
             Step::Hold { .. } | Step::Sync { .. } => sync,
         }
+    }
+
+    /// As [`Pending::operation`], on an image.
+    fn call(&self, image: Arc<Qcow2>, durable: bool) -> FileOperation {
+        let call = match &self.step {
+            Step::Read { rest, offset, .. } => {
+                let (bufs, offset) = (IoVecs::of(rest), *offset);
+                Blocking::new(move || image.read(bufs.as_slice(), offset))
+            }
+            Step::Write { rest, offset, .. } => {
+                let (bufs, offset) = (IoVecs::of(rest), *offset);
+                Blocking::new(move || image.write(bufs.as_slice(), offset, durable))
+            }
+            Step::Ranges { ranges, .. } => {
+                let range = ranges.front().copied();
+                Blocking::new(move || range.map_or(Ok(0), |range| image.range(range, durable)))
+            }
+            // The first two are an overlay's.
+            Step::Hold { .. } | Step::Fill { .. } | Step::Sync { .. } => {
+                Blocking::new(move || image.save().map(|()| 0))
+            }
+        };
+        FileOperation { fd: -1, offset: 0, action: Action::Call(call) }
     }
 
     /// What follows when its operation ended: its final status and the bytes written

@@ -132,7 +132,8 @@ enum Next {
 
 impl BlockWorker {
     pub(super) fn new(settings: Settings) -> BlockWorker {
-        let nowait = !settings.disk.direct();
+        // Nothing of an image is tried here: its tables may have to be read first.
+        let nowait = !settings.disk.direct() && settings.disk.image().is_none();
         BlockWorker {
             settings,
             queue: None,
@@ -411,7 +412,8 @@ impl BlockWorker {
     /// hand each to another thread and wait for its answer. While calls of a kind do wait, they go
     /// through the io_uring, so that others pass them.
     fn may_wait(&self, reactor: &dyn Reactor) -> bool {
-        reactor.alone() && !self.settings.disk.direct()
+        let disk = &self.settings.disk;
+        reactor.alone() && !disk.direct() && disk.image().is_none()
     }
 
     pub(super) fn durable(&self) -> bool {
@@ -480,6 +482,17 @@ impl BlockWorker {
         if let Some(mut queue) = self.queue.take() {
             self.end(&mut queue, head, status, written);
             self.queue = Some(queue);
+        }
+    }
+}
+
+impl Drop for BlockWorker {
+    /// The queue stopped: the file of an image is to be whole for whoever copies it now.
+    fn drop(&mut self) {
+        if let Some(image) = self.settings.disk.image()
+            && let Err(err) = image.close()
+        {
+            tracing::error!(path = %self.settings.disk.path().display(), %err, "the last writes to a qcow2 image are not on it");
         }
     }
 }

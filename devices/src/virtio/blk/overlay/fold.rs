@@ -239,6 +239,11 @@ pub fn commit(path: &Path, progress: Progress<'_>) -> Result<(), OverlayError> {
             copy_to(&from, &**overlay, wanted, progress)?;
             overlay.save().map_err(base_failed)?;
         }
+        Backing::Qcow2(_) => {
+            // Not reached: it was opened as one of the others.
+            let reason = "it is a qcow2 image".to_owned();
+            return Err(OverlayError::Unfit { path: base.path, reason });
+        }
     }
     fs::remove_file(path).map_err(|source| OverlayError::File {
         verb: "remove",

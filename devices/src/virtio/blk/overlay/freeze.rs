@@ -127,10 +127,7 @@ impl Frozen {
 
     /// The name of the lowest file: what a person knows the disk by.
     pub fn known_as(disk: &Backing) -> &Path {
-        match disk {
-            Backing::Raw(file) => file.path(),
-            Backing::Overlay(overlay) => &overlay.layers[0].path,
-        }
+        disk.overlay().map_or(disk.path(), |overlay| &overlay.layers[0].path)
     }
 }
 
@@ -151,6 +148,12 @@ pub fn freeze(disk: &Backing, fresh: &Path) -> Result<Frozen, OverlayError> {
             None => freeze_raw(file, fresh),
         },
         Backing::Overlay(overlay) => freeze_overlay(overlay, fresh),
+        Backing::Qcow2(_) => {
+            let path = disk.path().to_owned();
+            let reason =
+                "it is a qcow2 image; `qemu-img convert -O raw` makes a raw disk of it".to_owned();
+            Err(OverlayError::Unfit { path, reason })
+        }
     }
 }
 

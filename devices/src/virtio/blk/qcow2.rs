@@ -358,4 +358,4 @@ fn gather(from: &[iovec], mut into: &mut [u8]) {
 
 #[cfg(test)]
 #[path = "qcow2/tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -217,6 +217,11 @@ fn mixed(version: u32, cluster_bits: u32) -> Builder {
     if version == 2 { builder } else { builder.with(6, Content::Zero) }
 }
 
+/// An image in which nothing was written.
+pub(in super::super) fn empty(size: u64) -> Vec<u8> {
+    Builder::new(3, 12, size).build()
+}
+
 struct Folder(TempDir);
 
 impl Folder {

@@ -34,11 +34,11 @@ pub enum DiskCommand {
         #[arg(long, value_name = "FORMAT")]
         base_format: Option<BaseFormatArg>,
     },
-    /// Print what an overlay says of itself and of what it stands on
+    /// Print what an overlay or a qcow2 image says of itself and of what it stands on
     Show {
-        /// The overlay
-        #[arg(value_name = "OVERLAY")]
-        overlay: PathBuf,
+        /// The overlay or the image
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
         /// Print JSON
         #[arg(long)]
         json: bool,

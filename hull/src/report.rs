@@ -7,8 +7,10 @@ use std::io::{self, ErrorKind};
 use arch::boot::BootError;
 use arch::boot::placement::PlacementError;
 use vmm::config::ConfigError;
+use vmm::devices::virtio::blk::DiskError;
 use vmm::devices::virtio::blk::OpenError;
 use vmm::devices::virtio::blk::overlay::OverlayError;
+use vmm::devices::virtio::blk::qcow2::Qcow2Error;
 use vmm::devices::virtio::net::tap::TapError;
 use vmm::hypervisor::HypervisorError;
 use vmm::kernel::LoadError;
@@ -107,6 +109,14 @@ fn hint(err: &(dyn Error + Send + Sync + 'static)) -> Option<String> {
     if let Some(hint) = find::<OverlayError>(err).and_then(overlay_hint) {
         return Some(hint);
     }
+    if let Some(hint) = find::<Qcow2Error>(err).and_then(qcow2_hint) {
+        return Some(hint);
+    }
+    if let Some(DiskError::Ambiguous(_)) = find::<DiskError>(err) {
+        return Some(
+            "the format is not guessed: a guest can make its raw disk begin like an image".into(),
+        );
+    }
     if let Some(tap) = find::<TapError>(err)
         && let Some(hint) = tap_hint(tap)
     {
@@ -162,10 +172,23 @@ fn disk_hint(err: &OpenError) -> Option<String> {
         OpenError::Locked { .. } => {
             "`hull ps` lists the machines; a shared disk must be ,ro in all"
         }
-        OpenError::Size { .. } => "raw disks only: convert others with `qemu-img convert -O raw`",
+        OpenError::Size { .. } => {
+            "a raw disk has whole blocks; format=qcow2 says that it is a qcow2 image, \
+             `qemu-img convert -O raw` converts others"
+        }
         _ => return None,
     };
     Some(hint.to_owned())
+}
+
+fn qcow2_hint(err: &Qcow2Error) -> Option<String> {
+    match err {
+        Qcow2Error::Backing { .. } => Some(
+            "if the image is trusted, add ,backing to the disk: what it names is opened then"
+                .into(),
+        ),
+        _ => None,
+    }
 }
 
 fn overlay_hint(err: &OverlayError) -> Option<String> {

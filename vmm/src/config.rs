@@ -261,12 +261,28 @@ pub enum CacheMode {
     Unsafe,
 }
 
+/// What the file of a disk is. It is never guessed: what is in a raw disk is the guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskFormat {
+    /// The disk itself, byte by byte.
+    Raw,
+    /// An image of QEMU's format, version 2 or 3.
+    Qcow2,
+}
+
 /// A disk.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DiskConfig {
-    /// Raw file or block device.
+    /// File or block device.
     pub path: PathBuf,
+    /// What it is; raw if nothing is said. A file that begins like an image is refused then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
+    /// An image may name the file that it stands on, and that one the next: they are opened.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub backing: bool,
     /// File that takes what the guest writes; `path` is only read then. It is made if it is not there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay: Option<PathBuf>,
@@ -400,6 +416,18 @@ impl VmConfig {
         for (n, disk) in self.disk.iter().enumerate() {
             if disk.path.as_os_str().is_empty() {
                 return error(format!("disk[{n}].path"), "a disk needs a file or block device");
+            }
+            let is_image = disk.format == Some(DiskFormat::Qcow2);
+            if disk.overlay.is_some() && is_image {
+                return error(
+                    format!("disk[{n}].overlay"),
+                    "an overlay stands on a raw disk, not on a qcow2 image: `qemu-img convert -O raw` makes a raw \
+                     disk, `qemu-img create -f qcow2 -b` an image that stands on the image",
+                );
+            }
+            if disk.backing && !is_image {
+                let problem = "only an image names a file that it stands on: with format=qcow2";
+                return error(format!("disk[{n}].backing"), problem);
             }
             if disk.overlay.as_ref().is_some_and(|overlay| overlay.as_os_str().is_empty()) {
                 return error(format!("disk[{n}].overlay"), "an overlay needs a file");

@@ -3,9 +3,13 @@
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use vmm::config::{BalloonConfig, ByteSize, DiskConfig, NetConfig, RateLimit, VmConfig};
-use vmm::devices::virtio::blk::Candidate;
-use vmm::machine::{BackEnd, Command, DeviceStatus, Handle, Message, State, Traffic};
+use vmm::config::{
+    BalloonConfig, ByteSize, DiskConfig, DiskFormat, NetConfig, RateLimit, VmConfig,
+};
+use vmm::devices::virtio::blk::{Candidate, DiskError};
+use vmm::machine::{
+    BackEnd, Command, DeviceStatus, Handle, Message, State, Traffic, certainly_raw, open_image,
+};
 
 use super::{Instance, elsewhere, send};
 use crate::fault::{DONE, Done, Fault, chain};
@@ -124,19 +128,18 @@ impl Instance {
             return Err(Fault::bad("path_on_host or rate_limiter: one of them has to be there."));
         }
         if let Some(path) = update.path_on_host {
-            let DiskConfig { ro, direct, overlay, .. } = self.config().disk[place].clone();
-            if let Some(overlay) = overlay {
+            let mut config = self.config().disk[place].clone();
+            if let Some(overlay) = &config.overlay {
                 let overlay = overlay.display();
                 return Err(Fault::bad(format!(
                     "path_on_host: the drive has the overlay {overlay}, which stands on the file that it has."
                 )));
             }
-            let opened = path.clone();
+            config.path.clone_from(&path);
             // On a thread of its own: a file system that hangs shall hang nobody else.
-            let candidate = elsewhere(move || Candidate::open(&opened, ro, direct)).await?;
-            let candidate = candidate
-                .map_err(|error| Fault::bad(format!("path_on_host: {}", chain(&error))))?;
-            let back_end = BackEnd::Disk(candidate);
+            let opened = elsewhere(move || another(&config)).await?;
+            let back_end =
+                opened.map_err(|error| Fault::bad(format!("path_on_host: {}", chain(&error))))?;
             send(&handle, Command::Replace { device: id.clone(), back_end }).await?;
             self.lock().config.disk[place].path = path;
         }
@@ -201,4 +204,14 @@ fn find<T>(
 ) -> Result<usize, Fault> {
     let place = devices.iter().position(|device| name(device).as_deref() == Some(id));
     place.ok_or_else(|| Fault::bad(format!("There is no {what} with the id {id}.")))
+}
+
+/// Opens what a drive is to have from now on.
+fn another(config: &DiskConfig) -> Result<BackEnd, DiskError> {
+    if config.format == Some(DiskFormat::Qcow2) {
+        return open_image(config, &config.path).map(Box::new).map(BackEnd::Image);
+    }
+    let candidate = Candidate::open(&config.path, config.ro, config.direct)?;
+    certainly_raw(config)?;
+    Ok(BackEnd::Disk(candidate))
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use vmm::config::{CacheMode, DiskConfig};
+use vmm::config::{CacheMode, DiskConfig, DiskFormat};
 
 use super::rate::RateLimiter;
 use crate::fault::Fault;
@@ -28,13 +28,23 @@ pub enum IoEngine {
     Async,
 }
 
+/// What the file of a drive is. It is never guessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DriveFormat {
+    /// The disk itself, byte by byte.
+    Raw,
+    /// An image of QEMU's format, version 2 or 3.
+    Qcow2,
+}
+
 /// A disk.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
     /// Letters, digits and `_`, at most 64.
     pub drive_id: String,
-    /// Raw file or block device.
+    /// File or block device.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub path_on_host: Option<PathBuf>,
@@ -63,6 +73,12 @@ pub struct Drive {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub overlay: Option<PathBuf>,
+    /// Hull's own: what the file is; raw if nothing is said. A file that begins like an image is refused then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DriveFormat>,
+    /// Hull's own: an image may name the file that it stands on, and that one the next: they are opened.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub backing: bool,
 }
 
 /// A change of a disk of a running machine.
@@ -101,6 +117,11 @@ impl TryFrom<Drive> for DiskConfig {
             root: drive.is_root_device,
             partuuid: drive.partuuid,
             overlay: drive.overlay,
+            format: drive.format.map(|format| match format {
+                DriveFormat::Raw => DiskFormat::Raw,
+                DriveFormat::Qcow2 => DiskFormat::Qcow2,
+            }),
+            backing: drive.backing,
             cache,
             rate: drive.rate_limiter.map(Into::into),
             ..DiskConfig::default()
@@ -124,6 +145,11 @@ impl From<&DiskConfig> for Drive {
             rate_limiter: RateLimiter::of(disk.rate),
             socket: None,
             overlay: disk.overlay.clone(),
+            format: disk.format.map(|format| match format {
+                DiskFormat::Raw => DriveFormat::Raw,
+                DiskFormat::Qcow2 => DriveFormat::Qcow2,
+            }),
+            backing: disk.backing,
         }
     }
 }

@@ -64,7 +64,7 @@ pub struct RunArgs {
     /// forked first
     #[arg(long)]
     pub forkable: bool,
-    /// A disk: path=FILE[,overlay=FILE][,ro][,id=NAME][,root][,cache=writeback|writethrough|unsafe][,direct][,queues=N][,rate=RATE]
+    /// A disk: path=FILE[,format=raw|qcow2[,backing]][,overlay=FILE][,ro][,id=NAME][,root][,cache=writeback|writethrough|unsafe][,direct][,queues=N][,rate=RATE]
     #[arg(short, long, value_name = "OPTIONS")]
     pub disk: Vec<String>,
     /// A network card: tap[=NAME][,mac=ADDR][,host=ADDR/PREFIX][,mtu=N][,queues=N][,rx-rate=RATE][,tx-rate=RATE], or fd=N

@@ -5,6 +5,7 @@
 
 mod family;
 mod pool;
+pub mod qcow2;
 mod surroundings;
 mod terminal;
 mod trespass;

@@ -472,7 +472,9 @@ impl Wiring<'_> {
             self.io.push(Options { index, files, calls, sockets, alone, seccomp });
             index
         });
-        self.io[index].files |= matches!(back_end, BackEnd::File | BackEnd::CachedWrites);
+        self.io[index].files |=
+            matches!(back_end, BackEnd::File | BackEnd::CachedWrites | BackEnd::Calls);
+        self.io[index].calls |= back_end == BackEnd::Calls;
         self.io[index].sockets |= back_end == BackEnd::Sockets;
         index
     }

@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use devices::rate::RateLimiter;
 use devices::virtio::balloon::{Balloon, BalloonOptions};
-use devices::virtio::blk::overlay::{Overlay, OverlayError};
-use devices::virtio::blk::{Backing, Block, Cache, DiskFile, OpenError, Options};
+use devices::virtio::blk::overlay::Overlay;
+use devices::virtio::blk::qcow2::{Access, Qcow2, looks_like_qcow2};
+use devices::virtio::blk::{Backing, Block, Cache, DiskError, DiskFile, OpenError, Options};
 use devices::virtio::console::{Console, ConsoleOutput};
 use devices::virtio::device::{Device, Message, Traffic};
 use devices::virtio::net::mmds::{self, TokenKey};
@@ -23,8 +24,8 @@ use serde_json::Value;
 
 use super::build::BuildError;
 use crate::config::{
-    BalloonConfig, CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, MmdsConfig, MmdsVersion,
-    NetConfig, RateLimit, VmConfig,
+    BalloonConfig, CacheMode, ConsoleDevice, ConsoleMode, DiskConfig, DiskFormat, MmdsConfig,
+    MmdsVersion, NetConfig, RateLimit, VmConfig,
 };
 use crate::console::Output;
 use crate::files;
@@ -48,6 +49,8 @@ pub(super) enum BackEnd {
     File,
     /// As above, and writes through the page cache, which may wait: a thread to itself.
     CachedWrites,
+    /// Calls of a library, which are made away from the thread.
+    Calls,
 }
 
 /// Opens the back-ends of all devices of `config`; of disks, those that are not open yet.
@@ -71,21 +74,25 @@ pub(super) fn devices(
         let name = config.disk_name(n);
         // An overlay writes its bits in between.
         let cached_writes = !disk.ro && (!disk.direct || disk.overlay.is_some());
-        let back_end = if cached_writes { BackEnd::CachedWrites } else { BackEnd::File };
+        let back_end = match disk.format {
+            Some(DiskFormat::Qcow2) => BackEnd::Calls,
+            _ if cached_writes => BackEnd::CachedWrites,
+            _ => BackEnd::File,
+        };
         let there = open.extract_if(.., |(of, _)| *of == name).next().map(|(_, disk)| disk);
         let opened = there.map_or_else(|| backing(disk), Ok);
         let device = opened.map(|opened| block(name.clone(), disk, opened)).map_err(|err| {
-            let err = match err {
-                // Whoever looks for hints finds it as it is.
-                OverlayError::Open(err) => err,
-                err => return BuildError::Device { device: name.clone(), source: err.into() },
-            };
-            let taken = matches!(err, OpenError::Locked { .. } | OpenError::Claimed { .. });
+            // Whoever looks for hints finds it as it is.
+            let err = err.into_inner();
+            let taken = matches!(
+                err.downcast_ref(),
+                Some(OpenError::Locked { .. } | OpenError::Claimed { .. })
+            );
             let source = match same_file(config, n).filter(|_| taken) {
                 Some(other) => {
                     format!("{} is {other} of this machine already", disk.file().display()).into()
                 }
-                None => err.into(),
+                None => err,
             };
             BuildError::Device { device: name.clone(), source }
         })?;
@@ -125,26 +132,59 @@ pub(super) fn devices(
 }
 
 /// Opens the disk of this configuration, and closes it again: whether a machine could have it. An overlay that is
-/// not there is not made.
+/// not there is not made, and nothing of an image is mended.
 ///
 /// # Errors
 /// What is wrong with the file.
-pub fn check_disk(disk: &DiskConfig) -> Result<(), OverlayError> {
+pub fn check_disk(disk: &DiskConfig) -> Result<(), DiskError> {
     match &disk.overlay {
+        _ if disk.format == Some(DiskFormat::Qcow2) => {
+            Ok(Qcow2::try_open(&disk.path, qcow2_access(disk))?)
+        }
         Some(overlay) if !overlay.exists() => {
             DiskFile::open(&disk.path, true, disk.direct)?;
-            Ok(())
+            certainly_raw(disk)
         }
         _ => backing(disk).map(drop),
     }
 }
 
-fn backing(config: &DiskConfig) -> Result<Backing, OverlayError> {
-    let DiskConfig { path, overlay, ro, direct, .. } = config;
-    Ok(match overlay {
-        Some(overlay) => Overlay::open_or_create(overlay, path, *ro, *direct)?.into(),
-        None => DiskFile::open(path, *ro, *direct)?.into(),
-    })
+fn backing(config: &DiskConfig) -> Result<Backing, DiskError> {
+    let DiskConfig { path, overlay, ro, direct, format, .. } = config;
+    let backing = match (format, overlay) {
+        (Some(DiskFormat::Qcow2), _) => return open_image(config, path).map(Backing::from),
+        (_, Some(overlay)) => Overlay::open_or_create(overlay, path, *ro, *direct)?.into(),
+        (_, None) => DiskFile::open(path, *ro, *direct)?.into(),
+    };
+    certainly_raw(config)?;
+    Ok(backing)
+}
+
+/// Opens another image for a disk that has one.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn open_image(config: &DiskConfig, path: &Path) -> Result<Qcow2, DiskError> {
+    Ok(Qcow2::open(path, qcow2_access(config))?)
+}
+
+fn qcow2_access(config: &DiskConfig) -> Access {
+    let &DiskConfig { ro, direct, backing, .. } = config;
+    Access { read_only: ro, direct, backing }
+}
+
+/// Refuses a file that begins like an image if nobody said what it is. It was opened before: it is a file or a
+/// block device.
+///
+/// # Errors
+/// [`DiskError::Ambiguous`].
+pub fn certainly_raw(config: &DiskConfig) -> Result<(), DiskError> {
+    let DiskConfig { path, format, .. } = config;
+    // One that cannot be read is for others to find.
+    match format.is_none() && looks_like_qcow2(path).unwrap_or(false) {
+        true => Err(DiskError::Ambiguous(path.clone())),
+        false => Ok(()),
+    }
 }
 
 /// Name of the disk before the `n`th one that is the same file, if there is one.

@@ -220,6 +220,48 @@ fn a_disk_of_a_running_machine_grows_and_is_exchanged() {
 }
 
 #[test]
+fn a_drive_may_be_a_qcow2_image() {
+    use machine_tests::qcow2::image;
+    let server = Server::hull();
+    let path = |name: &str| server.folder.path().join(name);
+    fs::write(path("one"), image(1 << 20, None)).unwrap();
+    // Another one, which somebody left: it is marked, and has a refcount that is too low.
+    let mut left = image(2 << 20, None);
+    left[79] = 1;
+    left[(2 << 16) + 7] = 0;
+    fs::write(path("two"), &left).unwrap();
+    fs::write(path("three"), image(1 << 20, Some(("one", "qcow2")))).unwrap();
+    let drive = |name: &str| json!({ "drive_id": "d", "path_on_host": path(name), "is_root_device": false });
+    server.put("/drives/d", drive("one")).refused(400, &["format=qcow2", "format=raw"]);
+    let with = |mut drive: serde_json::Value, key: &str, value: serde_json::Value| {
+        drive[key] = value;
+        drive
+    };
+    let image = |name: &str| with(drive(name), "format", json!("qcow2"));
+    server.put("/drives/d", image("three")).refused(400, &["stands on \"one\""]);
+    server.put("/drives/d", with(image("three"), "backing", json!(true))).done();
+    server.put("/drives/d", with(drive("one"), "format", json!("vmdk"))).refused(400, &["vmdk"]);
+    server.put("/drives/d", image("one")).done();
+    assert_eq!(server.get("/vm/config").json()["drives"][0]["format"], "qcow2");
+    server.boot("spin");
+    server.process.wait_for("hello");
+    let patch = |name: &str| {
+        server.patch("/drives/d", json!({ "drive_id": "d", "path_on_host": path(name) }))
+    };
+    // It is locked by the machine itself.
+    patch("one").refused(400, &["in use"]);
+    patch("three").refused(400, &["stands on"]);
+    patch("missing").refused(400, &["cannot open"]);
+    patch("two").done();
+    assert_eq!(server.get("/drives/d").json()["path_on_host"], json!(path("two")));
+    patch("one").done();
+    let mended = fs::read(path("two")).unwrap();
+    assert_eq!((mended[79], mended[(2 << 16) + 7]), (0, 1), "it was closed");
+    server.process.signal(libc::SIGTERM);
+    assert_eq!(server.process.finish().code(), 143);
+}
+
+#[test]
 fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     let server = Server::hull();
     server.get("/");

@@ -117,6 +117,7 @@ fn each_setting() {
     for name in ["disk", "other", "initrd"] {
         fs::write(at(name), vec![7; 1 << 20]).unwrap();
     }
+    fs::write(at("image"), machine_tests::qcow2::image(1 << 20, None)).unwrap();
     // A machine for which only that is said that has to be.
     let plain = Server::hull();
     put(
@@ -154,6 +155,8 @@ fn each_setting() {
                 "rate_limiter": limiter },
             "/drives/o": { "drive_id": "o", "is_root_device": false, "path_on_host": at("other"),
                 "overlay": at("overlay") },
+            "/drives/q": { "drive_id": "q", "is_root_device": false, "path_on_host": at("image"),
+                "format": "qcow2", "backing": true },
             "/network-interfaces/e": { "iface_id": "e", "host_dev_name": testnet::NAME,
                 "guest_mac": "06:00:00:00:00:0a", "mtu": 1400,
                 "rx_rate_limiter": limiter, "tx_rate_limiter": limiter },

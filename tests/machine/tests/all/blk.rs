@@ -224,7 +224,7 @@ fn files_that_are_no_disks() {
             &path,
             &[
                 &format!(" has {size} bytes, which is not a multiple of 512 above 0\n"),
-                "hint: raw disks only",
+                "hint: a raw disk has whole blocks",
             ],
         );
         assert_eq!(fs::metadata(&path).unwrap().len(), size);

@@ -246,7 +246,7 @@ fn options_that_nobody_knows() {
     misused("--memroy=1G", "a similar argument exists: '--memory'");
     misused(
         "--disk=path=x,reed-only",
-        "unknown field `reed-only`, expected one of `path`, `overlay`, `ro`",
+        "unknown field `reed-only`, expected one of `path`, `format`, `backing`",
     );
     misused("--disk=path=x,cash=unsafe", "did you mean `cache`?");
     misused("--net=tap=x,mak=1", "did you mean `mac`?");

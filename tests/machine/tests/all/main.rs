@@ -38,6 +38,8 @@ mod options;
 #[cfg(test)]
 mod overlay;
 #[cfg(test)]
+mod qcow2;
+#[cfg(test)]
 mod rates;
 #[cfg(test)]
 mod rng;

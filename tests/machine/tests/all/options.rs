@@ -27,6 +27,7 @@ const OPTIONS: [(&str, &[&str]); 21] = [
         &[
             "path=/a,,b \"c\".img,ro,id=first,root,cache=unsafe,direct,queues=3,rate=10M:1000ops",
             "plain.img,overlay=own.ovl",
+            "image.qcow2,format=qcow2,backing",
             "path=x,cache=writethrough",
         ],
     ),
@@ -165,7 +166,7 @@ fn all_options_at_once() {
             },
         );
     let printed = print(all);
-    assert_eq!(printed.matches("[[disk]]").count(), 3);
+    assert_eq!(printed.matches("[[disk]]").count(), 4);
     assert_eq!(printed.matches("[[net]]").count(), 5);
     assert!(printed.find("first").unwrap() < printed.find("plain.img").unwrap());
     assert_eq!(again(&folder, &printed), printed);
@@ -186,6 +187,7 @@ fn values_are_printed_as_they_were_given() {
         "--i8042",
         "--rng=rate=1M/100ms+5M",
         "--console=file=/tmp/a b,device=virtio,rate=64K,drop",
+        "--disk=path=/i.qcow2,format=qcow2,backing",
         "--disk=path=/a,,b.img,overlay=/c d.ovl,ro,id=first,root,cache=unsafe,direct,queues=3,rate=10M:1000ops",
         "--net=tap=tap7,mac=02:00:00:00:00:0f,mtu=9000,queues=16,rx-rate=5M,tx-rate=300ops",
         "--net=host=172.30.0.1/30",
@@ -218,6 +220,10 @@ fn values_are_printed_as_they_were_given() {
         r#"device = "virtio""#,
         r#"rate = "64K/s""#,
         "drop = true",
+        "[[disk]]",
+        r#"path = "/i.qcow2""#,
+        r#"format = "qcow2""#,
+        "backing = true",
         "[[disk]]",
         r#"path = "/a,b.img""#,
         r#"overlay = "/c d.ovl""#,

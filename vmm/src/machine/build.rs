@@ -463,7 +463,7 @@ impl Wiring<'_> {
     /// Index of the io thread for a device with this back-end: the one that all share, or one of
     /// its own.
     fn io_thread(&mut self, back_end: BackEnd) -> usize {
-        let alone = back_end == BackEnd::CachedWrites;
+        let alone = matches!(back_end, BackEnd::CachedWrites | BackEnd::Calls);
         let shared = self.io.iter().position(|options| !alone && !options.alone);
         let index = shared.unwrap_or_else(|| {
             let index = self.io.len();

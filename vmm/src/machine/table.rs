@@ -49,7 +49,7 @@ pub(super) enum BackEnd {
     File,
     /// As above, and writes through the page cache, which may wait: a thread to itself.
     CachedWrites,
-    /// Calls of a library, which are made away from the thread.
+    /// Calls of a library, which are made away from the thread, but for the last when queues stop: a thread to itself.
     Calls,
 }
 

@@ -42,6 +42,8 @@ enum CloneError {
     NoSocket,
     #[error("cannot enter the network namespace {}", path.display())]
     Netns { path: PathBuf, source: io::Error },
+    #[error("nobody waits for this copy any more")]
+    Unheard,
 }
 
 /// Goes on as a copy of the machine that the other end of standard input hands over. With a shape, standard
@@ -93,6 +95,11 @@ impl Parent {
             Some(stream) => Ok(fork::receive(stream)?),
             None => Err(CloneError::NoSocket.into()),
         }
+    }
+
+    /// Nobody waits for an answer.
+    fn is_over(&self) -> bool {
+        self.0.borrow().as_ref().is_none_or(fork::is_over)
     }
 
     /// Returns whether somebody was told.
@@ -188,20 +195,26 @@ fn serve(
             name: born.name.clone(),
             generation: machine.generation(),
         };
-        let (parent, born) = (parent.clone(), born.clone());
+        if parent.is_over() {
+            return Err(CloneError::Unheard.into());
+        }
+        let (parent, born, machine) = (parent.clone(), born.clone(), handle.clone());
         let done = Box::new(move |outcome| {
-            parent.answer(&Ok(Born { hook: Some(outcome), ..born }));
+            if !parent.answer(&Ok(Born { hook: Some(outcome), ..born })) {
+                // Who has given it up said that there is none.
+                machine.send(Command::Quit, Box::new(drop));
+            }
         });
         services.push(Box::new(Asking::start(hook, identity, config.clone(), &handle, done)?));
+    }
+    // Before the first instruction: one that is not waited for is one that there is not.
+    if services.is_empty() && !parent.answer(&Ok(born)) {
+        return Err(CloneError::Unheard.into());
     }
     // From here on there may be writes that were acknowledged.
     copies.keep();
     if child.resume {
         handle.send(Command::Resume, Box::new(drop));
-    }
-    if services.is_empty() {
-        // One that was not waited for lives all the same.
-        parent.answer(&Ok(born));
     }
     let ending = session.run_beside(machine, &config, console, services);
     for path in link.temporary() {

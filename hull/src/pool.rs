@@ -221,7 +221,7 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>, filter: Seccomp) -> R
 /// Gives who connected a process that is ready for it, or else a new one.
 fn hand_over(stream: UnixStream, shelves: &mut [Shelf], filter: Seccomp, now: Instant) {
     if fork::is_over(&stream) {
-        // Somebody looked whether there is a pool.
+        // Somebody looked whether there is a pool, or has not waited for it.
         return;
     }
     let shape = fork::peek(&stream);

@@ -20,6 +20,7 @@ pub mod disks;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -285,9 +286,13 @@ fn look<'a>(stream: &UnixStream, bytes: &'a mut [u8]) -> Option<&'a [u8]> {
     bytes.get(..usize::try_from(len).ok()?)
 }
 
-/// True if nothing was sent, and nothing will be.
+/// True if nothing was sent and nothing will be, or nobody waits for an answer any more.
 pub fn is_over(stream: &UnixStream) -> bool {
-    look(stream, &mut [0]).is_some_and(<[u8]>::is_empty)
+    let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one structure, as is said.
+    let hung_up =
+        unsafe { libc::poll(&raw mut poll, 1, 0) } == 1 && poll.revents & libc::POLLHUP != 0;
+    hung_up || look(stream, &mut [0]).is_some_and(<[u8]>::is_empty)
 }
 
 /// The shape of what will be handed over, if that was said: nothing is taken.
@@ -383,39 +388,52 @@ pub fn answer(stream: &UnixStream, outcome: &Outcome) -> Result<(), HandOverErro
     stream.write_all(&message).map_err(talk("send to"))
 }
 
-/// Waits for what became of a child.
+/// Waits for what became of a child. One of which nothing was heard cannot say any more that it lives: it ends
+/// itself.
 ///
 /// # Errors
 /// It ended without a word, or has none until `deadline`.
 pub fn outcome(stream: &UnixStream, deadline: Instant) -> Result<Outcome, HandOverError> {
-    read_message(Vec::new(), Until { stream, deadline }).map_err(|err| match err {
-        HandOverError::Talk { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
-            HandOverError::Late
-        }
-        err => err,
-    })
+    let mut until = Until { stream, deadline, is_late: false };
+    let outcome = read_message(Vec::new(), &mut until);
+    outcome.map_err(|err| if until.is_late { HandOverError::Late } else { err })
 }
 
-/// A stream of which nobody waits for more when it is too late. (A machine's filters let it poll, and not set
-/// options of sockets.)
+/// A stream that is closed when it is too late. (A machine's filters let it poll, and not set options of sockets.)
 struct Until<'a> {
     stream: &'a UnixStream,
     deadline: Instant,
+    is_late: bool,
 }
 
-impl Read for Until<'_> {
+impl Read for &mut Until<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let fd = self.stream.as_raw_fd();
-        let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let left = self.deadline.saturating_duration_since(Instant::now()).as_millis();
-        let left = i32::try_from(left).unwrap_or(i32::MAX);
-        // SAFETY: one structure, as is said.
-        match unsafe { libc::poll(&raw mut poll, 1, left) } {
-            0 => Err(io::ErrorKind::TimedOut.into()),
-            1 => self.stream.read(bytes),
-            // If it was interrupted, the caller tries again.
-            _ => Err(io::Error::last_os_error()),
+        if !self.is_late {
+            match wait(self.stream, libc::POLLIN, self.deadline) {
+                Ok(true) => {}
+                // The caller tries again.
+                Err(err) if err.kind() == io::ErrorKind::Interrupted => return Err(err),
+                // What was said before counts. Behind it there is an end, for both.
+                over => {
+                    self.is_late = over.is_ok();
+                    self.stream.shutdown(Shutdown::Both)?;
+                }
+            }
         }
+        self.stream.read(bytes)
+    }
+}
+
+/// Waits until something can be done with a stream. False if that is not before `deadline`.
+fn wait(stream: &UnixStream, events: libc::c_short, deadline: Instant) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events, revents: 0 };
+    let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+    let left = i32::try_from(left).unwrap_or(i32::MAX);
+    // SAFETY: one structure, as is said.
+    match unsafe { libc::poll(&raw mut poll, 1, left) } {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -1,6 +1,5 @@
 //! Whatever comes, it is a machine or an error: no panic, no wait without end, no descriptor that is left.
 
-use std::net::Shutdown;
 use std::path::Path;
 use std::time::Duration;
 
@@ -175,6 +174,32 @@ fn a_state_that_is_none_is_refused() {
     }
     let err = received(&message, &[]).unwrap_err().to_string();
     assert!(err.contains("no state"), "{err}");
+}
+
+#[test]
+fn who_was_given_up_cannot_say_that_it_lives() {
+    let (own, theirs) = pair();
+    let lives = Ok(Born {
+        name: "a".to_owned(),
+        pid: 7,
+        api: PathBuf::new(),
+        disks: Vec::new(),
+        hook: None,
+    });
+    assert!(!is_over(&theirs));
+    assert!(matches!(outcome(&own, Instant::now()), Err(HandOverError::Late)));
+    assert!(is_over(&theirs));
+    answer(&theirs, &lives).unwrap_err();
+    // One that said so in time was heard, however late somebody looks.
+    let (own, theirs) = pair();
+    answer(&theirs, &lives).unwrap();
+    assert_eq!(outcome(&own, Instant::now()).unwrap(), lives);
+    // One that was asked by who is gone knows that nobody waits, before it reads what was sent.
+    let (own, theirs) = pair();
+    (&own).write_all(b"x").unwrap();
+    assert!(!is_over(&theirs));
+    drop(own);
+    assert!(is_over(&theirs));
 }
 
 #[test]

@@ -315,6 +315,38 @@ fn a_pool_has_them_ready_and_fills_up_again() {
 }
 
 #[test]
+fn a_copy_that_nobody_waits_for_does_not_run() {
+    let family = Family::default();
+    let pool = pool(&family, &["--keep", "number=2,memory=64M"], 2);
+    let parent = family.parent("m");
+    let connected = || {
+        let sockets = fs::read_to_string("/proc/net/unix").unwrap();
+        let path = family.at("hull/.pool");
+        sockets.lines().filter(|line| line.ends_with(path.to_str().unwrap())).count()
+    };
+    let before = connected();
+    pool.signal(libc::SIGSTOP);
+    std::thread::scope(|scope| {
+        let outcome = scope
+            .spawn(|| fork(&family, &["m", "--pool", family.at("hull/.pool").to_str().unwrap()]));
+        eventually(|| connected() > before, || "nobody asks for a process".to_owned());
+        // It is handed over as soon as the machine goes on.
+        goes_on(&parent);
+        parent.signal(libc::SIGKILL);
+        assert_eq!(outcome.join().unwrap().code(), 1);
+    });
+    parent.finish();
+    pool.signal(libc::SIGCONT);
+    // One that is asked for now comes behind the other.
+    let other = family.parent("other");
+    kill(&children(&fork(&family, &["other", "--json"]))[0]);
+    // Removes what those left who were killed.
+    verb(&family, &["ps"]).ok();
+    family.settles(4, &[".pool", "other.json", "other.sock"]);
+    goes_on(&other);
+}
+
+#[test]
 fn a_name_that_is_taken_is_the_matter_of_one_child() {
     let family = Family::default();
     let parent = family.parent("x");

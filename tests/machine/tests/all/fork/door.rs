@@ -115,6 +115,8 @@ fn who_ends_leaves_the_socket_of_another() {
 
 /// The mode of the filters that a copy has (seccomp(2): 2 is one that has some), by its control thread.
 fn filters(child: &Value) -> String {
+    // They are there before it lets anybody in.
+    assert!(super::answers(child["api_sock"].as_str().unwrap().as_ref()));
     let status = fs::read_to_string(format!("/proc/{}/status", pid(child))).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("Seccomp:"));
     line.unwrap().trim().to_owned()
@@ -148,6 +150,8 @@ fn who_makes_a_copy_says_how_it_is_filtered() {
     assert_eq!(forked(&["--seccomp", "off"]), ["0", "0"], "without the pool");
     pool.signal(libc::SIGTERM);
     pool.finish().ok();
+    // The next one is ready when there are more.
+    eventually(|| family.processes().len() == 2, || format!("{:?}", family.processes()));
     let _pool = super::pool(&family, &[&KEEP[..], &["--seccomp", "off"]].concat(), 1);
     assert_eq!(forked(&[]), ["0", "0"]);
 }

@@ -46,6 +46,11 @@ fn failed(error: &dyn std::error::Error) -> Fault {
     Fault::bad(format!("Fork error: {}.", chain(error)))
 }
 
+/// The same of an error that does not say what was being done.
+fn while_doing(what: &str, error: &dyn std::error::Error) -> Fault {
+    Fault::bad(format!("Fork error: {what}: {}.", chain(error)))
+}
+
 impl Instance {
     /// Makes copies of the machine. It is done to its end also if the client does not wait for it.
     ///
@@ -172,8 +177,10 @@ fn plant(
     folder: Option<&Path>,
 ) -> Result<(Switch, Seed, u64), Fault> {
     let Frozen { parts, image, disks, .. } = frozen;
-    let shared = image.share().map_err(|error| failed(&error))?;
-    let id = snapshot::word().map_err(|error| failed(&error))?;
+    let shared =
+        image.share().map_err(|error| while_doing("cannot freeze the guest's memory", &error))?;
+    let id =
+        snapshot::word().map_err(|error| while_doing("cannot draw a random number", &error))?;
     let name = birth.config.name.clone().unwrap_or_default();
     let disks = Disks::freeze(&disks, &birth.children, &name, folder);
     let (disks, switch) = disks.map_err(|error: DiskError| failed(&error))?;

@@ -53,7 +53,9 @@ impl Saving {
     pub(super) fn begin(shared: &Shared) -> Result<Saving, Fault> {
         let mut inner = shared.lock();
         if std::mem::replace(&mut inner.saving, true) {
-            return Err(Fault::bad("Snapshot error: the machine is being saved already."));
+            return Err(Fault::bad(
+                "Snapshot error: the machine is being saved or forked; try again when that is done.",
+            ));
         }
         Ok(Saving(Arc::clone(shared)))
     }

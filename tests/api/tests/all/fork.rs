@@ -170,7 +170,7 @@ fn two_at_once_are_two() {
                 for _ in 0..4 {
                     let answer = post(&server, &json!({ "count": 3 }));
                     if answer.status != 200 {
-                        answer.refused(400, &["being saved already"]);
+                        answer.refused(400, &["being saved or forked; try again"]);
                         continue;
                     }
                     for child in answer.json()["children"].as_array().unwrap() {
@@ -210,7 +210,7 @@ fn one_that_is_being_saved_is_not_forked_and_the_other_way_round() {
             match answer.status {
                 200 | 204 => made += 1,
                 _ => {
-                    answer.refused(400, &["being saved already"]);
+                    answer.refused(400, &["being saved or forked; try again"]);
                     refused += 1;
                 }
             }

@@ -228,7 +228,7 @@ fn a_client_that_goes_away_leaves_a_machine_that_goes_on() {
         if answer.status == 204 {
             break;
         }
-        answer.refused(400, &["being saved already"]);
+        answer.refused(400, &["being saved or forked; try again"]);
         assert!(std::time::Instant::now() < deadline);
         std::thread::sleep(std::time::Duration::from_millis(20));
     }

@@ -1,10 +1,12 @@
 //! Copies of the machine, which go on as processes of their own.
 //!
 //! ```text
-//!   client          main           a thread of its own            pool               child
-//!     POST ────────> halt ────────> freeze, seal
+//!   client          main           here                           pool               child
+//!     POST ───────────────────────> connect, announce ──────────> hands it to ─────> a machine with
+//!                    halt <───────── …                                               nothing in it
+//!                    … ───────────> freeze, seal
 //!                    go on <─────── …
-//!                                   connect, state, layers ─────> hands it to ─────> map, run
+//!                                   state, layers ──────────────────────────────────> map, run
 //!                                   <─────────────────────────────────────────────── name
 //!     200 <───────────────────────── …
 //! ```
@@ -17,9 +19,9 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
 use vmm::config::{LONGEST_NAME, VmConfig};
 use vmm::devices::virtio::blk::Backing;
 use vmm::devices::virtio::vsock;
@@ -31,7 +33,7 @@ use vmm::machine::{Command, Frozen};
 use vmm::snapshot::{self, Header, MemoryHeader, State};
 
 use super::snapshot::{Saving, halt, micros, portable};
-use super::{Instance, Shared, elsewhere, send};
+use super::{Instance, Shared, elsewhere};
 use crate::fault::{Fault, chain};
 use crate::types::fork::{ForkParams, Forked};
 
@@ -39,6 +41,10 @@ use crate::types::fork::{ForkParams, Forked};
 const MOST: u32 = 10_000;
 /// Children that are waited for at a time.
 const AT_ONCE: usize = 4;
+/// How long the rest of an answer may be behind its beginning.
+const BREATH: Duration = Duration::from_millis(20);
+/// Pages that are copied without a thread for it.
+const FEW: u64 = 64;
 /// How long one may take to run.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -87,53 +93,72 @@ impl Instance {
 }
 
 impl Saving {
-    async fn fork(self, params: ForkParams, mut birth: Birth) -> Result<Forked, Fault> {
+    async fn fork(self, params: ForkParams, birth: Birth) -> Result<Forked, Fault> {
         let handle = self.0.handle()?;
         let (frozen, halted) = halt(&self.0, &handle, false).await?;
-        let (was_running, machine) = (frozen.was_running, handle.clone());
-        let forked = elsewhere(move || {
-            // Somebody may have given a device another back-end since.
-            let config = portable(self.0.config());
-            if config != birth.config {
-                (birth.first, birth.config) = (None, config);
+        let was_running = frozen.was_running;
+        let planted = self.plant(frozen, birth, params.drives_dir).await;
+        let resume = was_running && !(params.template && planted.is_ok());
+        let (disks, planted) = match planted {
+            Ok((birth, Planted { switch, seed, copied })) => {
+                (self.0.switch(switch), Ok((birth, seed, copied)))
             }
-            let folder = params.drives_dir.as_deref();
-            let planted = plant(frozen, &birth, folder);
-            let resume = was_running && !(params.template && planted.is_ok());
-            let (disks, planted) = match planted {
-                Ok((switch, seed, copied)) => (self.0.switch(switch), Ok((seed, copied))),
-                Err(fault) => (Vec::new(), Err(fault)),
-            };
-            let file = |(name, disk): &(String, Backing)| (name.clone(), disk.path().to_owned());
-            let drives = disks.iter().map(file).map(Into::into).collect();
-            let (told, goes_on) = mpsc::sync_channel(1);
-            // Counted where it happens: this thread may be late.
-            let reply = move |_| {
-                let _ = told.try_send(micros(halted));
-            };
-            handle.send(Command::Thaw { resume, disks }, Box::new(reply));
-            // The next may be made meanwhile.
-            drop(self);
-            let (seed, copied_bytes) = planted?;
-            let children = birth.deliver(&seed);
-            if !resume && was_running && children.iter().all(Result::is_err) {
-                // It is nobody's template.
-                handle.send(Command::Resume, Box::new(drop));
-            }
-            let children = children.into_iter().map(Into::into).collect();
-            let pause_us = goes_on.recv().map_err(|_| Fault::gone())?;
-            Ok(Forked { children, pause_us, copied_bytes, drives })
-        });
-        match forked.await {
-            Ok(forked) => forked,
-            Err(fault) => {
-                // There was no thread to let the machine go on.
-                let disks = Vec::new();
-                let _ = send(&machine, Command::Thaw { resume: was_running, disks }).await;
-                Err(fault)
-            }
+            Err(fault) => (Vec::new(), Err(fault)),
+        };
+        let file = |(name, disk): &(String, Backing)| (name.clone(), disk.path().to_owned());
+        let drives = disks.iter().map(file).map(Into::into).collect();
+        let (told, goes_on) = oneshot::channel();
+        // Counted where it happens: this thread may be late.
+        let reply = move |_| {
+            let _ = told.send(micros(halted));
+        };
+        handle.send(Command::Thaw { resume, disks }, Box::new(reply));
+        // The next may be made meanwhile.
+        drop(self);
+        let (birth, seed, copied_bytes) = planted?;
+        let children = birth.deliver(seed).await?;
+        if !resume && was_running && children.iter().all(Result::is_err) {
+            // It is nobody's template.
+            handle.send(Command::Resume, Box::new(drop));
         }
+        let children = children.into_iter().map(Into::into).collect();
+        let pause_us = goes_on.await.map_err(|_| Fault::gone())?;
+        Ok(Forked { children, pause_us, copied_bytes, drives })
     }
+
+    /// Makes a halted machine one that can be handed over. A thread of its own costs as much as copying some pages
+    /// takes: it has one only if more is to be copied, or a disk may be waited for.
+    async fn plant(
+        &self,
+        mut frozen: Frozen,
+        mut birth: Birth,
+        folder: Option<PathBuf>,
+    ) -> Result<(Birth, Planted), Fault> {
+        // Somebody may have given a device another back-end since.
+        let config = portable(self.0.config());
+        if config != birth.config {
+            (birth.first, birth.config) = (None, config);
+        }
+        if frozen.disks.is_empty()
+            && let Some(planted) = plant(&mut frozen, &birth, None, FEW)?
+        {
+            return Ok((birth, planted));
+        }
+        elsewhere(move || {
+            let planted = plant(&mut frozen, &birth, folder.as_deref(), u64::MAX)?;
+            planted.map(|planted| (birth, planted)).ok_or_else(Fault::gone)
+        })
+        .await?
+    }
+}
+
+/// A machine that can be handed over.
+struct Planted {
+    /// What it goes on with itself.
+    switch: Switch,
+    seed: Seed,
+    /// Bytes of memory that were copied.
+    copied: u64,
 }
 
 impl Instance {
@@ -169,24 +194,26 @@ impl Instance {
     }
 }
 
-/// Makes a halted machine one that can be handed over to `children`: what it is to go on with itself, what is handed
-/// over, and how many bytes of memory were copied for that.
+/// Makes a halted machine one that can be handed over to its children. Nothing is done if more than `most` pages of
+/// memory are to be copied.
 fn plant(
-    frozen: Frozen,
+    frozen: &mut Frozen,
     birth: &Birth,
     folder: Option<&Path>,
-) -> Result<(Switch, Seed, u64), Fault> {
-    let Frozen { parts, image, disks, .. } = frozen;
-    let shared =
-        image.share().map_err(|error| while_doing("cannot freeze the guest's memory", &error))?;
+    most: u64,
+) -> Result<Option<Planted>, Fault> {
+    let freezing = |error| while_doing("cannot freeze the guest's memory", &error);
+    let Some(shared) = frozen.image.share(most).map_err(freezing)? else { return Ok(None) };
     let id =
         snapshot::word().map_err(|error| while_doing("cannot draw a random number", &error))?;
     let name = birth.config.name.clone().unwrap_or_default();
+    let disks = std::mem::take(&mut frozen.disks);
     let disks = Disks::freeze(&disks, &birth.children, &name, folder);
     let (disks, switch) = disks.map_err(|error: DiskError| failed(&error))?;
-    let state = State { header: header(id, image.size()), parts };
+    let parts = std::mem::take(&mut frozen.parts);
+    let state = State { header: header(id, frozen.image.size()), parts };
     let seed = Seed::new(state, shared.layers, disks).map_err(|error| failed(&error))?;
-    Ok((switch, seed, shared.copied))
+    Ok(Some(Planted { switch, seed, copied: shared.copied }))
 }
 
 /// What is in front of a state that is handed over. Its configuration was sent before.
@@ -279,8 +306,34 @@ impl Birth {
         give(&stream)
     }
 
+    /// Has each child made, and says what became of them, in order.
+    async fn deliver(self, seed: Seed) -> Result<Vec<Outcome>, Fault> {
+        if self.children.len() == 1
+            && let Some(outcome) = self.only_one(&seed).await
+        {
+            return Ok(vec![outcome]);
+        }
+        elsewhere(move || self.all(&seed)).await
+    }
+
+    /// Has the only child made by whoever was told of it, without a thread. Nothing if another has to be asked.
+    async fn only_one(&self, seed: &Seed) -> Option<Outcome> {
+        let (stream, child) = self.first.as_ref().zip(self.children.first())?;
+        stream.set_nonblocking(true).ok()?;
+        let ready = tokio::net::UnixStream::from_std(stream.try_clone().ok()?).ok()?;
+        seed.send(stream).ok()?;
+        let hook = child.hook.as_ref().map_or(Duration::ZERO, Hook::patience);
+        let _ = tokio::time::timeout(PATIENCE + hook, ready.readable()).await;
+        // What is there was said at once; nothing more is waited for.
+        match fork::outcome(stream, Instant::now() + BREATH) {
+            // Its process ended before it was needed.
+            Err(HandOverError::Silent) => None,
+            outcome => Some(outcome.unwrap_or_else(|error| Err(chain(&error)))),
+        }
+    }
+
     /// Has each child made, some at a time, and says what became of them, in order.
-    fn deliver(&self, seed: &Seed) -> Vec<Outcome> {
+    fn all(&self, seed: &Seed) -> Vec<Outcome> {
         let next = AtomicUsize::new(0);
         let some = || {
             let mut done = Vec::new();

@@ -219,13 +219,20 @@ impl Image {
     /// The host has no memory for it. RAM holds what it held, and what was done counts: it can be tried
     /// again.
     pub fn freeze(&self) -> io::Result<u64> {
+        Ok(self.freeze_at_most(u64::MAX)?.unwrap_or_default())
+    }
+
+    fn freeze_at_most(&self, most: u64) -> io::Result<Option<u64>> {
         let mut stack = self.stack();
         if let Some(file) = stack.live.clone() {
+            if self.size() / PAGE_SIZE > most {
+                return Ok(None);
+            }
             let pages = self.settle(&file)?;
             stack.live = None;
             stack.changed = pages.clone();
             stack.own = Some(Own { file, pages });
-            return Ok(0);
+            return Ok(Some(0));
         }
         if self.huge_pages {
             // They stay where they are, and so belong to the next layer too.
@@ -240,7 +247,7 @@ impl Image {
             private = private.union(&leased.pages());
         }
         if private.is_empty() {
-            return Ok(0);
+            return Ok(Some(0));
         }
         let pieces: usize = stack.all().map(|layer| layer.extents.len()).sum();
         let too_many = stack.layers.len() > MOST_LAYERS || pieces + private.len() > MOST_PIECES;
@@ -248,6 +255,9 @@ impl Image {
             let own = stack.own.iter().map(|own| own.pages.clone());
             let upper = stack.layers.iter().skip(1).map(Layer::pages).chain(own);
             private = upper.fold(private, |all, pages| all.union(&pages));
+        }
+        if private.pages() > most {
+            return Ok(None);
         }
         let file = match &stack.own {
             Some(own) => Arc::clone(&own.file),
@@ -278,7 +288,7 @@ impl Image {
         if too_many {
             stack.layers.truncate(1);
         }
-        Ok(private.pages())
+        Ok(Some(private.pages()))
     }
 
     /// Maps the file that RAM lies in copy-on-write from now on. Returns the pages that it has.
@@ -314,15 +324,17 @@ impl Image {
     }
 
     /// [`Image::freeze`], and what RAM holds then as layers for other machines, the lowest first. None of them
-    /// changes any more, whoever tries: what is frozen here next goes elsewhere.
+    /// changes any more, whoever tries: what is frozen here next goes elsewhere. Nothing is done and nothing
+    /// returned if more than `most` pages have to be copied or mapped otherwise for that.
     ///
     /// # Errors
     /// As of [`Image::freeze`].
-    pub fn share(&self) -> io::Result<SharedRam> {
-        let copied = self.freeze()? * PAGE_SIZE;
+    pub fn share(&self, most: u64) -> io::Result<Option<SharedRam>> {
+        let Some(pages) = self.freeze_at_most(most)? else { return Ok(None) };
+        let copied = pages * PAGE_SIZE;
         let mut stack = self.stack();
         let Some(own) = stack.own.take() else {
-            return Ok(SharedRam { layers: stack.layers.clone(), copied });
+            return Ok(Some(SharedRam { layers: stack.layers.clone(), copied }));
         };
         if let Err(err) = seal(&own.file) {
             stack.own = Some(own);
@@ -332,14 +344,14 @@ impl Image {
         if self.huge_pages {
             // It is a copy, which nothing here is mapped from.
             let layers = stack.layers.iter().cloned().chain([layer]).collect();
-            return Ok(SharedRam { layers, copied });
+            return Ok(Some(SharedRam { layers, copied }));
         }
         for lower in &mut stack.layers {
             lower.cover(&own.pages);
         }
         stack.layers.retain(|layer| !layer.is_empty());
         stack.layers.push(layer);
-        Ok(SharedRam { layers: stack.layers.clone(), copied })
+        Ok(Some(SharedRam { layers: stack.layers.clone(), copied }))
     }
 
     /// Pages that are mapped: of what lies in files or with a pager, those that were touched.

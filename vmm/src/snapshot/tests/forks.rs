@@ -88,7 +88,7 @@ impl<'a> Run<'a> {
         let image = self.ram.image();
         image.populate().unwrap();
         self.paged = None;
-        let shared = image.share().unwrap();
+        let shared = image.share(u64::MAX).unwrap().unwrap();
         shared.layers.iter().for_each(is_sealed);
         let zeroes = [Some(0); PAGES as usize];
         if !self.kind.huge_pages {
@@ -178,7 +178,7 @@ proptest! {
             machine.step(Step::Write { page, len: 1, byte });
             let mut child = machine.fork(folder.path());
             SMALL.compare(&child.ram, &child.now, "a child");
-            assert!(machine.ram.image().share().unwrap().layers.len() <= 34);
+            assert!(machine.ram.image().share(u64::MAX).unwrap().unwrap().layers.len() <= 34);
             // Now and then the child is who goes on.
             if n % 41 == children {
                 std::mem::swap(&mut machine, &mut child);
@@ -217,7 +217,7 @@ fn in_pieces(base: bool, shared: bool) {
         if round % 3 == 0 || !shared {
             ram.image().freeze().unwrap();
         } else {
-            ram.image().share().unwrap();
+            ram.image().share(u64::MAX).unwrap().unwrap();
         }
         assert!(mappings() - before < 40_000, "{} in round {round}", mappings() - before);
     }
@@ -247,7 +247,7 @@ fn what_nobody_looks_for_any_more_is_gone() {
     let mut before: Option<(Weak<File>, u64)> = None;
     for byte in 1..5 {
         machine.step(Step::Write { page: 0, len: PAGES, byte });
-        let layers = machine.ram.image().share().unwrap().layers;
+        let layers = machine.ram.image().share(u64::MAX).unwrap().unwrap().layers;
         assert_eq!(layers.len(), 1);
         if let Some((file, inode)) = before {
             assert!(file.upgrade().is_none(), "a descriptor is left");
@@ -259,6 +259,6 @@ fn what_nobody_looks_for_any_more_is_gone() {
     }
     // Nothing was written since.
     let image = machine.ram.image();
-    assert_eq!(image.share().unwrap().copied, 0);
-    assert_eq!(image.share().unwrap().layers.len(), 1);
+    assert_eq!(image.share(u64::MAX).unwrap().unwrap().copied, 0);
+    assert_eq!(image.share(u64::MAX).unwrap().unwrap().layers.len(), 1);
 }

@@ -13,6 +13,8 @@ use tempfile::TempDir;
 /// The parent: 10 MiB of 128 are touched, and it is halted, as its copies are once they have said a word.
 const GUEST: &str = "payload=work size=4K dirty=10M";
 const MIB: u32 = 128;
+/// MiB that a guest has touched when it is forked first.
+const TOUCHED: [u32; 3] = [10, 100, 1024];
 /// Between two forks, for the copy to come to rest.
 const REST: Duration = Duration::from_millis(30);
 /// How long a process may take.
@@ -133,7 +135,7 @@ pub fn run(
             calls(programs, what, ready, options.runs, report)?;
         }
         let at_most = |value| Bound::AtMost(value);
-        for (row, bound) in [("call", 1.0), ("call, p99", 5.0), ("parent's pause", 10.8)] {
+        for (row, bound) in [("call", 1.0), ("call, p99", 5.0)] {
             let row = format!("fork, pool filled, {row}");
             report.target(&row, "hull, ms", report.median(&row, "hull"), at_most(bound));
         }
@@ -145,6 +147,11 @@ pub fn run(
             ratio.map(|(fork, floor)| fork / floor),
             at_most(1.5),
         );
+    }
+    if options.wants("fork-pause") {
+        for touched in TOUCHED {
+            pauses(programs, touched, options.runs.div_ceil(8), report)?;
+        }
     }
     if options.wants("fork-many") {
         many(programs, report)?;
@@ -165,7 +172,7 @@ fn calls(
     let folder = crate::api::folder()?;
     let mut copies = Copies::default();
     let (mut calls, mut outputs, mut pauses) = (Vec::new(), Vec::new(), Vec::new());
-    // The first finds what the guest wrote since it booted, and is thrown away.
+    // The first finds what the guest wrote since it booted, and is thrown away: there is a part for it.
     for run in 0..=runs {
         let console = folder.path().join(run.to_string());
         let body = json!({ "pool": pool.socket, "overrides": [{ "serial_out_path": console }] });
@@ -194,6 +201,89 @@ fn calls(
     report.add(&format!("{what}, to output"), "hull", "ms", outputs);
     report.add(&format!("{what}, parent's pause"), "hull", "ms", pauses);
     Ok(())
+}
+
+/// How long a machine is halted when it is forked first, with so many MiB touched: where its memory is a file, and
+/// where it has to be copied; and the next time, when it has touched as much again.
+fn pauses(programs: &Programs, touched: u32, runs: usize, report: &mut Report) -> Result<()> {
+    let gib = f64::from(touched) / 1024.0;
+    let bound = 10.0 + 80.0 * gib;
+    let row = |what: &str| format!("fork, pause, {touched} MiB {what}");
+    for (what, forkable) in [("of --forkable", true), ("copied", false)] {
+        let (mut first, mut next) = (Vec::new(), Vec::new());
+        for _ in 0..runs.max(3) {
+            let pool = Pool::start(programs, 0)?;
+            let mib = Some(2 * touched + 64);
+            let line = format!("payload=work size=4K dirty={touched}M");
+            let guest = Guest { mib, forkable, ..Guest::new(&line) };
+            let mut machine = Machine::start(programs, System::Hull, &guest, "ready\n")?;
+            let fork = |machine: &mut Machine| -> Result<(f64, f64)> {
+                machine.running.typed("d")?;
+                machine.running.wait_for("dirty\n")?;
+                std::thread::sleep(REST);
+                let body = json!({ "pool": pool.socket, "paused": true }).to_string();
+                let answer = machine.client.told(200, "POST", "/fork", &body)?;
+                let answer: Value = serde_json::from_slice(&answer)?;
+                Copies::default().add(&answer)?;
+                let number = |key: &str| answer[key].as_f64().unwrap_or(f64::NAN);
+                Ok((number("pause_us") / 1e3, number("copied_bytes") / f64::from(1 << 20)))
+            };
+            let (pause, copied) = fork(&mut machine)?;
+            // What is measured is what it says.
+            if (copied >= f64::from(touched)) == forkable {
+                return Err(format!("{copied} MiB were copied").into());
+            }
+            first.push(pause);
+            let (pause, copied) = fork(&mut machine)?;
+            if copied < f64::from(touched) {
+                return Err(format!("{copied} MiB were copied").into());
+            }
+            next.push(pause);
+        }
+        report.add(&row(what), "hull", "ms", first);
+        if forkable {
+            report.add(&row("more, copied"), "hull", "ms", next);
+            let seen = report.median(&row(what), "hull");
+            report.target(&row(what), "hull, ms", seen, Bound::AtMost(bound));
+        }
+    }
+    let unmapped = (0..runs.max(3)).map(|_| unmapping(touched)).collect::<Result<Vec<_>>>()?;
+    report.add(&row("unmapped without a guest"), "floor", "ms", unmapped);
+    Ok(())
+}
+
+/// Milliseconds that the kernel takes to map a file in the place of itself that so many MiB of a process are, with no
+/// guest in them: the rest of a pause is KVM's, and that of whoever asks.
+fn unmapping(mib: u32) -> Result<f64> {
+    let len = (mib as usize) << 20;
+    let failed = || std::io::Error::last_os_error();
+    // SAFETY: a file and a mapping of this function's own, whose pages are touched inside.
+    unsafe {
+        let fd = libc::memfd_create(c"bench".as_ptr(), libc::MFD_CLOEXEC);
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        if fd < 0 || libc::ftruncate(fd, len as libc::off_t) < 0 {
+            return Err(failed().into());
+        }
+        let start = libc::mmap(std::ptr::null_mut(), len, protection, flags, fd, 0);
+        if start == libc::MAP_FAILED {
+            return Err(failed().into());
+        }
+        for page in (0..len).step_by(4096) {
+            start.cast::<u8>().add(page).write_volatile(1);
+        }
+        let begun = Instant::now();
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let mapped = libc::mmap(start, len, protection, flags, fd, 0);
+        let taken = begun.elapsed();
+        libc::munmap(start, len);
+        libc::close(fd);
+        if mapped == libc::MAP_FAILED {
+            Err(failed().into())
+        } else {
+            Ok(taken.as_secs_f64() * 1e3)
+        }
+    }
 }
 
 /// A thousand in one call, alive at once.

@@ -67,7 +67,7 @@ pub struct RunOptions {
     /// Benches to run: boot, kernel50, memory, blk, overlay, vsock, limits, net (or its parts net-send,
     /// net-receive, net-echo), api (or api-start, api-memory, api-latency), snapshot (or
     /// snapshot-load, snapshot-restore, snapshot-full, snapshot-diff, snapshot-speed), fork (or fork-call,
-    /// fork-many). All if none is named.
+    /// fork-pause, fork-many). All if none is named.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Systems to run: hull, firecracker, qemu, floor.
@@ -90,7 +90,7 @@ pub struct RunOptions {
     scratch: Option<PathBuf>,
 }
 
-const BENCHES: [&str; 24] = [
+const BENCHES: [&str; 25] = [
     "boot",
     "kernel50",
     "memory",
@@ -114,6 +114,7 @@ const BENCHES: [&str; 24] = [
     "snapshot-speed",
     "fork",
     "fork-call",
+    "fork-pause",
     "fork-many",
 ];
 

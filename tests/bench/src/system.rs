@@ -98,6 +98,8 @@ pub struct Guest {
     pub kernel: Option<PathBuf>,
     /// RAM in MiB, in place of [`MEMORY_MIB`].
     pub mib: Option<u32>,
+    /// Its RAM is where copies can have it. Hull alone knows that.
+    pub forkable: bool,
     pub command_line: String,
     pub disk: Option<Disk>,
     /// Name of an existing TAP.
@@ -193,6 +195,9 @@ impl Guest {
             "drives": drives,
             "network-interfaces": interfaces,
         });
+        if self.forkable {
+            config["machine-config"]["forkable"] = true.into();
+        }
         if let Some(path) = &self.vsock {
             config["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
         }

@@ -78,11 +78,31 @@ fn what_makes_no_sense_is_refused() {
         post(&server, &body).refused(400, &words);
         assert_eq!(state(&server), "Running");
     }
+    // What can be known before is said of all, and nothing was done.
+    let taps = json!([{ "iface_id": "e", "host_dev_name": "t" }]);
+    let disks = json!([{ "drive_id": "q", "path_on_host": "/x" }]);
+    for (wish, words) in [
+        (json!({ "name": "a/b" }), ["overrides[1].name", "a/b"]),
+        (json!({ "network_overrides": taps }), ["overrides[1].net", "the id e"]),
+        (json!({ "drive_overrides": disks }), ["overrides[1].disk", "the id q"]),
+        (json!({ "vsock_override": { "uds_path": "/x" } }), ["overrides[1].vsock", "no vsock"]),
+    ] {
+        let laps = || server.process.printed().matches("pages=4096").count();
+        let before = laps();
+        // Had anything been done there would be a template, which stands still.
+        let wishes = [json!({ "name": "good" }), wish];
+        let body = json!({ "count": 3, "template": true, "overrides": wishes });
+        post(&server, &body).refused(400, &words);
+        assert_eq!(state(&server), "Running");
+        eventually(|| laps() > before + 1, || "it does not go on".to_owned());
+        assert!(!server.process.printed().contains("lost"));
+        assert_eq!(machines(&family), 2, "{:?}", family.entries());
+    }
     // What is wrong with one of them is that one's.
-    let names = [json!({ "name": "a/b" }), json!({ "name": "good" })];
-    let odd = json!({ "count": 3, "overrides": names });
+    let wishes = [json!({ "netns": "/nowhere" }), json!({ "name": "good" })];
+    let odd = json!({ "count": 3, "overrides": wishes });
     let children = post(&server, &odd).json()["children"].clone();
-    assert!(children[0]["fault_message"].as_str().unwrap().contains("name"), "{children}");
+    assert!(children[0]["fault_message"].as_str().unwrap().contains("/nowhere"), "{children}");
     assert_eq!(children[1]["name"], "good");
     assert!(children[2]["pid"].is_u64());
     let none = |body: Value| {
@@ -90,9 +110,6 @@ fn what_makes_no_sense_is_refused() {
         answer.as_str().unwrap_or_default().to_owned()
     };
     for (wish, word) in [
-        (json!({ "network_overrides": [{ "iface_id": "e", "host_dev_name": "t" }] }), "the id e"),
-        (json!({ "drive_overrides": [{ "drive_id": "q", "path_on_host": "/x" }] }), "the id q"),
-        (json!({ "vsock_override": { "uds_path": "/x" } }), "no vsock"),
         (json!({ "netns": "/nowhere" }), "/nowhere"),
         (json!({ "netns": "/dev/null" }), "/dev/null"),
         (json!({ "serial_out_path": "/nowhere/x" }), "/nowhere/x"),

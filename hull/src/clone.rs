@@ -46,13 +46,17 @@ enum CloneError {
     Unheard,
 }
 
-/// Goes on as a copy of the machine that the other end of standard input hands over. With a shape, standard
-/// input first brings who that is.
+/// Goes on as a copy of the machine that the other end of standard input hands over. With a shape, or
+/// if it was asked for, standard input first brings who that is.
 pub fn clone(args: &CloneArgs, start: Instant) -> Result {
     logging::start(Level::Warn);
     let stream = socket()?;
-    let (stream, hollow) = match args.shape() {
-        None => (stream, None),
+    let (pool, served, hollow) = match args.shape() {
+        None if args.asked => {
+            let served = nursery::served(&stream)?;
+            (Some(stream), served, None)
+        }
+        None => (None, Some(stream), None),
         Some(shape) => {
             let hollow = hollow(shape).inspect_err(|err| {
                 // The pool says it; this process's words go nowhere.
@@ -61,15 +65,14 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
             entry::populate_code();
             // Asked for once.
             snapshot::this_host();
-            match nursery::wait(&stream)? {
-                Some(stream) => (stream, Some(hollow)),
-                // The pool is gone.
-                None => return Ok(Code::SUCCESS),
-            }
+            let served = nursery::wait(&stream)?;
+            (Some(stream), served, Some(hollow))
         }
     };
+    // The pool is gone.
+    let Some(stream) = served else { return Ok(Code::SUCCESS) };
     let heard = fork::hear(&stream);
-    let parent = Parent(Rc::new(RefCell::new(Some(stream))));
+    let parent = Parent { stream: shared(Some(stream)), pool: shared(pool) };
     let served = heard
         .map_err(Into::into)
         .and_then(|notice| serve(&parent, notice, hollow, args.seccomp.into(), start));
@@ -86,26 +89,38 @@ fn hollow(shape: Shape) -> Result<Hollow> {
 
 /// Who has this process made, and hears once what became of it.
 #[derive(Clone)]
-struct Parent(Rc<RefCell<Option<UnixStream>>>);
+struct Parent {
+    stream: Shared,
+    /// Who made this process, and counts it until it has a machine.
+    pool: Shared,
+}
+
+type Shared = Rc<RefCell<Option<UnixStream>>>;
+
+fn shared(stream: Option<UnixStream>) -> Shared {
+    Rc::new(RefCell::new(stream))
+}
 
 impl Parent {
     /// Waits for what it hands over.
     fn receive(&self) -> Result<(Origin, Disks)> {
-        match &*self.0.borrow() {
-            Some(stream) => Ok(fork::receive(stream)?),
-            None => Err(CloneError::NoSocket.into()),
-        }
+        let handed = match &*self.stream.borrow() {
+            Some(stream) => fork::receive(stream)?,
+            None => return Err(CloneError::NoSocket.into()),
+        };
+        self.pool.take();
+        Ok(handed)
     }
 
     /// Nobody waits for an answer.
     fn is_over(&self) -> bool {
-        self.0.borrow().as_ref().is_none_or(fork::is_over)
+        self.stream.borrow().as_ref().is_none_or(fork::is_over)
     }
 
     /// Returns whether somebody was told.
     fn answer(&self, outcome: &Outcome) -> bool {
         // Closed behind it: nobody is kept waiting for an end of file.
-        self.0.take().is_some_and(|stream| fork::answer(&stream, outcome).is_ok())
+        self.stream.take().is_some_and(|stream| fork::answer(&stream, outcome).is_ok())
     }
 }
 

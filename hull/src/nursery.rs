@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use api_server::{ServerError, Socket, SocketFile};
+use rustix::event::{PollFd, PollFlags, poll};
 use vmm::fork;
 use vmm::machine::Shape;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -28,6 +29,8 @@ pub const CLONE: &str = "clone";
 const READY: u8 = 1;
 /// Most bytes of what it says when it will not be.
 const LONGEST_EXCUSE: usize = 1024;
+/// Most processes that serve somebody and have no machine yet.
+const MOST_ASKED: usize = 64;
 /// How long another may take to begin to listen: microseconds, unless the scheduler steps in.
 const TURN: Duration = Duration::from_secs(3);
 
@@ -101,17 +104,59 @@ pub fn admits(stream: &UnixStream) -> bool {
     admitted
 }
 
-/// Has a process of its own serve whoever is at the other end of `stream`.
+/// Has a process of its own serve whoever is at the other end of `stream`. The result is closed when that has a
+/// machine.
 ///
 /// # Errors
 /// There is no process to be had, which the other end is told.
-pub fn spawn(stream: &UnixStream, filter: Seccomp) -> io::Result<()> {
-    let started = stream.try_clone().and_then(|theirs| start(theirs, filter, &[]));
-    if let Err(err) = &started {
+pub fn spawn(stream: &UnixStream, filter: Seccomp) -> io::Result<UnixStream> {
+    let spawned = UnixStream::pair().and_then(|(own, theirs)| {
+        start(theirs, filter, &["--asked"])?;
+        Zygote(own).give(stream)
+    });
+    if let Err(err) = &spawned {
         // Nobody else does.
         let _ = fork::answer(stream, &Err(format!("no process can be made: {err}")));
     }
-    started
+    spawned
+}
+
+/// Processes that serve somebody and have no machine yet, of which there is a most: who asks for processes and says
+/// no more has not any number of them.
+#[derive(Debug, Default)]
+pub struct Asked(Vec<UnixStream>);
+
+impl Asked {
+    /// No other one can be asked.
+    pub fn is_full(&self) -> bool {
+        self.0.len() >= MOST_ASKED
+    }
+
+    /// They are there to be waited for: there is nothing to be read.
+    pub fn fds(&self) -> impl Iterator<Item = PollFd<'_>> {
+        self.0.iter().map(|stream| PollFd::new(stream, PollFlags::empty()))
+    }
+
+    /// Forgets those that have a machine, or ended.
+    pub fn look(&mut self) {
+        self.0.retain(|stream| !fork::is_over(stream));
+    }
+
+    /// Waits until another one can be asked.
+    pub fn wait_for_room(&mut self) {
+        self.look();
+        while self.is_full() {
+            // One that fails waits for nobody, and may be made again.
+            let _ = poll(&mut self.fds().collect::<Vec<_>>(), None);
+            self.look();
+        }
+    }
+}
+
+impl Extend<UnixStream> for Asked {
+    fn extend<T: IntoIterator<Item = UnixStream>>(&mut self, streams: T) {
+        self.0.extend(streams);
+    }
 }
 
 /// A process that has a machine's parts ready and waits for one to be handed over.
@@ -144,13 +189,13 @@ impl Zygote {
         }
     }
 
-    /// Has it serve whoever is at the other end of `stream`.
+    /// Has it serve whoever is at the other end of `stream`. The result is closed when it has a machine.
     ///
     /// # Errors
     /// It is gone.
-    pub fn give(self, stream: &UnixStream) -> io::Result<()> {
-        let sent = self.0.send_with_fd(&[1u8][..], stream.as_raw_fd());
-        sent.map(drop).map_err(io::Error::from)
+    pub fn give(self, stream: &UnixStream) -> io::Result<UnixStream> {
+        self.0.send_with_fd(&[1u8][..], stream.as_raw_fd())?;
+        Ok(self.0)
     }
 }
 
@@ -173,6 +218,14 @@ pub fn apologize(mut pool: &UnixStream, why: &str) {
 /// The pool does not take it, or what comes is no socket.
 pub fn wait(mut pool: &UnixStream) -> io::Result<Option<UnixStream>> {
     pool.write_all(&[READY])?;
+    served(pool)
+}
+
+/// Waits for who is to be served. Nobody if the pool is gone.
+///
+/// # Errors
+/// What comes is no socket.
+pub fn served(pool: &UnixStream) -> io::Result<Option<UnixStream>> {
     match pool.recv_with_fd(&mut [0]) {
         Ok((1, Some(file))) => Ok(Some(UnixStream::from(OwnedFd::from(file)))),
         Ok(_) => Ok(None),

@@ -15,7 +15,7 @@ use crate::cli::{PoolArgs, Result, Seccomp, read_option};
 use crate::exit::Code;
 use crate::keyvalue;
 use crate::logging;
-use crate::nursery::{self, Zygote};
+use crate::nursery::{self, Asked, Zygote};
 
 /// Most processes of one shape.
 const MOST: u32 = 4096;
@@ -137,19 +137,25 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>, filter: Seccomp) -> R
     let mut asking: Vec<(UnixStream, Instant)> = Vec::new();
     // Nobody is let in before.
     let mut deaf = Instant::now();
+    // With as many as there may be nobody else is let in, or given one: they wait.
+    let mut asked = Asked::default();
     loop {
         let now = Instant::now();
+        asked.look();
+        let has_room = !asked.is_full();
         // Who has just begun to speak is heard.
-        asking.retain(|(stream, until)| *until > now || fork::peek(stream).is_some());
+        asking.retain(|(stream, until)| *until > now || fork::has_begun(stream));
         for shelf in &mut shelves {
             shelf.fill(filter, now);
         }
-        let listens = if deaf > now { PollFlags::empty() } else { PollFlags::IN };
+        let listens = if deaf > now || !has_room { PollFlags::empty() } else { PollFlags::IN };
         let mut fds = vec![PollFd::new(listener, listens)];
         // SAFETY: it lives as long as `signals`, which outlives the loop.
         let signal = unsafe { std::os::fd::BorrowedFd::borrow_raw(signals.fd()) };
         fds.push(PollFd::from_borrowed_fd(signal, PollFlags::IN));
-        fds.extend(asking.iter().map(|(stream, _)| PollFd::new(stream, PollFlags::IN)));
+        let speaks = if has_room { PollFlags::IN } else { PollFlags::empty() };
+        fds.extend(asking.iter().map(|(stream, _)| PollFd::new(stream, speaks)));
+        fds.extend(asked.fds());
         let coming = shelves.iter().filter_map(|shelf| shelf.coming.as_ref());
         fds.extend(coming.map(|zygote| PollFd::from_borrowed_fd(zygote.as_fd(), PollFlags::IN)));
         let waits = shelves
@@ -157,7 +163,7 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>, filter: Seccomp) -> R
             .filter(|shelf| shelf.ready.len() < shelf.number && shelf.coming.is_none());
         let next = waits
             .map(|shelf| shelf.not_before)
-            .chain(asking.iter().map(|(_, until)| *until))
+            .chain(asking.iter().map(|(_, until)| *until).filter(|_| has_room))
             .chain((deaf > now).then_some(deaf))
             .min();
         let left = next.map(|next| next.saturating_duration_since(now));
@@ -189,16 +195,24 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>, filter: Seccomp) -> R
         }
         let mut speaking = speaking.into_iter();
         let speaks = |_: &mut (UnixStream, Instant)| speaking.next().unwrap_or_default();
-        for (stream, _) in asking.extract_if(.., speaks) {
-            hand_over(stream, &mut shelves, filter, now);
+        let spoke: Vec<_> = asking.extract_if(.., speaks).collect();
+        for (n, (stream, until)) in spoke.into_iter().enumerate() {
+            if !asked.is_full() {
+                asked.extend(hand_over(stream, &mut shelves, filter, now));
+            } else if !fork::is_over(&stream) {
+                asking.insert(n.min(asking.len()), (stream, until));
+            }
         }
         // No more than can wait at the listener: who waits for a process has one soon, however many come.
         for _ in 0..if connecting { MOST_ASKING } else { 0 } {
+            if asked.is_full() {
+                break;
+            }
             match listener.accept() {
                 Ok((stream, _)) if !nursery::admits(&stream) => {}
                 // Who hands a machine over speaks at once.
                 Ok((stream, _)) if fork::peek(&stream).is_some() => {
-                    hand_over(stream, &mut shelves, filter, now);
+                    asked.extend(hand_over(stream, &mut shelves, filter, now));
                 }
                 Ok((stream, _)) => {
                     if asking.len() >= MOST_ASKING {
@@ -218,23 +232,27 @@ fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>, filter: Seccomp) -> R
     }
 }
 
-/// Gives who connected a process that is ready for it, or else a new one.
-fn hand_over(stream: UnixStream, shelves: &mut [Shelf], filter: Seccomp, now: Instant) {
+/// Gives who connected a process that is ready for it, or else a new one, which is closed when it has a machine.
+fn hand_over(
+    stream: UnixStream,
+    shelves: &mut [Shelf],
+    filter: Seccomp,
+    now: Instant,
+) -> Option<UnixStream> {
     if fork::is_over(&stream) {
         // Somebody looked whether there is a pool, or has not waited for it.
-        return;
+        return None;
     }
     let shape = fork::peek(&stream);
     let shelf = shelves.iter_mut().find(|shelf| Some(shelf.shape) == shape);
     if let Some(shelf) = shelf {
         shelf.not_before = now + REST;
         while let Some(zygote) = shelf.ready.pop() {
-            if zygote.give(&stream).is_ok() {
-                return;
+            if let Ok(asked) = zygote.give(&stream) {
+                return Some(asked);
             }
         }
     }
-    if let Err(error) = nursery::spawn(&stream, filter) {
-        tracing::warn!(%error, "no process can be made");
-    }
+    let spawned = nursery::spawn(&stream, filter);
+    spawned.inspect_err(|error| tracing::warn!(%error, "no process can be made")).ok()
 }

@@ -127,20 +127,25 @@ pub struct Notice {
 /// Says what is about to be handed over.
 ///
 /// # Errors
-/// The other process does not listen.
-pub fn announce(mut stream: &UnixStream, notice: &Notice) -> Result<(), HandOverError> {
+/// The other process does not listen, or has not until `deadline`.
+pub fn announce(
+    stream: &UnixStream,
+    notice: &Notice,
+    deadline: Instant,
+) -> Result<(), HandOverError> {
     let messages = [message(&Shape::of(&notice.config))?, message(notice)?].concat();
-    stream.write_all(&messages).map_err(talk("send to"))
+    send_all(stream, &messages, &[], deadline)
 }
 
 /// Waits for what is about to be handed over.
 ///
 /// # Errors
-/// Nothing comes for some seconds, or what comes makes no sense.
+/// Not all of it comes within some seconds, or what comes makes no sense.
 pub fn hear(stream: &UnixStream) -> Result<Notice, HandOverError> {
-    stream.set_read_timeout(Some(PAUSE)).map_err(talk("receive from"))?;
-    let _: Shape = read_message(Vec::new(), stream)?;
-    read_message(Vec::new(), stream)
+    let deadline = Instant::now() + PAUSE;
+    let mut until = Until { stream, deadline, is_late: false, closes: false };
+    let _: Shape = read_message(Vec::new(), &mut until)?;
+    read_message(Vec::new(), &mut until)
 }
 
 /// What a child says when it runs.
@@ -189,6 +194,17 @@ pub enum HandOverError {
     /// A child took too long.
     #[error("it did not run in time")]
     Late,
+    /// None of those before it ran in time, nor was there a word of any.
+    #[error(
+        "it was not asked for: nothing was heard from {} for {} s. Whoever makes processes there stands still",
+        path.display(), patience.as_secs_f64()
+    )]
+    Stalled {
+        /// The socket.
+        path: PathBuf,
+        /// How long.
+        patience: Duration,
+    },
     /// A child's process is gone.
     #[error("its process ended without a word")]
     Silent,
@@ -262,18 +278,14 @@ impl Seed {
     /// Hands it over, after [`announce`].
     ///
     /// # Errors
-    /// The other process does not take it.
-    pub fn send(&self, stream: &UnixStream) -> Result<(), HandOverError> {
+    /// The other process does not take it, or has not until `deadline`.
+    pub fn send(&self, stream: &UnixStream, deadline: Instant) -> Result<(), HandOverError> {
         let message = message(&())?;
         let fds: Vec<RawFd> = std::iter::once(self.state.as_raw_fd())
             .chain(self.layers.iter().map(|layer| layer.file().as_raw_fd()))
             .chain(self.disks.files().map(|file| file.as_raw_fd()))
             .collect();
-        let sent = stream.send_with_fds(&[&message[..]], &fds);
-        let sent = sent.map_err(|err| talk("send to")(err.into()))?;
-        // Descriptors go with the first byte.
-        let mut stream = stream;
-        stream.write_all(message.get(sent..).unwrap_or_default()).map_err(talk("send to"))
+        send_all(stream, &message, &fds, deadline)
     }
 }
 
@@ -293,6 +305,11 @@ pub fn is_over(stream: &UnixStream) -> bool {
     let hung_up =
         unsafe { libc::poll(&raw mut poll, 1, 0) } == 1 && poll.revents & libc::POLLHUP != 0;
     hung_up || look(stream, &mut [0]).is_some_and(<[u8]>::is_empty)
+}
+
+/// True if something was said that nobody has taken.
+pub fn has_begun(stream: &UnixStream) -> bool {
+    look(stream, &mut [0]).is_some_and(|there| !there.is_empty())
 }
 
 /// The shape of what will be handed over, if that was said: nothing is taken.
@@ -394,16 +411,19 @@ pub fn answer(stream: &UnixStream, outcome: &Outcome) -> Result<(), HandOverErro
 /// # Errors
 /// It ended without a word, or has none until `deadline`.
 pub fn outcome(stream: &UnixStream, deadline: Instant) -> Result<Outcome, HandOverError> {
-    let mut until = Until { stream, deadline, is_late: false };
+    let mut until = Until { stream, deadline, is_late: false, closes: true };
     let outcome = read_message(Vec::new(), &mut until);
     outcome.map_err(|err| if until.is_late { HandOverError::Late } else { err })
 }
 
-/// A stream that is closed when it is too late. (A machine's filters let it poll, and not set options of sockets.)
+/// A stream of which nothing is read when it is too late. (A machine's filters let it poll, and not set options of
+/// sockets.)
 struct Until<'a> {
     stream: &'a UnixStream,
     deadline: Instant,
     is_late: bool,
+    /// The other end cannot say any more that it was in time.
+    closes: bool,
 }
 
 impl Read for &mut Until<'_> {
@@ -413,6 +433,7 @@ impl Read for &mut Until<'_> {
                 Ok(true) => {}
                 // The caller tries again.
                 Err(err) if err.kind() == io::ErrorKind::Interrupted => return Err(err),
+                Ok(false) if !self.closes => return Err(io::ErrorKind::TimedOut.into()),
                 // What was said before counts. Behind it there is an end, for both.
                 over => {
                     self.is_late = over.is_ok();
@@ -435,6 +456,45 @@ fn wait(stream: &UnixStream, events: libc::c_short, deadline: Instant) -> io::Re
         1 => Ok(true),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Sends all of it, descriptors with the first byte. If that takes too long the stream is closed.
+fn send_all(
+    stream: &UnixStream,
+    mut bytes: &[u8],
+    mut fds: &[RawFd],
+    deadline: Instant,
+) -> Result<(), HandOverError> {
+    while !bytes.is_empty() {
+        let sent = match wait(stream, libc::POLLOUT, deadline) {
+            Ok(true) => send(stream, bytes, fds),
+            Ok(false) => {
+                stream.shutdown(Shutdown::Both).map_err(talk("send to"))?;
+                return Err(HandOverError::Late);
+            }
+            Err(err) => Err(err),
+        };
+        match sent {
+            Ok(len) => (bytes, fds) = (bytes.get(len..).unwrap_or_default(), &[]),
+            // There was no room for it after all.
+            Err(err)
+                if matches!(err.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+            }
+            Err(err) => return Err(talk("send to")(err)),
+        }
+    }
+    Ok(())
+}
+
+/// Sends what there is room for, without waiting. (A short message with descriptors has room if anything has.)
+fn send(stream: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<usize> {
+    if !fds.is_empty() {
+        return Ok(stream.send_with_fds(&[bytes], fds)?);
+    }
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the buffer is as long as is said.
+    let len = unsafe { libc::send(stream.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
+    usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
 fn message(what: &impl Serialize) -> Result<Vec<u8>, HandOverError> {

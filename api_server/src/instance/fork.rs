@@ -18,7 +18,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -41,12 +41,13 @@ use crate::types::fork::{ForkParams, Forked};
 const MOST: u32 = 10_000;
 /// Children that are waited for at a time.
 const AT_ONCE: usize = 4;
-/// How long the rest of an answer may be behind its beginning.
-const BREATH: Duration = Duration::from_millis(20);
 /// Pages that are copied without a thread for it.
 const FEW: u64 = 64;
-/// How long one may take to run.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Most milliseconds that one may take to run.
+const LONGEST: u64 = 600_000;
+/// After so long who has no place for another connection is asked again; so long may the rest of an answer be behind
+/// its beginning.
+const BREATH: Duration = Duration::from_millis(5);
 
 fn failed(error: &dyn std::error::Error) -> Fault {
     Fault::bad(format!("Fork error: {}.", chain(error)))
@@ -69,6 +70,9 @@ impl Instance {
         if params.overrides.len() > params.count as usize {
             return Err(Fault::bad("overrides: there are more of them than children."));
         }
+        if !(1..=LONGEST).contains(&params.timeout_ms) {
+            return Err(Fault::bad(format!("timeout_ms: between 1 and {LONGEST} can be waited.")));
+        }
         let pool = params.pool.clone().or_else(|| shared.pool.clone()).ok_or_else(|| {
             Fault::bad("pool: nobody is known who makes processes; name the socket of a pool.")
         })?;
@@ -86,7 +90,10 @@ impl Instance {
         let first = connect_at_once(&pool).map_err(|error| failed(&error))?;
         let mut children = params.children(&config);
         shared.name_children(&mut children);
-        let mut birth = Birth { children, config: portable(config), pool, first };
+        let patience = Duration::from_millis(params.timeout_ms);
+        let config = portable(config);
+        let (heard, is_stalled) = Default::default();
+        let mut birth = Birth { children, config, pool, patience, first, heard, is_stalled };
         birth.announce_first();
         tokio::spawn(saving.fork(params, birth)).await.map_err(|_| Fault::gone())?
     }
@@ -241,16 +248,22 @@ fn no_pool(path: &Path) -> impl FnOnce(io::Error) -> HandOverError {
     move |source| HandOverError::Pool { path, source }
 }
 
-fn connect(pool: &Path) -> Result<UnixStream, HandOverError> {
-    let connected = SocketPath::of(pool).and_then(|short| UnixStream::connect(short.as_path()));
-    connected.map_err(no_pool(pool))
+/// Connects to who makes processes, before `deadline`.
+fn connect(pool: &Path, deadline: Instant) -> Result<UnixStream, HandOverError> {
+    loop {
+        match connect_at_once(pool)? {
+            Some(stream) => return Ok(stream),
+            None if Instant::now() >= deadline => return Err(HandOverError::Late),
+            None => std::thread::sleep(BREATH),
+        }
+    }
 }
 
 /// The same, and nothing if it would have to be waited for.
 fn connect_at_once(pool: &Path) -> Result<Option<UnixStream>, HandOverError> {
     let connected = SocketPath::of(pool).and_then(|short| vsock::connect(short.as_path()));
-    match connected.map(UnixStream::from) {
-        Ok(stream) => stream.set_nonblocking(false).map(|()| Some(stream)).map_err(no_pool(pool)),
+    match connected {
+        Ok(socket) => Ok(Some(socket.into())),
         Err(err) if err.kind() == io::ErrorKind::WouldBlock => Ok(None),
         Err(err) => Err(no_pool(pool)(err)),
     }
@@ -262,8 +275,14 @@ struct Birth {
     /// The machine, as they are told before it is frozen.
     config: VmConfig,
     pool: PathBuf,
+    /// How long one may take to run.
+    patience: Duration,
     /// Who serves the first of them, and was told so: it makes what it can while the machine halts.
     first: Option<UnixStream>,
+    /// Of how many there was a word, or an end.
+    heard: AtomicUsize,
+    /// No others are asked for: of those that were there was not a word.
+    is_stalled: AtomicBool,
 }
 
 impl Birth {
@@ -276,19 +295,21 @@ impl Birth {
     fn announce_first(&mut self) {
         let Some((stream, child)) = self.first.take().zip(self.children.first()) else { return };
         // If it is gone, another is asked for.
-        self.first = fork::announce(&stream, &self.notice(child)).is_ok().then_some(stream);
+        let told = fork::announce(&stream, &self.notice(child), Instant::now());
+        self.first = told.is_ok().then_some(stream);
     }
 
     /// Has one child made.
     fn one(&self, n: usize, child: &Child, seed: &Seed) -> Result<Outcome, HandOverError> {
         let hook = child.hook.as_ref().map_or(Duration::ZERO, Hook::patience);
+        let deadline = Instant::now() + self.patience + hook;
         let give = |stream: &UnixStream| {
-            let sent = seed.send(stream);
+            let sent = seed.send(stream, deadline);
             if sent.is_err() {
                 // Who still waits for it need not any more; who had reason not to take it has said so.
                 let _ = stream.shutdown(Shutdown::Write);
             }
-            let outcome = fork::outcome(stream, Instant::now() + PATIENCE + hook);
+            let outcome = fork::outcome(stream, deadline);
             match (sent, outcome) {
                 (Err(error), Ok(Err(_)) | Err(_)) if !error.is_over() => Err(error),
                 (_, outcome) => outcome,
@@ -301,8 +322,8 @@ impl Birth {
                 outcome => return outcome,
             }
         }
-        let stream = connect(&self.pool)?;
-        fork::announce(&stream, &self.notice(child))?;
+        let stream = connect(&self.pool, deadline)?;
+        fork::announce(&stream, &self.notice(child), deadline)?;
         give(&stream)
     }
 
@@ -319,17 +340,32 @@ impl Birth {
     /// Has the only child made by whoever was told of it, without a thread. Nothing if another has to be asked.
     async fn only_one(&self, seed: &Seed) -> Option<Outcome> {
         let (stream, child) = self.first.as_ref().zip(self.children.first())?;
-        stream.set_nonblocking(true).ok()?;
         let ready = tokio::net::UnixStream::from_std(stream.try_clone().ok()?).ok()?;
-        seed.send(stream).ok()?;
+        seed.send(stream, Instant::now()).ok()?;
         let hook = child.hook.as_ref().map_or(Duration::ZERO, Hook::patience);
-        let _ = tokio::time::timeout(PATIENCE + hook, ready.readable()).await;
+        let _ = tokio::time::timeout(self.patience + hook, ready.readable()).await;
         // What is there was said at once; nothing more is waited for.
         match fork::outcome(stream, Instant::now() + BREATH) {
             // Its process ended before it was needed.
             Err(HandOverError::Silent) => None,
             outcome => Some(outcome.unwrap_or_else(|error| Err(chain(&error)))),
         }
+    }
+
+    /// Has one child made, unless nobody makes any. Who stands still keeps nobody waiting for each of ten thousand.
+    fn one_more(&self, n: usize, child: &Child, seed: &Seed) -> Result<Outcome, HandOverError> {
+        if self.is_stalled.load(Ordering::Relaxed) {
+            let (path, patience) = (self.pool.clone(), self.patience);
+            return Err(HandOverError::Stalled { path, patience });
+        }
+        let before = self.heard.load(Ordering::Relaxed);
+        let outcome = self.one(n, child, seed);
+        if !matches!(outcome, Err(HandOverError::Late)) {
+            self.heard.fetch_add(1, Ordering::Relaxed);
+        } else if self.heard.load(Ordering::Relaxed) == before {
+            self.is_stalled.store(true, Ordering::Relaxed);
+        }
+        outcome
     }
 
     /// Has each child made, some at a time, and says what became of them, in order.
@@ -340,7 +376,8 @@ impl Birth {
             loop {
                 let n = next.fetch_add(1, Ordering::Relaxed);
                 let Some(child) = self.children.get(n) else { return done };
-                done.push((n, self.one(n, child, seed).unwrap_or_else(|error| Err(chain(&error)))));
+                let outcome = self.one_more(n, child, seed);
+                done.push((n, outcome.unwrap_or_else(|error| Err(chain(&error)))));
             }
         };
         let mut all = std::thread::scope(|scope| {

@@ -129,10 +129,19 @@ pub struct ForkParams {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub pool: Option<PathBuf>,
+    /// How long a child may take to run, in milliseconds; the time of its hook comes on top. If one is late and there was
+    /// not a word of any since it was asked for, the others are not asked for any more.
+    #[serde(default = "a_minute")]
+    #[schema(minimum = 1, maximum = 600_000)]
+    pub timeout_ms: u64,
 }
 
 fn one() -> u32 {
     1
+}
+
+fn a_minute() -> u64 {
+    60_000
 }
 
 impl ForkParams {

@@ -76,6 +76,9 @@ pub struct ForkArgs {
     /// Socket of the pool that makes the processes [default: `hull pool`'s, else they are made here]
     #[arg(long, value_name = "SOCKET")]
     pub pool: Option<PathBuf>,
+    /// How long a copy may take to run, in seconds; its hook has its own time [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<f64>,
     /// Make the processes here, with these system call filters: on, log or off [default: the pool's, else on]
     #[arg(long, value_name = "MODE", conflicts_with = "pool")]
     pub seccomp: Option<Seccomp>,
@@ -95,6 +98,8 @@ pub struct CloneArgs {
     pub memory: Option<u64>,
     #[arg(long)]
     pub huge_pages: bool,
+    #[arg(long)]
+    pub asked: bool,
 }
 
 impl CloneArgs {

@@ -10,7 +10,7 @@ use vmm::config::MacAddress;
 use super::{Api, Machine, block_on};
 use crate::cli::{ForkArgs, Result, Seccomp};
 use crate::exit::Code;
-use crate::nursery::{self, ListenError};
+use crate::nursery::{self, Asked, ListenError};
 use crate::runtime;
 use crate::streams;
 use crate::table::Table;
@@ -32,8 +32,8 @@ enum ForkError {
     Pair(&'static str),
     #[error("--mac: {0}")]
     Mac(String),
-    #[error("--hook-timeout: {0} is no time")]
-    Timeout(f64),
+    #[error("{0}: {1} is no time")]
+    Timeout(&'static str, f64),
 }
 
 /// Makes processes for who comes to a socket, which is gone with it.
@@ -50,10 +50,14 @@ impl Maker {
         let (listener, socket) = nursery::listen(&path)?;
         listener.set_nonblocking(false).map_err(ForkError::Thread)?;
         let serve = move || {
-            for stream in listener.incoming() {
-                match stream {
+            let mut asked = Asked::default();
+            loop {
+                asked.wait_for_room();
+                match listener.accept() {
                     // Who asked is told if there is none to be had.
-                    Ok(stream) if nursery::admits(&stream) => drop(nursery::spawn(&stream, filter)),
+                    Ok((stream, _)) if nursery::admits(&stream) => {
+                        asked.extend(nursery::spawn(&stream, filter).ok());
+                    }
                     Ok(_) => {}
                     // Descriptors come back when processes were made.
                     Err(_) => std::thread::sleep(BREATH),
@@ -93,11 +97,14 @@ pub fn fork(args: &ForkArgs) -> Result {
     let pool = there.or_else(|| own.as_ref().map(|maker| maker.0.path().to_owned()));
     let folder =
         args.disks_in.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone()));
-    let body = json!({
+    let mut body = json!({
         "count": args.count, "template": args.template, "paused": args.paused, "pool": pool,
         "drives_dir": folder, "temporary_drives": args.rm,
         "overrides": overrides,
     });
+    if let Some(seconds) = args.timeout {
+        body["timeout_ms"] = millis("--timeout", seconds)?.into();
+    }
     let forked = block_on(async {
         let mut api = Api::connect(&machine, LONG).await?;
         api.post("/fork", &body).await
@@ -120,6 +127,12 @@ fn is_served(path: &Path) -> bool {
     vmm::files::SocketPath::of(path)
         .and_then(|short| std::os::unix::net::UnixStream::connect(short.as_path()))
         .is_ok()
+}
+
+fn millis(option: &'static str, seconds: f64) -> std::result::Result<u64, ForkError> {
+    let time = Duration::try_from_secs_f64(seconds);
+    let millis = time.ok().and_then(|time| u64::try_from(time.as_millis()).ok());
+    millis.ok_or(ForkError::Timeout(option, seconds))
 }
 
 type Pairs = std::result::Result<Vec<Value>, ForkError>;
@@ -165,9 +178,7 @@ fn overrides(args: &ForkArgs) -> std::result::Result<Vec<Value>, ForkError> {
                 hook["hostname"] = numbered(name).into();
             }
             if let Some(seconds) = args.hook_timeout {
-                let time = Duration::try_from_secs_f64(seconds);
-                let time = time.map_err(|_| ForkError::Timeout(seconds))?;
-                hook["timeout_ms"] = json!(time.as_millis() as u64);
+                hook["timeout_ms"] = millis("--hook-timeout", seconds)?.into();
             }
             let ip = |text| {
                 let (id, ip) = pair("--ip", text)?;

@@ -58,6 +58,11 @@ fn pair() -> (UnixStream, UnixStream) {
     (own, theirs)
 }
 
+/// A deadline that is not met only by who stands still.
+fn soon() -> Instant {
+    Instant::now() + PAUSE
+}
+
 fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
@@ -70,7 +75,7 @@ fn notice(name: &str) -> Notice {
 /// What comes of these bytes and descriptors after a notice, behind which there is nothing.
 fn received(bytes: &[u8], fds: &[RawFd]) -> Result<(Origin, Disks), HandOverError> {
     let (own, theirs) = pair();
-    announce(&own, &notice("a")).unwrap();
+    announce(&own, &notice("a"), soon()).unwrap();
     assert_eq!(peek(&theirs), Some(Shape::of(&VmConfig::default())));
     assert_eq!(hear(&theirs).unwrap(), notice("a"));
     let sent = match fds {
@@ -99,8 +104,8 @@ fn what_is_sent_arrives() {
         let notice = notice(&name);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                announce(&own, &notice).unwrap();
-                seed.send(&own).unwrap();
+                announce(&own, &notice, soon()).unwrap();
+                seed.send(&own, soon()).unwrap();
             });
             assert_eq!(hear(&theirs).unwrap(), notice);
             let (origin, disks) = receive(&theirs).unwrap();
@@ -131,12 +136,12 @@ fn what_is_sent_arrives() {
 fn there_is_a_most_of_everything() {
     let most = Seed::new(state(), vec![layer(1, 0..1); MOST_FILES], Disks::default()).unwrap();
     let (own, theirs) = pair();
-    most.send(&own).unwrap();
+    most.send(&own, soon()).unwrap();
     let Source::Layers(layers) = receive(&theirs).unwrap().0.memory else { panic!("no layers") };
     assert_eq!(layers.len(), MOST_FILES);
     let more = Seed::new(state(), vec![layer(1, 0..1); MOST_FILES + 1], Disks::default());
     assert!(matches!(more, Err(HandOverError::Files { layers: 253, files: 0 })), "{more:?}");
-    let long = announce(&own, &notice(&"x".repeat(LONGEST)));
+    let long = announce(&own, &notice(&"x".repeat(LONGEST)), soon());
     assert!(matches!(long, Err(HandOverError::Invalid(_))), "{long:?}");
 }
 
@@ -158,6 +163,46 @@ fn who_says_nothing_is_not_waited_for() {
     let soon = Instant::now() + Duration::from_millis(50);
     assert!(matches!(outcome(&own, soon), Err(HandOverError::Late)));
     assert!(start.elapsed() < PAUSE * 3);
+}
+
+#[test]
+fn who_says_a_little_at_a_time_is_not_waited_for_either() {
+    let (own, theirs) = pair();
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let messages = message(&notice(&"x".repeat(1000))).unwrap();
+            let mut bytes = messages.iter();
+            // As long as somebody listens.
+            while bytes.next().is_some_and(|byte| (&own).write_all(&[*byte]).is_ok()) {
+                std::thread::sleep(PAUSE / 50);
+            }
+        });
+        assert!(hear(&theirs).is_err());
+        assert!(start.elapsed() < PAUSE + Duration::from_secs(2), "{:?}", start.elapsed());
+        // It hears why.
+        answer(&theirs, &Err("late".to_owned())).unwrap();
+        assert_eq!(outcome(&own, soon()).unwrap(), Err("late".to_owned()));
+        drop(theirs);
+    });
+}
+
+#[test]
+fn who_takes_nothing_is_not_waited_for() {
+    let (own, theirs) = pair();
+    let seed = Seed::new(state(), vec![layer(1, 0..1)], Disks::default()).unwrap();
+    let long = notice(&"x".repeat(LONGEST / 2));
+    let start = Instant::now();
+    let in_a_moment = start + Duration::from_millis(50);
+    assert!(matches!(announce(&own, &long, in_a_moment), Err(HandOverError::Late)));
+    let (other, _theirs) = pair();
+    other.set_nonblocking(true).unwrap();
+    while (&other).write(&[0; 4096]).is_ok() {}
+    other.set_nonblocking(false).unwrap();
+    assert!(matches!(seed.send(&other, in_a_moment), Err(HandOverError::Late)));
+    assert!(start.elapsed() < PAUSE);
+    // Nor does who begins later find a whole message.
+    assert!(hear(&theirs).is_err());
 }
 
 #[test]

@@ -72,6 +72,8 @@ fn what_makes_no_sense_is_refused() {
         (json!({ "pool": "/nowhere/pool" }), vec!["/nowhere/pool", "hull pool", "No such file"]),
         (json!({ "pool": family.at("plain") }), vec!["plain", "Connection refused"]),
         (json!({ "counts": 1 }), vec!["counts"]),
+        (json!({ "timeout_ms": 0 }), vec!["timeout_ms", "600000"]),
+        (json!({ "timeout_ms": 600_001 }), vec!["timeout_ms", "600000"]),
         (json!({ "overrides": [{ "names": "x" }] }), vec!["names"]),
     ] {
         fs::write(family.at("plain"), "").unwrap();

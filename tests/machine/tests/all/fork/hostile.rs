@@ -3,12 +3,15 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use machine_tests::{Family, HULL, eventually};
+use serde_json::Value;
 
 use super::{children, fork, fork_at_work, goes_on, kill, pool};
 
@@ -151,6 +154,130 @@ fn who_says_nothing_is_not_waited_for() {
         let (code, text) = cloned(theirs, &[]);
         assert!(code == 1 && text.contains("other process"), "{code} {text}");
     }
+}
+
+#[test]
+fn who_says_a_little_at_a_time_is_not_waited_for_either() {
+    let (own, theirs) = UnixStream::pair().unwrap();
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let bytes = message(&" ".repeat(1000));
+            let mut bytes = bytes.iter();
+            while bytes.next().is_some_and(|byte| (&own).write_all(&[*byte]).is_ok()) {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+        });
+        let (code, text) = cloned(theirs, &[]);
+        assert!(code == 1 && text.contains("timed out"), "{code} {text}");
+        assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    });
+}
+
+/// Most processes that have no machine yet.
+const MOST: usize = 64;
+
+/// So many connect and say this, and not more. There are never more than so many processes, and nobody is refused.
+fn crowd(family: &Family, socket: &Path, count: usize, most: usize, bytes: &[u8]) {
+    let mut streams: Vec<UnixStream> = (0..count)
+        .map(|_| {
+            let mut stream = UnixStream::connect(socket).unwrap();
+            stream.write_all(bytes).unwrap();
+            stream.set_read_timeout(Some(machine_tests::PATIENCE)).unwrap();
+            stream
+        })
+        .collect();
+    let is_over = AtomicBool::new(false);
+    let seen = std::thread::scope(|scope| {
+        let seen = scope.spawn(|| {
+            let mut seen = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                seen = seen.max(family.processes().len());
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            seen
+        });
+        let said: Vec<String> = streams.iter_mut().map(|stream| answer(stream)).collect();
+        is_over.store(true, Ordering::Relaxed);
+        let odd: Vec<_> = said.iter().filter(|said| !said.contains("timed out")).collect();
+        assert!(odd.is_empty(), "{odd:?}");
+        seen.join().unwrap()
+    });
+    // One that has just closed its files may still be there.
+    assert!((most - MOST / 2..most + 8).contains(&seen), "{seen} processes");
+}
+
+#[test]
+fn who_asks_and_says_no_more_has_not_any_number_of_processes() {
+    let family = Family::default();
+    let parent = family.parent("m");
+    let pool = pool(&family, &["--keep", "number=2,memory=64M"], 2);
+    // The parent, the pool, what is ready, and what is being made.
+    crowd(&family, &family.at("hull/.pool"), 300, MOST + 4, b"H");
+    eventually(|| family.processes().len() == 4, || format!("{:?}", family.processes()));
+    for child in fork_at_work(&family, "m", 4, &[]) {
+        kill(&child);
+    }
+    pool.signal(libc::SIGTERM);
+    pool.finish().ok();
+    goes_on(&parent);
+}
+
+#[test]
+fn nor_has_who_asks_a_fork_without_a_pool() {
+    let family = Family::default();
+    let parent = family.parent("m");
+    // As long as it is not answered, it makes processes.
+    parent.signal(libc::SIGSTOP);
+    let forking = family.hull("fork").flag("m").flag("--json").option("-n", "2").start();
+    let socket = family.at(&format!("hull/.fork-{}", forking.id()));
+    eventually(|| UnixStream::connect(&socket).is_ok(), || format!("{:?}", family.entries()));
+    // The parent, and who forks it.
+    crowd(&family, &socket, 150, MOST + 2, b"");
+    parent.signal(libc::SIGCONT);
+    let outcome = forking.finish();
+    assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+    children(&outcome).iter().for_each(kill);
+    goes_on(&parent);
+}
+
+#[test]
+fn a_pool_that_stands_still_is_not_waited_for_again_and_again() {
+    let family = Family::default();
+    let parent = family.parent("m");
+    let pool = pool(&family, &["--keep", "number=2,memory=64M"], 2);
+    let stalled = |words: &[&str]| {
+        let start = Instant::now();
+        let outcome = fork(&family, &[&["m", "--json", "--timeout", "2"], words].concat());
+        let took = start.elapsed();
+        assert_eq!(outcome.code(), 1, "{}", outcome.stderr);
+        let children = children(&outcome);
+        let why = |child: &Value| child["fault_message"].as_str().unwrap().to_owned();
+        let why: Vec<String> = children.iter().map(why).collect();
+        let late = why.iter().filter(|why| why.contains("did not run in time")).count();
+        let others = why.iter().filter(|why| why.contains("stands still")).count();
+        assert!((1..=4).contains(&late) && late + others == why.len(), "{late} {others} {why:?}");
+        assert!((2..15).contains(&took.as_secs()), "{took:?}");
+        goes_on(&parent);
+        why.len()
+    };
+    pool.signal(libc::SIGSTOP);
+    assert_eq!(stalled(&["-n", "10000"]), 10_000);
+    // What was reported as failed does not come later.
+    pool.signal(libc::SIGCONT);
+    for child in fork_at_work(&family, "m", 2, &[]) {
+        kill(&child);
+    }
+    eventually(|| family.processes().len() == 4, || format!("{:?}", family.processes()));
+    // One who does not even let in who is there.
+    let path = family.at("full");
+    let full = UnixListener::bind(&path).unwrap();
+    // SAFETY: takes a descriptor that is open.
+    assert_eq!(unsafe { libc::listen(full.as_raw_fd(), 0) }, 0);
+    assert_eq!(stalled(&["-n", "40", "--pool", path.to_str().unwrap()]), 40);
+    drop(full);
+    fork(&family, &["m", "--timeout=-1"]).failed(&["--timeout"]);
+    fork(&family, &["m", "--timeout", "1e6"]).failed(&["timeout_ms", "600000"]);
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod pool;
 pub mod qcow2;
 mod surroundings;
 mod terminal;
+mod tracer;
 mod trespass;
 
 use std::ffi::OsStr;
@@ -26,6 +27,7 @@ pub use family::{Family, eventually, wait_in_file};
 pub use pool::HugePages;
 pub use surroundings::{NOBODY, Surroundings};
 use terminal::Terminal;
+pub use tracer::{Tracer, injection};
 pub use trespass::{Trespass, trespass};
 
 /// A guest that has not ended by then is killed, and the test fails.

@@ -1,11 +1,10 @@
 //! Processes that die at any step of saving, merging and going on: one of two snapshots is always there, and
 //! other machines go on.
 
-use machine_tests::{Guest, Running};
+use machine_tests::{Guest, Running, Tracer, injection};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use tempfile::TempDir;
 
 /// System calls that change something outside of the process, or make what it goes on from. A process is
@@ -19,38 +18,8 @@ fn beside(guest: &Running, subcommand: &str) -> Guest {
     Guest::hull(subcommand).variable("XDG_RUNTIME_DIR", guest.runtime())
 }
 
-fn inject(step: &str, time: u32) -> String {
-    format!("inject={step}:signal=KILL:when={time}")
-}
-
-/// Follows the threads of a process, and ends it at a step.
-struct Reaper(Child);
-
-impl Reaper {
-    fn attach(guest: &Running, step: &str, time: u32) -> Reaper {
-        let mut strace = Command::new("strace")
-            .args(["-f", "-e", &format!("trace={step}"), "-e", &inject(step, time)])
-            .args(["-o", "/dev/null", "-p", &guest.id().to_string()])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut said = BufReader::new(strace.stderr.take().unwrap());
-        let mut line = String::new();
-        said.read_line(&mut line).unwrap();
-        assert!(line.contains("attached"), "{line}");
-        // It says so of each thread, and must not wait for a reader.
-        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
-        Reaper(strace)
-    }
-}
-
-impl Drop for Reaper {
-    fn drop(&mut self) {
-        // It ends with the process that it follows. One that is told to let go of a process that just dies
-        // waits for ever.
-        let _ = self.0.wait();
-    }
-}
+/// What has a process ended at a step.
+const KILL: &str = "signal=KILL";
 
 /// Pages that a copy of what was saved has.
 fn pages(folder: &Path) -> u32 {
@@ -97,10 +66,10 @@ fn at_each_step(save: impl Fn(&Running, &str) -> bool) -> u32 {
             assert!(snapshot(&guest, &[path]));
             guest.write("dc");
             guest.wait_for("pages=1024");
-            let reaper = Reaper::attach(&guest, step, time);
+            let tracer = Tracer::attach(guest.id(), step, KILL, &time.to_string());
             let done = save(&guest, path);
             guest.signal(libc::SIGKILL);
-            drop(reaper);
+            drop(tracer);
             guest.finish();
             match (done, pages(&saved)) {
                 (_, 1024) => new += 1,
@@ -144,15 +113,7 @@ fn ended_at(step: &str, time: u32, words: &[&str]) -> bool {
     let input = folder.path().join("input");
     fs::write(&input, "q").unwrap();
     let mut strace = Command::new("strace");
-    strace.args([
-        "-f",
-        "-o",
-        "/dev/null",
-        "-e",
-        &format!("trace={step}"),
-        "-e",
-        &inject(step, time),
-    ]);
+    strace.args(injection(step, KILL, &time.to_string())).args(["-o", "/dev/null"]);
     let strace = strace.arg(machine_tests::HULL.as_os_str()).args(words);
     let strace = strace.stdin(File::open(input).unwrap());
     let output = strace.env("XDG_RUNTIME_DIR", folder.path()).output();

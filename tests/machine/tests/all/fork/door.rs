@@ -23,7 +23,7 @@ fn mode(path: &Path) -> u32 {
 fn said(mut stream: UnixStream) -> String {
     stream.set_read_timeout(Some(machine_tests::PATIENCE)).unwrap();
     let mut said = Vec::new();
-    // What was not read of it resets the connection behind what is said.
+    // What was not read of what it said itself resets the connection behind that.
     let _ = stream.read_to_end(&mut said);
     String::from_utf8_lossy(&said).into_owned()
 }

@@ -1,9 +1,6 @@
 //! Processes that are killed, or refused something, at any step of the handing over.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
-
-use machine_tests::{Family, Running, eventually};
+use machine_tests::{Family, Running, Tracer, eventually};
 use serde_json::Value;
 
 use super::{answers, children, fork, goes_on, kill, pool, verb};
@@ -48,36 +45,6 @@ const CHILD: [&str; 14] = [
     "sendto",
 ];
 
-/// Follows a process and those that it makes, and has something happen at a step.
-struct Tracer(Child);
-
-impl Tracer {
-    fn attach(id: u32, steps: &str, what: &str, time: &str) -> Tracer {
-        let mut strace = Command::new("strace")
-            .args(["-f", "-e", &format!("trace={steps}")])
-            .args(["-e", &format!("inject={steps}:{what}:when={time}")])
-            .args(["-o", "/dev/null", "-p", &id.to_string()])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut said = BufReader::new(strace.stderr.take().unwrap());
-        let mut line = String::new();
-        said.read_line(&mut line).unwrap();
-        assert!(line.contains("attached"), "{line}");
-        // It says so of each thread, and must not wait for a reader.
-        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
-        Tracer(strace)
-    }
-}
-
-impl Drop for Tracer {
-    fn drop(&mut self) {
-        // One that is asked to may wait for a process that just dies. Those that it follows go on.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// All that is left are these, which go on, and those that `hull ps` has.
 fn settled(family: &Family, others: usize, names: &[&str]) {
     let mut list = String::new();
@@ -108,6 +75,10 @@ fn end(family: &Family, outcome: &machine_tests::Outcome, count: usize) -> usize
     }
     let children = children(outcome);
     assert_eq!(children.len(), count);
+    for child in children.iter().filter(|child| !child["pid"].is_u64()) {
+        let why = child["fault_message"].as_str().unwrap_or_default();
+        assert!(why.len() > 5, "{child}");
+    }
     let made: Vec<_> = children.iter().filter(|child| child["pid"].is_u64()).collect();
     for child in &made {
         // One may be killed as soon as it has said that it lives.
@@ -125,13 +96,14 @@ fn a_parent_is_killed() {
     let pool = pool(&family, &["--keep", "number=2,memory=64M"], 2);
     let (mut ended, mut done) = (0, 0);
     for step in PARENT {
+        let mut hits = 0;
         for time in [1, 2, 4] {
             let parent = family.parent("m");
             let before = children(&fork(&family, &["m", "--json"]));
             assert_eq!(before[0]["name"], "m-1");
             let tracer = Tracer::attach(parent.id(), step, "signal=KILL", &time.to_string());
             let outcome = fork(&family, &["m", "--json", "-n", "2", "--name", "n-{n}"]);
-            drop(tracer);
+            hits += tracer.end();
             let survived = outcome.code() == 0;
             done += u32::from(survived);
             ended += u32::from(!survived);
@@ -149,6 +121,7 @@ fn a_parent_is_killed() {
                 break;
             }
         }
+        assert!(hits > 0, "{step} is not made");
     }
     assert!(ended > 6 && done > 0, "{ended} times it was killed, {done} times not");
     assert!(pool.printed().is_empty());
@@ -174,11 +147,14 @@ fn a_parent_is_refused_something() {
         ("sendmsg", "ETOOMANYREFS"),
         ("sendmsg", "EPIPE"),
         ("ppoll,poll", "ENOMEM"),
+        // No threads.
+        ("clone3", "EAGAIN"),
     ] {
+        let mut hits = 0;
         for time in ["1", "2", "1+"] {
             let tracer = Tracer::attach(parent.id(), step, &format!("error={error}"), time);
             let outcome = fork(&family, &["m", "--json", "-n", "2"]);
-            drop(tracer);
+            hits += tracer.end();
             failed += u32::from(outcome.code() != 0);
             if (step, time) == ("memfd_create", "1+") {
                 outcome.failed(&["cannot freeze the guest's memory", "Too many open files"]);
@@ -191,32 +167,34 @@ fn a_parent_is_refused_something() {
             assert_eq!(outcome.code(), 0, "{step} {error} {time}: {}", outcome.stdout);
             end(&family, &outcome, 2);
         }
+        assert!(hits > 0, "{step} is not made");
     }
     assert!(failed > 15, "{failed}");
     drop(pool);
 }
 
-/// Forks while a pool, or those that it makes, are killed at a step.
+/// Forks while something happens to a pool, or those that it makes, at a step. Returns how many were made, whether the
+/// pool lives, and how often it happened.
 fn with_pool(
     family: &Family,
     parent: &Running,
     steps: &str,
     what: &str,
     time: u32,
-) -> (usize, bool) {
+) -> (usize, bool, usize) {
     let mut pool = pool(family, &["--keep", "number=1,memory=64M"], 1);
     let tracer = Tracer::attach(pool.id(), steps, what, &time.to_string());
     // The first is ready since before; the others are made under way.
     let outcome = fork(family, &["m", "--json", "-n", "4"]);
     let lives = !pool.has_ended();
-    drop(tracer);
+    let hits = tracer.end();
     let made = end(family, &outcome, 4);
     pool.signal(libc::SIGTERM);
     let code = pool.finish().code();
     assert!(code != 101, "the pool panicked");
     settled(family, 0, &["m"]);
     goes_on(parent);
-    (made, lives)
+    (made, lives, hits)
 }
 
 #[test]
@@ -225,12 +203,15 @@ fn a_pool_is_killed() {
     let parent = family.parent("m");
     let (mut some, mut dead) = (0, 0);
     for steps in POOL {
+        let mut all = 0;
         for time in [1, 2, 5] {
             // Those that it makes are not of this test.
-            let (made, lives) = with_pool(&family, &parent, steps, "signal=KILL", time);
+            let (made, lives, hits) = with_pool(&family, &parent, steps, "signal=KILL", time);
             dead += u32::from(!lives);
             some += u32::from(made > 0);
+            all += hits;
         }
+        assert!(all > 0, "{steps} is not made");
     }
     assert!(some > 3 && dead > 6, "{some} {dead}");
 }
@@ -244,16 +225,19 @@ fn a_pool_is_refused_something() {
         ("recvfrom", "ENOMEM"),
         ("sendmsg", "EPIPE"),
         ("socketpair", "EMFILE"),
-        ("pipe2", "EMFILE"),
+        ("dup2", "EMFILE"),
         ("clone,clone3,vfork,fork", "EAGAIN"),
         ("execve", "ENOMEM"),
         ("setsid", "EPERM"),
     ] {
         let what = format!("error={error}");
+        let mut all = 0;
         for time in [1, 2] {
-            let (_, lives) = with_pool(&family, &parent, steps, &what, time);
+            let (_, lives, hits) = with_pool(&family, &parent, steps, &what, time);
             assert!(lives, "{steps} {error} {time}");
+            all += hits;
         }
+        assert!(all > 0, "{steps} is not made");
     }
 }
 
@@ -263,12 +247,15 @@ fn a_child_is_killed() {
     let parent = family.parent("m");
     let (mut some, mut missing) = (0, 0);
     for steps in CHILD {
+        let mut all = 0;
         for time in [1, 3, 20] {
             // Which the pool is never, that makes none of them so often before it is looked at.
-            let (made, _) = with_pool(&family, &parent, steps, "signal=KILL", time);
+            let (made, _, hits) = with_pool(&family, &parent, steps, "signal=KILL", time);
             some += made;
             missing += 4 - made;
+            all += hits;
         }
+        assert!(all > 0, "{steps} is not made");
     }
     assert!(some > 10 && missing > 20, "{some} were made, {missing} were not");
 }

@@ -391,6 +391,8 @@ pub enum Action {
     },
     /// fdatasync(2) of the whole file.
     Sync,
+    /// fsync(2): its times are on the disk as well, or the names in a folder.
+    SyncAll,
     /// fallocate(2) with this mode over this many bytes.
     Allocate {
         /// FALLOC_FL_* bits.

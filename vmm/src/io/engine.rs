@@ -285,6 +285,7 @@ fn entry(operation: &FileOperation) -> squeue::Entry {
                 .build(),
         },
         Action::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+        Action::SyncAll => opcode::Fsync::new(fd).build(),
         Action::Allocate { mode, len } => {
             opcode::Fallocate::new(fd, *len).offset(offset).mode(*mode).build()
         }
@@ -397,6 +398,10 @@ fn perform(operation: FileOperation) -> io::Result<u32> {
                 // SAFETY: no memory is involved.
                 unsafe { libc::fdatasync(fd) as isize }
             }
+            Action::SyncAll => {
+                // SAFETY: no memory is involved.
+                unsafe { libc::fsync(fd) as isize }
+            }
             Action::Allocate { mode, len } => {
                 let len = libc::off_t::try_from(*len).map_err(invalid)?;
                 // SAFETY: no memory is involved.
@@ -456,6 +461,7 @@ mod tests {
             completion.result
         };
         assert_eq!(run(Action::Sync, 0).unwrap(), 0);
+        assert_eq!(run(Action::SyncAll, 0).unwrap(), 0);
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         assert_eq!(run(Action::Allocate { mode: punch, len: 4096 }, 4096).unwrap(), 0);
         let err = run(Action::Allocate { mode: -1, len: 4096 }, 0).unwrap_err();

@@ -297,11 +297,12 @@ fn submit(run: &mut Run, overlay: &Overlay, reactor: &mut dyn Reactor) {
         run.has_written = !run.bits.is_empty() || !run.note.is_empty();
         overlay.is_being_synced();
     }
-    let sync = |fd| FileOperation { fd, offset: 0, action: Action::Sync };
+    let sync = |fd, action| FileOperation { fd, offset: 0, action };
     let operation = match (run.stage, run.current()) {
-        (Stage::Below, _) => sync(run.below.last().copied().unwrap_or(top)),
+        // An overlay knows its base by its time, too.
+        (Stage::Below, _) => sync(run.below.last().copied().unwrap_or(top), Action::SyncAll),
         (Stage::Bits, Some((offset, page))) => write(overlay, offset, page),
-        _ => sync(top),
+        _ => sync(top, Action::Sync),
     };
     reactor.submit(FLUSH, operation);
 }

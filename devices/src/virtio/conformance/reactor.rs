@@ -180,6 +180,10 @@ fn perform(operation: FileOperation) -> io::Result<u32> {
             // SAFETY: no memory is involved.
             unsafe { libc::fdatasync(fd) as isize }
         }
+        Action::SyncAll => {
+            // SAFETY: no memory is involved.
+            unsafe { libc::fsync(fd) as isize }
+        }
         Action::Allocate { mode, len } => {
             let len = libc::off_t::try_from(len).map_err(invalid)?;
             // SAFETY: no memory is involved.

@@ -312,7 +312,8 @@ fn over_overlay(
     path: &Path,
     fresh: &Path,
 ) -> Result<(Overlay, Base), OverlayError> {
-    let unsynced = overlay.written.load(Ordering::Relaxed) || !overlay.is_saved();
+    // Its time, by which it is known, is in the page cache only although its data were flushed.
+    let unsynced = true;
     let files = readers(overlay.layers.iter())?;
     let under = Under {
         path: path.to_owned(),

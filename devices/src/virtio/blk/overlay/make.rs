@@ -79,7 +79,7 @@ pub(super) fn create_unsynced(
                 file: Arc::clone(&overlay.top_layer().file),
                 header: Some(overlay.header.clone()),
                 size: overlay.len(),
-                unsynced: !overlay.is_saved(),
+                unsynced: true,
             }
         }
         BaseFormat::Raw | BaseFormat::CertainlyRaw => {
@@ -89,7 +89,7 @@ pub(super) fn create_unsynced(
             let disk = DiskFile::open(base, true, false)?;
             let path = fs::canonicalize(base).map_err(failed)?;
             let size = disk.len();
-            Under { path, file: Arc::new(disk.into_file()), header: None, size, unsynced: false }
+            Under { path, file: Arc::new(disk.into_file()), header: None, size, unsynced: true }
         }
     };
     make(path, &under)

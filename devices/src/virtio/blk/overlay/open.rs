@@ -69,25 +69,23 @@ impl Overlay {
         read_only: bool,
         direct: bool,
     ) -> Result<Overlay, OverlayError> {
-        let made = match fs::metadata(path) {
+        match fs::metadata(path) {
             Err(err) if err.kind() == ErrorKind::NotFound => {
                 if read_only {
                     let (path, access) = (path.to_owned(), "reading");
                     return Err(OpenError::Open { path, access, source: err }.into());
                 }
                 match create_unsynced(path, base, BaseFormat::Raw) {
-                    Err(OverlayError::Exists(_)) => false,
-                    created => {
-                        created?;
-                        true
-                    }
+                    Err(OverlayError::Exists(_)) => {}
+                    created => drop(created?),
                 }
             }
-            _ => false,
-        };
+            _ => {}
+        }
         let mut overlay = Overlay::open(path, read_only, direct)?;
         overlay.expect_base(base)?;
-        if made {
+        // Whoever made it may have been killed before it flushed anything.
+        if !read_only {
             let folder = File::open(folder_of(path));
             let failed = |source| OverlayError::File {
                 verb: "open the folder of",

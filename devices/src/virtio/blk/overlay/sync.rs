@@ -60,6 +60,7 @@ impl Note {
 
 impl Overlay {
     /// True if a flush has only to sync the top.
+    #[cfg(test)]
     pub(in crate::virtio::blk) fn is_saved(&self) -> bool {
         self.is_base_synced() && !self.bitmap.has(UNSAVED)
     }
@@ -190,7 +191,7 @@ impl Overlay {
         let mut below = Bits::default();
         if !self.is_base_synced() {
             for fd in self.unsynced_below() {
-                sync(fd)?;
+                sync_all(fd)?;
             }
             below = self.base_is_synced();
         }
@@ -232,6 +233,15 @@ fn aligned(bytes: &[u8]) -> Box<Aligned> {
 pub(super) fn sync(fd: RawFd) -> io::Result<()> {
     // SAFETY: no memory is involved.
     match unsafe { libc::fdatasync(fd) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// With times of files, by which an overlay knows its base, and names in folders.
+fn sync_all(fd: RawFd) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    match unsafe { libc::fsync(fd) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

@@ -422,3 +422,5 @@ mod model;
 mod power;
 #[path = "tests/survival.rs"]
 mod survival;
+#[path = "tests/tree.rs"]
+mod tree;

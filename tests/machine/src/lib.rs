@@ -6,6 +6,7 @@
 mod family;
 mod pool;
 pub mod qcow2;
+mod sharing;
 mod surroundings;
 mod terminal;
 mod tracer;
@@ -25,6 +26,7 @@ use tempfile::TempDir;
 
 pub use family::{Family, eventually, wait_in_file};
 pub use pool::HugePages;
+pub use sharing::where_files_share_data;
 pub use surroundings::{NOBODY, Surroundings};
 use terminal::Terminal;
 pub use tracer::{Tracer, injection};

@@ -41,12 +41,19 @@ fn last_stamp(text: &str) -> u64 {
 /// The disk at `path` has each block as the guest of `text` flushed it last, or as it wrote it since, as a whole
 /// file; so many are as they were flushed.
 fn has_what_was_flushed(family: &Family, path: &Path, text: &str) {
-    assert!(!text.contains("lost"), "{text}");
     let raw = family.at("raw");
     let _ = fs::remove_file(&raw);
     let (path, output) = (path.to_str().unwrap(), raw.to_str().unwrap());
     assert_eq!(verb(family, &["disk", "commit", path, "--output", output]).code(), 0);
-    let raw = fs::File::open(raw).unwrap();
+    raw_has_what_was_flushed(&raw, text);
+}
+
+/// The same of a raw disk.
+fn raw_has_what_was_flushed(path: &Path, text: &str) {
+    assert!(!text.contains("lost"), "{text}");
+    let raw = fs::File::open(path).unwrap();
+    assert_eq!(raw.metadata().unwrap().len(), SIZE);
+    let path = path.display();
     let stamp = last_stamp(text);
     let mut newer = None;
     for block in 0..BLOCKS {
@@ -229,4 +236,41 @@ fn a_machine_with_overlays_is_saved_and_goes_on() {
     assert_eq!(verb(&family, &["snapshot", "web-1", folder, "--stop"]).code(), 0);
     // One that was saved still needs its disk.
     assert!(disk(&all[0]).exists(), "{:?}", copies(&family));
+}
+
+#[test]
+fn where_files_share_data_each_has_a_raw_disk() {
+    let family = Family::default();
+    let shared = family.at("shared");
+    machine_tests::where_files_share_data(&shared, || {
+        let base = shared.join("d.img");
+        let mut parent = parent(&family, "web", &base);
+        let first = fork_at_work(&family, "web", 3, &[]);
+        let second = fork_at_work(&family, "web-2", 2, &[]);
+        goes_on(&parent);
+        let all: Vec<_> = first.iter().chain(&second).collect();
+        let mut files: Vec<_> = all.iter().map(|child| disk(child)).collect();
+        files.push(base.clone());
+        files.sort();
+        files.dedup();
+        assert_eq!(files.len(), 6);
+        assert!(files.iter().all(|file| file.extension().unwrap() == "img"), "{files:?}");
+        // And there is no other: no overlay, and nothing that was made on the way.
+        let mut found: Vec<_> =
+            fs::read_dir(&shared).unwrap().map(|entry| entry.unwrap().path()).collect();
+        found.sort();
+        assert_eq!(found, files);
+        for (n, child) in all.iter().enumerate() {
+            kill(child);
+            let name = child["name"].as_str().unwrap();
+            raw_has_what_was_flushed(&disk(child), &text(&family, name));
+            for other in &all[n + 1..] {
+                is_intact(&family, other["name"].as_str().unwrap());
+            }
+            goes_on(&parent);
+        }
+        parent.write("q");
+        let outcome = parent.finish();
+        raw_has_what_was_flushed(&base, outcome.ok());
+    });
 }

@@ -7,6 +7,10 @@
 //!
 //! - `who`: `NAME=VALUE…`, who the guest is and what it draws from /dev/urandom right then;
 //! - `draw`: draws random numbers from then on, again and again, until some time after the host name changed;
+//! - `write`: makes a file on the disk at `/mnt` that is called like the guest, of [`FILE`] bytes that are not known before, and
+//!   says of what seed;
+//! - `read NAME SEED`: whether that file has these bytes, on the disk and not only in memory;
+//! - `part`: lets go of that disk;
 //! - `drawn`: what was drawn last, a line of `TIME NUMBER` for each, and `renamed TIME`.
 //!
 //! Times are nanoseconds of `CLOCK_MONOTONIC`.
@@ -33,6 +37,8 @@ pub const RESEEDED: &str = "crng reseeded due to virtual machine fork";
 /// Bytes that are held.
 const HELD: usize = 32 << 20;
 const SEED: u64 = 77;
+/// Bytes of a file that is written.
+pub const FILE: usize = 1 << 20;
 /// Time between two draws.
 const INTERVAL: u64 = 100_000;
 /// Draws that are kept, and those that are made after the host name changed.
@@ -76,7 +82,8 @@ impl Warm {
     fn answer(self: &Arc<Warm>, stream: File) -> io::Result<()> {
         let mut line = String::new();
         BufReader::new((&stream).take(64)).read_line(&mut line)?;
-        let answer = match line.trim_end() {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let answer = match words.join(" ").as_str() {
             "who" => self.who()?,
             "draw" => {
                 let warm = Arc::clone(self);
@@ -85,7 +92,12 @@ impl Warm {
                 "drawing\n".to_owned()
             }
             "drawn" => self.drawn(),
-            other => format!("what is {other:?}?\n"),
+            "write" => write()?,
+            "part" => part()?,
+            other => match words.as_slice() {
+                ["read", name, seed] => read(name, seed)?,
+                _ => format!("what is {other:?}?\n"),
+            },
         };
         (&stream).write_all(answer.as_bytes())
     }
@@ -142,6 +154,32 @@ impl Warm {
             all.push_str(&format!("renamed {time}\n"));
         }
         all
+    }
+}
+
+fn write() -> io::Result<String> {
+    let mut seed = [0; 8];
+    File::open("/dev/urandom")?.read_exact(&mut seed)?;
+    let seed = u64::from_le_bytes(seed);
+    let mut file = File::create_new(format!("/mnt/{}", name()?))?;
+    file.write_all(&Pattern::bytes(seed, FILE))?;
+    file.sync_all()?;
+    File::open("/mnt")?.sync_all()?;
+    Ok(format!("seed={seed}\n"))
+}
+
+fn read(name: &str, seed: &str) -> io::Result<String> {
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    let found = fs::read(format!("/mnt/{name}"))?;
+    let mut wanted = Pattern::new(seed.parse().map_err(io::Error::other)?);
+    Ok(format!("intact={}\n", found.len() == FILE && wanted.continues_with(&found)))
+}
+
+fn part() -> io::Result<String> {
+    // SAFETY: a text that ends in NUL.
+    match unsafe { libc::umount(c"/mnt".as_ptr()) } {
+        0 => Ok("parted\n".to_owned()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Copies of a machine that runs, and what their guests know of it. What the guest is at is in [`crate::warm`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -12,8 +13,9 @@ use serde_json::Value;
 use super::snapshot::healthy;
 use super::{Case, check, vsock};
 use crate::guest::{Failure, Guest, Machine, STEP};
+use crate::pattern::Pattern;
 use crate::site::{Network, Site};
-use crate::warm::PORT;
+use crate::warm::{FILE, PORT};
 
 pub const CASES: &[(&str, Case)] = &[("fork::copies_know_who_they_are", copies_know_who_they_are)];
 
@@ -54,20 +56,26 @@ fn run(command: &mut Command) -> Result<Vec<u8>, Failure> {
 fn forked(site: &Site, network: Network) -> Result<(), Failure> {
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("v");
+    let image = folder.path().join("data");
+    fs::copy(site.file("root.ext4"), &image)?;
     let mut guest = Machine::with_kernel(site, "generic.vmlinuz", "hooked.initramfs")?
         .memory("192M")
         .option("--name", "warm")
         .disk(&vsock::program(folder.path())?, ",ro")
+        .disk(&image, "")
         .option("--net", format!("tap={},mac=06:00:00:00:ff:ff", testnet::NAME))
         .option("--vsock", format!("path={},cid=42", socket.display()))
         .cmdline(network.cmdline())
         .boot()?;
     vsock::prepare(&mut guest, "vda")?;
+    guest.run("mount -t ext4 /dev/vdb /mnt")?;
     guest.run("/tmp/peer warm >/dev/null & /bin/guest-hook >/tmp/hook 2>&1 & :")?;
     guest.run("while ! busybox grep -q listening /tmp/hook; do sleep 0.1; done")?;
     // Of a time that no copy may have, and its log empty but for what comes.
     guest.run("busybox date -s @1000000000 >/dev/null; dmesg -c >/dev/null")?;
     let parent = over_network(&network.guest(), "who")?;
+
+    let mut disks = Disks::of("hull", &socket)?;
 
     ask_vsock(&socket, "draw")?;
     let drawing = Copies::fork(site, &guest, COPIES, DRAWING)?;
@@ -105,7 +113,13 @@ fn forked(site: &Site, network: Network) -> Result<(), Failure> {
     }
     check(all.len() == COPIES, || format!("{} names", all.len()))?;
     check(random.len() == 2 * COPIES + 1, || format!("{} random numbers", random.len()))?;
+    disks.diverge(&copies, &socket)?;
+    let files: Vec<_> = copies.0.iter().map(|copy| (copy.number, copy.disk.clone())).collect();
     drop(copies);
+    for (number, file) in files {
+        disks.are_apart(site, &format!("host-{number}"), &file)?;
+    }
+    check(disks.has(&socket, "hull")?, || "the parent's file changed".into())?;
 
     // The machine itself is none.
     let log = healthy(&mut guest)?;
@@ -117,12 +131,88 @@ fn forked(site: &Site, network: Network) -> Result<(), Failure> {
     guest.power_off()
 }
 
+/// Files that guests wrote to their disks, by the names of both.
+struct Disks(BTreeMap<String, u64>);
+
+impl Disks {
+    /// With that of one guest, from before there are others.
+    fn of(name: &str, socket: &Path) -> Result<Disks, Failure> {
+        let mut disks = Disks(BTreeMap::new());
+        disks.write(name, socket)?;
+        Ok(disks)
+    }
+
+    fn write(&mut self, name: &str, socket: &Path) -> Result<(), Failure> {
+        let answer = ask_vsock(socket, "write")?;
+        let seed = value(&fields(&answer), "seed")?.parse()?;
+        self.0.insert(name.to_owned(), seed);
+        check(self.has(socket, name)?, || format!("{name} does not read what it wrote"))
+    }
+
+    /// The guest has that file, as it was written.
+    fn has(&self, socket: &Path, name: &str) -> Result<bool, Failure> {
+        let answer = ask_vsock(socket, &format!("read {name} {}", self.0[name]))?;
+        Ok(answer.trim() == "intact=true")
+    }
+
+    /// Each copy writes one, which no other has, and lets its disk go.
+    fn diverge(&mut self, copies: &Copies, socket: &Path) -> Result<(), Failure> {
+        for copy in &copies.0 {
+            self.write(&format!("host-{}", copy.number), &copy.socket(socket))?;
+        }
+        for copy in &copies.0 {
+            let (own, socket) = (format!("host-{}", copy.number), copy.socket(socket));
+            for name in [&own, "hull"] {
+                check(self.has(&socket, name)?, || format!("{own}: {name} changed"))?;
+            }
+            for name in self.0.keys().filter(|name| **name != own && *name != "hull") {
+                // It cannot open it.
+                let answer = ask_vsock(&socket, &format!("read {name} 0"))?;
+                check(answer.is_empty(), || format!("{own} has {name}: {answer}"))?;
+            }
+            let answer = ask_vsock(&socket, "part")?;
+            check(answer.trim() == "parted", || format!("{own} keeps its disk: {answer}"))?;
+        }
+        Ok(())
+    }
+
+    /// The disk of the guest called `name`, which is gone, is whole, and has its own file and the one from before
+    /// and none of any other.
+    fn are_apart(&self, site: &Site, name: &str, disk: &Path) -> Result<(), Failure> {
+        const BLOCK: usize = 1024;
+        let raw = disk.with_extension("raw");
+        let deadline = Instant::now() + STEP;
+        // It is in use until the last thread of its machine is gone.
+        loop {
+            let mut command = Command::new(&site.hull);
+            let output =
+                command.args(["disk", "commit"]).arg(disk).arg("--output").arg(&raw).output()?;
+            if output.status.success() {
+                break;
+            }
+            check(Instant::now() < deadline, || format!("{command:?}: {output:?}"))?;
+        }
+        run(Command::new(site.file("e2fsck")).args(["-f", "-n"]).arg(&raw))?;
+        let bytes = fs::read(&raw)?;
+        let blocks: HashSet<&[u8]> = bytes.chunks(BLOCK).collect();
+        for (of, seed) in &self.0 {
+            let file = Pattern::bytes(*seed, FILE);
+            let found = file.chunks(BLOCK).filter(|block| blocks.contains(block)).count();
+            let wanted = if of == name || of == "hull" { FILE / BLOCK } else { 0 };
+            check(found == wanted, || format!("{found} of {wanted} blocks of {of} in {name}"))?;
+        }
+        fs::remove_file(raw)?;
+        Ok(())
+    }
+}
+
 /// A copy.
 struct Copy {
     number: usize,
     name: String,
     pid: i32,
     ready_us: u64,
+    disk: PathBuf,
 }
 
 impl Copy {
@@ -164,7 +254,8 @@ impl Copies {
             let name = child["name"].as_str().unwrap_or_default().to_owned();
             let (pid, ready_us) = (child["pid"].as_i64(), child["ready_us"].as_u64());
             let (Some(pid), Some(ready_us)) = (pid, ready_us) else { continue };
-            copies.0.push(Copy { number, name, pid: pid as i32, ready_us });
+            let disk = child["drives"][0]["path_on_host"].as_str().unwrap_or_default().into();
+            copies.0.push(Copy { number, name, pid: pid as i32, ready_us, disk });
         }
         check(output.status.success() && copies.0.len() == count, || {
             guest

@@ -144,7 +144,7 @@ fn each_setting() {
             "/boot-source": { "kernel_image_path": &*PAYLOAD, "initrd_path": at("initrd"),
                 "boot_args": "payload=spin say=1" },
             "/machine-config": { "vcpu_count": 2, "smt": true, "mem_size_mib": 96,
-                "track_dirty_pages": true },
+                "track_dirty_pages": true, "forkable": true },
             "/cpu-config": {
                 "kvm_capabilities": ["3"],
                 "cpuid_modifiers": [{ "leaf": "0x1", "subleaf": "0x0", "flags": 0,

@@ -1,10 +1,12 @@
 //! Copies of a running machine: how long until one runs, and what a thousand cost.
 
 use crate::report::{Bound, Report};
-use crate::snapshot::machine::Machine;
+use crate::snapshot::machine::{Machine, Saved};
+use crate::snapshot::{TALKER, TALKS};
 use crate::system::{Guest, Programs, System};
 use crate::{Result, RunOptions};
 use serde_json::{Value, json};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -22,6 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Copies that are alive at once.
 const MANY: u32 = 1000;
 
+const PREMADE: &str = "process made beforehand, told to output";
 const FLOOR: &str = "restore 128 MiB, exec to output";
 
 /// A pool, ended when dropped.
@@ -131,6 +134,7 @@ pub fn run(
         if systems.contains(&System::Floor) && report.median(FLOOR, "floor").is_none() {
             crate::snapshot::restore_floor(programs, options.runs.div_ceil(2), report)?;
         }
+        premade(programs, options.runs, report)?;
         for (what, ready) in [("fork, pool filled", true), ("fork, no pool", false)] {
             calls(programs, what, ready, options.runs, report)?;
         }
@@ -139,6 +143,10 @@ pub fn run(
             let row = format!("fork, pool filled, {row}");
             report.target(&row, "hull, ms", report.median(&row, "hull"), at_most(bound));
         }
+        let row = "fork, pool filled, to output";
+        let ratio = report.median(row, "hull").zip(report.median(PREMADE, "floor"));
+        let ratio = ratio.map(|(fork, floor)| fork / floor);
+        report.target(row, "÷ pre-made floor", ratio, at_most(2.0));
         let row = "fork, no pool, to output";
         let ratio = report.median(row, "hull").zip(report.median(FLOOR, "floor"));
         report.target(
@@ -156,6 +164,39 @@ pub fn run(
     if options.wants("fork-many") {
         many(programs, report)?;
     }
+    Ok(())
+}
+
+/// The least that is left to do for a process that was made beforehand: it has a VM, a slot and a vCPU, and maps
+/// memory, sets state, and runs to its first byte.
+fn premade(programs: &Programs, runs: usize, report: &mut Report) -> Result<()> {
+    let guest = Guest { mib: Some(MIB), ..Guest::new(TALKER) };
+    let saved = Saved::of(programs, System::Floor, &guest, TALKS)?;
+    let mut times = Vec::new();
+    for _ in 0..runs {
+        let mut child = Command::new(&programs.floor)
+            .arg("adopt")
+            .arg(saved.folder())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let told = child.stdin.take().zip(child.stdout.take());
+        let time = told.ok_or("no pipes".into()).and_then(|(mut tell, mut says)| {
+            let mut byte = [0];
+            says.read_exact(&mut byte)?;
+            std::thread::sleep(REST);
+            let begun = Instant::now();
+            tell.write_all(b"g")?;
+            says.read_exact(&mut byte)?;
+            Ok(begun.elapsed().as_secs_f64() * 1e3)
+        });
+        // It would go on for ever.
+        let _ = child.kill();
+        let _ = child.wait();
+        let time: Result<f64> = time;
+        times.push(time?);
+    }
+    report.add(PREMADE, "floor", "ms", times);
     Ok(())
 }
 

@@ -42,6 +42,18 @@ impl Memory {
         Ok(Memory { host: host.cast(), length })
     }
 
+    /// Puts a file of this length in its place, whose pages the guest writes to copies of.
+    pub fn replace(&self, file: &File) -> Result<()> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let (host, file) = (self.host.cast(), file.as_raw_fd());
+        // SAFETY: all of a mapping of this process, to which nobody has a reference.
+        match unsafe { libc::mmap(host, self.length, protection, flags, file, 0) } {
+            libc::MAP_FAILED => Err(std::io::Error::last_os_error().into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Guest memory before the guest runs, so before anyone else writes to it.
     pub fn slice(&mut self, address: u64, length: usize) -> Result<&mut [u8]> {
         let end = usize::try_from(address)?.checked_add(length).ok_or("address overflow")?;

@@ -7,6 +7,8 @@
 //! - `floor save PAYLOAD MIB COMMAND-LINE FOLDER` runs the payload to the end of its first line, and
 //!   leaves its memory and its state in two files of the folder.
 //! - `floor restore FOLDER` makes a VM that goes on from there, and passes on the first byte it writes.
+//! - `floor adopt FOLDER` makes a VM, says so, and goes on from there when it is told to: what a process that
+//!   was made beforehand has left to do.
 //! - `floor pread FILE SIZE COUNT BUFFERS [direct]` reads at random offsets, into each of that many
 //!   buffers in turn, and prints ticks per read.
 //! - `floor pwrite FILE SIZE COUNT FLUSH [direct]` writes likewise, with an fdatasync every FLUSH.
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
             saved::save(payload, mib, command_line, folder)
         }
         ["restore", folder] => saved::restore(folder),
+        ["adopt", folder] => saved::adopt(folder),
         ["pread", file, size, count, buffers] => {
             io::read_at_random(file, size, count, buffers, false)
         }
@@ -46,7 +49,7 @@ fn main() -> ExitCode {
         ["tapwrite", name, size, count] => io::send_frames(name, size, count),
         _ => Err(
             "usage: floor boot PAYLOAD MIB COMMAND-LINE | save PAYLOAD MIB COMMAND-LINE FOLDER | \
-                  restore FOLDER | pread FILE SIZE COUNT BUFFERS [direct] | \
+                  restore FOLDER | adopt FOLDER | pread FILE SIZE COUNT BUFFERS [direct] | \
                   pwrite FILE SIZE COUNT FLUSH [direct] | tapwrite NAME SIZE COUNT"
                 .into(),
         ),

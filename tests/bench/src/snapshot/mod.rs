@@ -16,9 +16,9 @@ use machine::Saved;
 /// A guest that prints line ends without end: it is heard as soon as it goes on, and a monitor that
 /// waits for whole lines does not. The ticks between two are few for that, and enough for a pipe to
 /// hold what it prints until it is paused.
-const TALKER: &str = "payload=spin say=1 byte=10 every=20000";
+pub const TALKER: &str = "payload=spin say=1 byte=10 every=20000";
 /// What it prints first.
-const TALKS: &str = "hello\n";
+pub const TALKS: &str = "hello\n";
 /// What it prints from then on.
 const LINE_END: u8 = b'\n';
 /// What a guest prints that does what is typed from then on.

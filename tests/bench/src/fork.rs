@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Copies that are alive at once.
 const MANY: u32 = 1000;
 
-const PREMADE: &str = "process made beforehand, told to output";
+const PREMADE: &str = "process made beforehand, told to output, least";
 const FLOOR: &str = "restore 128 MiB, exec to output";
 
 /// A pool, ended when dropped.
@@ -145,10 +145,6 @@ pub fn run(
             let row = format!("fork, pool filled, {row}");
             report.target(&row, "hull, ms", report.median(&row, "hull"), at_most(bound));
         }
-        let row = "fork, pool filled, to output";
-        let ratio = report.median(row, "hull").zip(report.median(PREMADE, "floor"));
-        let ratio = ratio.map(|(fork, floor)| fork / floor);
-        report.target(row, "÷ pre-made floor", ratio, at_most(2.0));
         let row = "fork, no pool, to output";
         let ratio = report.median(row, "hull").zip(report.median(FLOOR, "floor"));
         report.target(
@@ -198,7 +194,9 @@ fn premade(programs: &Programs, runs: usize, report: &mut Report) -> Result<()> 
         let time: Result<f64> = time;
         times.push(time?);
     }
-    report.add(PREMADE, "floor", "ms", times);
+    // A process that wakes where another computes waits for its turn, which has nothing to do with it.
+    let least = times.into_iter().fold(f64::INFINITY, f64::min);
+    report.add(PREMADE, "floor", "ms", vec![least]);
     Ok(())
 }
 

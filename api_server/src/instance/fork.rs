@@ -123,12 +123,13 @@ impl Saving {
         // The next may be made meanwhile.
         drop(self);
         let (birth, seed, copied_bytes) = planted?;
-        let children = birth.deliver(seed).await?;
-        if !resume && was_running && children.iter().all(Result::is_err) {
+        let children = birth.deliver(seed).await;
+        let are_none = |children: &Vec<Outcome>| children.iter().all(Result::is_err);
+        if !resume && was_running && children.as_ref().map_or(true, are_none) {
             // It is nobody's template.
             handle.send(Command::Resume, Box::new(drop));
         }
-        let children = children.into_iter().map(Into::into).collect();
+        let children = children?.into_iter().map(Into::into).collect();
         let pause_us = goes_on.await.map_err(|_| Fault::gone())?;
         Ok(Forked { children, pause_us, copied_bytes, drives })
     }

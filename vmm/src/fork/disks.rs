@@ -5,7 +5,7 @@
 //!     halted: Disks::freeze
 //!       each disk ──> Base (open files) ──────> Disks::copy: an overlay of its own over them,
 //!                 └─> fresh overlay             or a file that the file system copies
-//!     Disks::switch: goes on with those
+//!     Switch::done: goes on with those
 //! ```
 //!
 //! A disk that is only read is opened by its path, by each for itself.
@@ -136,11 +136,6 @@ impl Disks {
             all.0.push(Disk { name: name.clone(), known_as, base });
         }
         Ok((all, switch))
-    }
-
-    /// Names of these disks.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(|disk| disk.name.as_str())
     }
 
     /// How they are handed over; their files follow one another in the order of [`Disks::files`].

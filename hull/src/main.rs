@@ -26,6 +26,7 @@ mod report;
 mod restore;
 mod run;
 mod runtime;
+mod saved;
 mod session;
 mod snapshots;
 mod spinner;

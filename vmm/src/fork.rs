@@ -16,6 +16,7 @@
 //! the layers, the lowest first, and those of the files that disks stand on. Which pages a layer has is in the state
 //! (owner `memory`, kind `layers`), and so is which files are whose (owner `disks`, kind `bases`).
 
+mod birth;
 pub mod disks;
 
 use std::fs::File;
@@ -33,8 +34,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+pub use self::birth::Birth;
 use self::disks::Disks;
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, LONGEST_NAME, VmConfig};
 use crate::hook::{self, Hook};
 use crate::machine::{Origin, Shape, Source};
 use crate::memory::{Layer, sealed_copy};
@@ -89,6 +91,23 @@ pub struct Child {
 }
 
 impl Child {
+    /// Gives those of `children` that have no name the one of `machine` and a number, from behind `last` on, which is
+    /// the last one that was given then.
+    pub fn name(children: &mut [Child], machine: &str, last: &mut u64) {
+        for child in children.iter_mut().filter(|child| child.name.is_none()) {
+            *last += 1;
+            let number = format!("-{last}");
+            let most = LONGEST_NAME.saturating_sub(number.len());
+            child.name = Some(machine.chars().take(most).collect::<String>() + &number);
+            child.named_by_number = true;
+        }
+    }
+
+    /// True if it has a disk of its own in the place of the one called `disk`.
+    pub(crate) fn brings(&self, disk: &str) -> bool {
+        self.overrides.disks.iter().any(|(name, _)| name == disk)
+    }
+
     /// That it can be had, as far as that can be said of a machine of `config` without any effect.
     ///
     /// # Errors

@@ -11,6 +11,12 @@ use vmm::hook::{Addresses, Hook};
 use vmm::snapshot::Overrides;
 
 use super::snapshot::{DriveOverride, NetworkOverride, VsockOverride};
+use crate::fault::{Fault, chain};
+
+/// Most children of one request.
+const MOST: u32 = 10_000;
+/// Most milliseconds that one may take to run.
+const LONGEST: u64 = 600_000;
 
 /// What a child has otherwise than its parent.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -146,7 +152,32 @@ fn a_minute() -> u64 {
 
 impl ForkParams {
     /// What each child of the machine of `config` is to be.
-    pub fn children(&self, config: &VmConfig) -> Vec<Child> {
+    ///
+    /// # Errors
+    /// There can be none of that.
+    pub fn children(&self, config: &VmConfig) -> Result<Vec<Child>, Fault> {
+        if !(1..=MOST).contains(&self.count) {
+            return Err(Fault::bad(format!("count: between 1 and {MOST} children are made.")));
+        }
+        if self.overrides.len() > self.count as usize {
+            return Err(Fault::bad("overrides: there are more of them than children."));
+        }
+        if !(1..=LONGEST).contains(&self.timeout_ms) {
+            return Err(Fault::bad(format!("timeout_ms: between 1 and {LONGEST} can be waited.")));
+        }
+        let children = self.wanted(config);
+        // Those behind them are as those that have a name only.
+        for (n, child) in children.iter().enumerate().take(self.overrides.len()) {
+            let checked = child.validate(config);
+            checked.map_err(|error| Fault::bad(format!("overrides[{n}].{}.", chain(&error))))?;
+            if self.paused && child.hook.is_some() {
+                return Err(Fault::bad("hook: children that are left halted answer nobody."));
+            }
+        }
+        Ok(children)
+    }
+
+    fn wanted(&self, config: &VmConfig) -> Vec<Child> {
         // Nobody makes a file for a disk that is only read.
         let is_written = |name: &str| {
             (0..config.disk.len()).all(|n| config.disk_name(n) != name || !config.disk[n].ro)

@@ -12,6 +12,7 @@ use crate::logging::Level;
 const FORK_EXAMPLES: &str = "\
 Examples:
   hull fork web -n 3                                    # web-1, web-2, web-3
+  hull fork ./warm -n 3                                 # the same of one that was saved there
   hull fork web -n 20 --name job-{n} --net net0=tap{n}  # {n} is 1 to 20
   hull fork web -n 20 --hook --hostname job-{n} --net net0=tap{n} --ip net0=10.0.{n}.2/30";
 
@@ -19,8 +20,8 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = FORK_EXAMPLES)]
 pub struct ForkArgs {
-    /// Name of the machine, or the socket of its API
-    #[arg(value_name = "NAME|SOCKET")]
+    /// Name of the machine or the socket of its API, or the folder of a snapshot
+    #[arg(value_name = "NAME|SOCKET|DIR")]
     pub machine: OsString,
     /// How many copies
     #[arg(short = 'n', long, value_name = "NUMBER", default_value_t = 1,

@@ -7,11 +7,12 @@ use api_server::SocketFile;
 use serde_json::{Value, json};
 use vmm::config::MacAddress;
 
-use super::{Api, Machine, block_on};
+use super::{Api, Machine, block_on, is_socket};
 use crate::cli::{ForkArgs, Result, Seccomp};
 use crate::exit::Code;
 use crate::nursery::{self, Asked, ListenError};
 use crate::runtime;
+use crate::saved::Saved;
 use crate::streams;
 use crate::table::Table;
 
@@ -32,6 +33,8 @@ enum ForkError {
     Pair(&'static str),
     #[error("--mac: {0}")]
     Mac(String),
+    #[error("--template: a saved machine is one, and stays as it is")]
+    Template,
     #[error("{0}: {1} is no time")]
     Timeout(&'static str, f64),
 }
@@ -82,9 +85,14 @@ fn sweep(directory: &Path) {
     }
 }
 
-/// Has copies made.
+/// Has copies made, of a machine that runs or of one that was saved.
 pub fn fork(args: &ForkArgs) -> Result {
-    let machine = Machine::find(&args.machine)?;
+    let is_folder = is_socket(&args.machine) && Path::new(&args.machine).is_dir();
+    let saved = is_folder.then(|| Saved::find(Path::new(&args.machine))).transpose()?;
+    let machine = if is_folder { None } else { Some(Machine::find(&args.machine)?) };
+    if saved.is_some() && args.template {
+        return Err(ForkError::Template.into());
+    }
     if let Some(name) = args.name.as_ref().filter(|name| args.count > 1 && !name.contains("{n}")) {
         return Err(ForkError::Names(name.clone()).into());
     }
@@ -105,10 +113,14 @@ pub fn fork(args: &ForkArgs) -> Result {
     if let Some(seconds) = args.timeout {
         body["timeout_ms"] = millis("--timeout", seconds)?.into();
     }
-    let forked = block_on(async {
-        let mut api = Api::connect(&machine, LONG).await?;
-        api.post("/fork", &body).await
-    })?;
+    let forked = match (saved, machine) {
+        (Some(saved), _) => saved.fork(body)?,
+        (None, Some(machine)) => block_on(async {
+            let mut api = Api::connect(&machine, LONG).await?;
+            api.post("/fork", &body).await
+        })?,
+        (None, None) => Value::Null,
+    };
     drop(own);
     let children = forked.get("children").and_then(Value::as_array).cloned().unwrap_or_default();
     let is_failed =

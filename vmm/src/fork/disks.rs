@@ -16,12 +16,13 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use devices::virtio::blk::Backing;
 use devices::virtio::blk::overlay::{self, Base, Frozen, OverlayError};
+use devices::virtio::blk::{self, Backing};
 use serde::{Deserialize, Serialize};
 
 use super::Child;
 use crate::config::{DiskConfig, VmConfig};
+use crate::machine::open_disk;
 
 /// How often another name is tried for a file.
 const TRIES: u32 = 10_000;
@@ -36,6 +37,16 @@ pub enum DiskError {
         disk: String,
         /// Why.
         source: OverlayError,
+    },
+    /// It cannot be opened.
+    #[error(
+        "cannot read {disk}, on which copies are to stand; --disk {disk}=FILE (drive_overrides) gives each one of its own"
+    )]
+    Open {
+        /// Name of the disk.
+        disk: String,
+        /// Why.
+        source: blk::DiskError,
     },
     /// It is a block device, beside which there is no place for files.
     #[error("{disk} is a block device: say in which folder its copies are to be")]
@@ -119,10 +130,8 @@ impl Disks {
         // Dropped in this order if something fails: nobody has a file any more when it is taken back.
         let mut switch = Switch::default();
         let mut all = Disks::default();
-        let brings =
-            |child: &Child, name: &str| child.overrides.disks.iter().any(|(disk, _)| disk == name);
         for (name, disk) in disks.iter().filter(|(_, disk)| !disk.read_only()) {
-            if children.iter().all(|child| brings(child, name)) {
+            if children.iter().all(|child| child.brings(name)) {
                 continue;
             }
             let known_as = Frozen::known_as(disk).to_owned();
@@ -136,6 +145,27 @@ impl Disks {
             all.0.push(Disk { name: name.clone(), known_as, base });
         }
         Ok((all, switch))
+    }
+
+    /// Those of a machine that was saved with `config`, for those of `children` that do not bring their own.
+    ///
+    /// # Errors
+    /// [`DiskError`]: somebody writes one, or it is not there.
+    pub fn of_saved(config: &VmConfig, children: &[Child]) -> Result<Disks, DiskError> {
+        let mut all = Disks::default();
+        for (n, disk) in config.disk.iter().enumerate().filter(|(_, disk)| !disk.ro) {
+            let name = config.disk_name(n);
+            if children.iter().all(|child| child.brings(&name)) {
+                continue;
+            }
+            let opened = open_disk(&DiskConfig { ro: true, ..disk.clone() })
+                .map_err(|source| DiskError::Open { disk: name.clone(), source })?;
+            let known_as = Frozen::known_as(&opened).to_owned();
+            let base = Base::of(&opened)
+                .map_err(|source| DiskError::Copy { disk: name.clone(), source })?;
+            all.0.push(Disk { name, known_as, base });
+        }
+        Ok(all)
     }
 
     /// How they are handed over; their files follow one another in the order of [`Disks::files`].
@@ -190,7 +220,7 @@ impl Disks {
         let mut copies = Copies::default();
         for n in 0..config.disk.len() {
             let disk_name = config.disk_name(n);
-            let brought = child.overrides.disks.iter().any(|(disk, _)| *disk == disk_name);
+            let brought = child.brings(&disk_name);
             let Some(disk) = self.0.iter().find(|disk| disk.name == disk_name && !brought) else {
                 continue;
             };

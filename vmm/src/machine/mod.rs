@@ -32,7 +32,9 @@ pub use build::{Assembly, BuildError, Host, Observed, root_arguments};
 pub use devices::virtio::device::{BackEnd, Call, Message, Status as DeviceStatus, Traffic};
 pub use event::{Command, Frozen, Handle, Reply, ReplyTo};
 pub use lifecycle::{Ending, Refusal, State};
-pub use table::{LONGEST_METADATA, certainly_raw, check_disk, initial_metadata, open_image};
+pub use table::{
+    LONGEST_METADATA, certainly_raw, check_disk, initial_metadata, open_disk, open_image,
+};
 
 use crate::console::Console;
 use crate::hypervisor::{Failure, HypervisorError, Vm};

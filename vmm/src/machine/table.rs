@@ -80,7 +80,7 @@ pub(super) fn devices(
             _ => BackEnd::File,
         };
         let there = open.extract_if(.., |(of, _)| *of == name).next().map(|(_, disk)| disk);
-        let opened = there.map_or_else(|| backing(disk), Ok);
+        let opened = there.map_or_else(|| open_disk(disk), Ok);
         let device = opened.map(|opened| block(name.clone(), disk, opened)).map_err(|err| {
             // Whoever looks for hints finds it as it is.
             let err = err.into_inner();
@@ -145,11 +145,15 @@ pub fn check_disk(disk: &DiskConfig) -> Result<(), DiskError> {
             DiskFile::open(&disk.path, true, disk.direct)?;
             certainly_raw(disk)
         }
-        _ => backing(disk).map(drop),
+        _ => open_disk(disk).map(drop),
     }
 }
 
-fn backing(config: &DiskConfig) -> Result<Backing, DiskError> {
+/// Opens the disk of this configuration.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn open_disk(config: &DiskConfig) -> Result<Backing, DiskError> {
     let DiskConfig { path, overlay, ro, direct, format, .. } = config;
     let backing = match (format, overlay) {
         (Some(DiskFormat::Qcow2), _) => return open_image(config, path).map(Backing::from),

@@ -45,6 +45,21 @@ pub struct Base {
 }
 
 impl Base {
+    /// That of a disk which nobody writes, and which was opened for reading only.
+    ///
+    /// # Errors
+    /// [`OverlayError`].
+    pub fn of(disk: &Backing) -> Result<Base, OverlayError> {
+        let path = absolute(disk.path())?;
+        let files = match disk {
+            Backing::Raw(file) => vec![Arc::new(reopened(file.file(), &path)?)],
+            Backing::Overlay(overlay) => readers(overlay.layers.iter())?,
+            Backing::Qcow2(_) => return Err(unfit_image(disk.path())),
+        };
+        // Whoever wrote it may not have flushed it.
+        Ok(Base { path, files, unsynced: true, reflink: false })
+    }
+
     /// Makes a disk at `path`, where nothing is, that begins as this one, and opens it.
     ///
     /// # Errors
@@ -148,13 +163,13 @@ pub fn freeze(disk: &Backing, fresh: &Path) -> Result<Frozen, OverlayError> {
             None => freeze_raw(file, fresh),
         },
         Backing::Overlay(overlay) => freeze_overlay(overlay, fresh),
-        Backing::Qcow2(_) => {
-            let path = disk.path().to_owned();
-            let reason =
-                "it is a qcow2 image; `qemu-img convert -O raw` makes a raw disk of it".to_owned();
-            Err(OverlayError::Unfit { path, reason })
-        }
+        Backing::Qcow2(_) => Err(unfit_image(disk.path())),
     }
+}
+
+fn unfit_image(path: &Path) -> OverlayError {
+    let reason = "it is a qcow2 image; `qemu-img convert -O raw` makes a raw disk of it";
+    OverlayError::Unfit { path: path.to_owned(), reason: reason.to_owned() }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, OverlayError> {

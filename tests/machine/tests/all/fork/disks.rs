@@ -15,7 +15,7 @@ const BLOCKS: u64 = 16;
 const LENGTH: u64 = 64 << 10;
 
 /// A machine that has a disk it knows by heart and writes and flushes all the time.
-fn parent(family: &Family, name: &str, disk: &Path) -> Running {
+pub(super) fn parent(family: &Family, name: &str, disk: &Path) -> Running {
     if !disk.exists() {
         fs::File::create_new(disk).unwrap().set_len(SIZE).unwrap();
     }
@@ -24,7 +24,7 @@ fn parent(family: &Family, name: &str, disk: &Path) -> Running {
 }
 
 /// The file of a child's only disk.
-fn disk(child: &Value) -> PathBuf {
+pub(super) fn disk(child: &Value) -> PathBuf {
     let drives = child["drives"].as_array().unwrap_or_else(|| panic!("{child}"));
     assert_eq!(drives.len(), 1, "{child}");
     drives[0]["path_on_host"].as_str().unwrap().into()
@@ -40,7 +40,7 @@ fn last_stamp(text: &str) -> u64 {
 
 /// The disk at `path` has each block as the guest of `text` flushed it last, or as it wrote it since, as a whole
 /// file; so many are as they were flushed.
-fn has_what_was_flushed(family: &Family, path: &Path, text: &str) {
+pub(super) fn has_what_was_flushed(family: &Family, path: &Path, text: &str) {
     let raw = family.at("raw");
     let _ = fs::remove_file(&raw);
     let (path, output) = (path.to_str().unwrap(), raw.to_str().unwrap());
@@ -72,7 +72,7 @@ fn raw_has_what_was_flushed(path: &Path, text: &str) {
     }
 }
 
-fn text(family: &Family, name: &str) -> String {
+pub(super) fn text(family: &Family, name: &str) -> String {
     fs::read_to_string(super::log(family, name)).unwrap()
 }
 

@@ -4,6 +4,7 @@ mod disks;
 mod door;
 mod hostile;
 mod limits;
+mod saved;
 mod steps;
 
 use std::fs;
@@ -57,11 +58,22 @@ fn kill(child: &Value) {
 /// Forks `name` into `count` children that write what they say to `NAME.log`, and waits until each found its
 /// memory as it was, twice.
 fn fork_at_work(family: &Family, name: &str, count: u32, more: &[&str]) -> Vec<Value> {
+    fork_to_work(family, name, name, count, more)
+}
+
+/// The same of `parent`, with copies that are called `name` and numbers.
+fn fork_to_work(
+    family: &Family,
+    parent: &str,
+    name: &str,
+    count: u32,
+    more: &[&str],
+) -> Vec<Value> {
     let number = count.to_string();
     let console = family.at(&format!("{name}-{{n}}.log"));
     let console = console.to_str().unwrap();
     let named = format!("{name}-{{n}}");
-    let words = [name, "--json", "-n", &number, "--console-file", console, "--name", &named];
+    let words = [parent, "--json", "-n", &number, "--console-file", console, "--name", &named];
     let outcome = fork(family, &[&words[..], more].concat());
     assert_eq!(outcome.code(), 0, "{}\n{}", outcome.stdout, outcome.stderr);
     let children = children(&outcome);

@@ -1,17 +1,22 @@
 //! `hull api`: a machine that clients configure and start over its socket.
 
+use std::mem::take;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Instant;
 
 use api_server::types::small::Logger;
 use api_server::{Instance, Limits, LogSettings, Program, Start, Wish};
-use vmm::config::VmConfig;
-use vmm::machine::{Machine, Ready};
+use vmm::config::{ConfigError, VmConfig};
+use vmm::hypervisor::kvm::{DEVICE, Kvm};
+use vmm::machine::{Hollow, Machine, Ready, Shape};
 use vmm::timings::Timings;
 
-use crate::cli::{ApiArgs, Result};
+use crate::cli::{ApiArgs, Result, ShapeOption, read_option};
+use crate::entry;
 use crate::exit::Code;
+use crate::keyvalue;
 use crate::logging::{self, Level, Lines};
 use crate::run;
 use crate::session::{ApiSocket, Attached, Session, Wanted};
@@ -22,6 +27,10 @@ pub const FIRECRACKER: &str = "1.12.1";
 /// What clients are told of Hull.
 pub const HULL: Program =
     Program { name: "Hull", version: env!("CARGO_PKG_VERSION"), api_version: FIRECRACKER };
+
+#[derive(Debug, thiserror::Error)]
+#[error("--ready")]
+struct NoShape(#[source] ConfigError);
 
 /// Serves the API until the machine that is started there ends.
 pub fn api(args: &ApiArgs) -> Result {
@@ -43,12 +52,20 @@ pub fn api(args: &ApiArgs) -> Result {
     let log = Log { id: config.name.clone().unwrap_or_default() };
     let instance = Instance::new(HULL, limits, config, session.observed().clone(), sender)
         .with_log(Box::new(log));
+    let mut ready = Ready::default();
+    if let Some(text) = &args.ready {
+        let shape: ShapeOption = read_option("ready", text, keyvalue::split(text))?;
+        let shape = Shape::from(shape);
+        shape.validate().map_err(NoShape)?;
+        entry::populate_code();
+        ready.hollow = Some(Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape)?);
+    }
     session.serve(instance, filter)?;
-    fulfil(&session, &wishes)
+    fulfil(&session, &wishes, ready)
 }
 
-/// Starts the machine that a client wishes for, and stays with it until it ends.
-pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>) -> Result {
+/// Starts the machine that a client wishes for, of what is `ready` if it fits, and stays with it until it ends.
+pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>, mut ready: Ready) -> Result {
     loop {
         session.interruptible()?;
         // The sender lives in the API's thread, which lives as long as the process.
@@ -64,7 +81,7 @@ pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>) -> Result {
         // Clients count from their wish, not from the process.
         let timings = Arc::new(Timings::new(Instant::now()));
         let machine =
-            session.build(&start.config, start.origin.as_ref(), &timings, Ready::default());
+            session.build(&start.config, start.origin.as_ref(), &timings, take(&mut ready));
         // Before the client is told that the machine runs.
         let ready = machine.and_then(|machine| Ok((machine, session.console(&start.config)?)));
         match ready {

@@ -17,7 +17,7 @@ use crate::logging::Level;
 use crate::session::ApiSocket;
 
 pub use disk::{DiskArgs, DiskCommand};
-pub use fork::{CloneArgs, ForkArgs, PoolArgs};
+pub use fork::{CloneArgs, ForkArgs, PoolArgs, ShapeOption};
 pub use manual::{CompletionsArgs, completions, man};
 pub use run::{Format, RunArgs, UsageError, console, leading_path, read_option};
 pub use snapshot::{RestoreArgs, SnapshotArgs, SnapshotCommand};
@@ -137,6 +137,10 @@ pub struct ApiArgs {
     /// Name of the machine [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
+    /// Make the VM, its memory and its vCPUs now, for a machine of this shape [default: 1 CPU, 128M]
+    #[arg(long, value_name = "[cpus=NUMBER][,memory=SIZE]", num_args = 0..=1, require_equals = true,
+        default_missing_value = "")]
+    pub ready: Option<String>,
     #[command(flatten)]
     pub process: ProcessArgs,
     /// Most bytes of a request's body

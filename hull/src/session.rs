@@ -298,7 +298,7 @@ impl Session {
         self.building(config, timings, |host| {
             Ok(match origin {
                 Some(origin) => Machine::restore(config, origin, host, ready)?,
-                None => Machine::new(config, host)?,
+                None => Machine::new(config, host, ready)?,
             })
         })
     }

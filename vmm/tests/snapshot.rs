@@ -5,18 +5,23 @@
 
 mod common;
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use arch::template::KvmCapability;
 use common::{Running, kvm, payload, piped};
+use kvm_bindings::CpuId;
 use vmm::config::{ByteSize, VmConfig};
-use vmm::hypervisor::Hypervisor;
+use vmm::hypervisor::kvm::Kvm;
 use vmm::hypervisor::state::{VcpuState, VmState};
+use vmm::hypervisor::{Capabilities, Hypervisor, HypervisorError, Vm};
 use vmm::machine::{
-    BuildError, Command, Ending, Frozen, Host, Machine, Observed, Origin, OriginError, Ready,
-    RunOptions, State as Is,
+    BuildError, Command, Ending, Frozen, Hollow, Host, Machine, Observed, Origin, OriginError,
+    Ready, RunOptions, Shape, State as Is,
 };
 use vmm::memory::Runs;
 use vmm::seccomp::ThreadKind;
@@ -84,13 +89,24 @@ fn saved(config: &VmConfig, frozen: Frozen, base: Option<Base>) -> Kept {
 
 /// A machine that goes on from `origin`, and is paused.
 fn restored(config: VmConfig, origin: Origin) -> Running {
+    restored_by(|| Box::new(kvm()), Ready::default, config, origin)
+}
+
+/// The same with that hypervisor, of what is ready.
+fn restored_by(
+    hypervisor: impl FnOnce() -> Box<dyn Hypervisor> + Send + 'static,
+    ready: impl FnOnce() -> Ready + Send + 'static,
+    config: VmConfig,
+    origin: Origin,
+) -> Running {
     let (console, reader) = piped();
     let (sender, receiver) = mpsc::channel();
     let body = move || {
         let timings = Arc::new(Timings::new(Instant::now()));
-        let (observed, kvm) = (Observed::default(), kvm());
-        let host = Host { hypervisor: &kvm, pvm: false, timings, observed, window: None };
-        let machine = Machine::restore(&config, &origin, &host, Ready::default())
+        let (observed, hypervisor) = (Observed::default(), hypervisor());
+        let hypervisor = hypervisor.as_ref();
+        let host = Host { hypervisor, pvm: false, timings, observed, window: None };
+        let machine = Machine::restore(&config, &origin, &host, ready())
             .map_err(|err| common::chain(&err))?;
         sender.send(machine.handle()).unwrap();
         let thread = ThreadKind::Main;
@@ -366,5 +382,69 @@ fn what_was_saved_once_is_read_for_ever() {
             Err(BuildError::Origin(OriginError::Cpu(_)) | BuildError::Hypervisor(_)) => {}
             Err(error) => panic!("{name}: {}", common::chain(&error)),
         }
+    }
+}
+
+/// KVM that counts the VMs it makes.
+struct Counting(Kvm, Arc<AtomicUsize>);
+
+impl Hypervisor for Counting {
+    fn capabilities_with(
+        &self,
+        changes: &[KvmCapability],
+    ) -> Result<Capabilities, HypervisorError> {
+        self.0.capabilities_with(changes)
+    }
+
+    fn supported_cpuid(&self) -> Result<CpuId, HypervisorError> {
+        self.0.supported_cpuid()
+    }
+
+    fn msr_numbers(&self) -> Result<Vec<u32>, HypervisorError> {
+        self.0.msr_numbers()
+    }
+
+    fn create_vm(&self) -> Result<Box<dyn Vm>, HypervisorError> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.create_vm()
+    }
+}
+
+/// A VM that is ready for a machine of so many MiB.
+fn ready(mib: u64) -> Ready {
+    let shape = Shape { cpus: 1, memory: mib << 20, huge_pages: false };
+    Ready { hollow: Some(Hollow::new(&kvm(), shape).unwrap()), disks: Vec::new() }
+}
+
+#[test]
+fn what_is_ready_is_not_made_again_and_what_does_not_fit_is_not_used() {
+    let made = Arc::new(AtomicUsize::new(0));
+    let counting = |made: &Arc<AtomicUsize>| Counting(kvm(), Arc::clone(made));
+    for (mib, forkable, makes) in [(64, false, 0), (128, false, 1), (64, true, 1)] {
+        let mut config = payload("hello");
+        config.memory.forkable = forkable;
+        made.store(0, Ordering::Relaxed);
+        let (console, mut reader) = piped();
+        let ending = common::run_in(&config, &counting(&made), ready(mib), console, None, |_| {});
+        assert_eq!(ending, Ok(Ending::Reset));
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert!(text.contains("hello"), "{text}");
+        assert_eq!(made.load(Ordering::Relaxed), makes, "{mib} {forkable}");
+    }
+    let config = payload("spin say=1");
+    let mut first = Running::start(config.clone(), None);
+    first.wait_for("hello");
+    let kept = saved(&config, freeze(&first), None);
+    // From another start of this host, what CPUID says is compared.
+    for host in [kept.header.host.clone(), Some("another".to_owned())] {
+        made.store(0, Ordering::Relaxed);
+        let mut origin = kept.origin();
+        origin.state.header.host = host;
+        let counting = counting(&made);
+        let mut copy = restored_by(|| Box::new(counting), || ready(64), config.clone(), origin);
+        assert_eq!(copy.handle.call(Command::Resume), Ok(Is::Running));
+        copy.wait_for("...");
+        assert_eq!(made.load(Ordering::Relaxed), 0);
     }
 }

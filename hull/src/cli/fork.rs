@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
+use serde::Deserialize;
+use vmm::config::ByteSize;
 use vmm::machine::Shape;
 
 use super::Seccomp;
@@ -134,4 +136,26 @@ pub struct PoolArgs {
     /// What is logged to standard error
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     pub log: Level,
+}
+
+/// What a machine is like that is made before anybody says more of it.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct ShapeOption {
+    cpus: u32,
+    memory: ByteSize,
+    huge_pages: bool,
+}
+
+impl Default for ShapeOption {
+    fn default() -> ShapeOption {
+        ShapeOption { cpus: 1, memory: ByteSize(128 << 20), huge_pages: false }
+    }
+}
+
+impl From<ShapeOption> for Shape {
+    fn from(option: ShapeOption) -> Shape {
+        let ShapeOption { cpus, memory, huge_pages } = option;
+        Shape { cpus, memory: memory.0, huge_pages }
+    }
 }

@@ -20,7 +20,7 @@ use vmm::config::{ByteSize, DiskConfig, VmConfig};
 use vmm::console::{Console, Sink};
 use vmm::hypervisor::Hypervisor;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
-use vmm::machine::{Ending, Handle, Host, Machine, Observed, RunOptions};
+use vmm::machine::{Ending, Handle, Host, Machine, Observed, Ready, RunOptions};
 use vmm::seccomp::{self, ThreadKind};
 use vmm::signals::Signals;
 use vmm::timings::Timings;
@@ -147,10 +147,22 @@ pub fn run(
     signals: Option<Signals>,
     started: impl FnOnce(Handle),
 ) -> Result<Ending, String> {
+    run_in(config, hypervisor, Ready::default(), console, signals, started)
+}
+
+/// The same of what is ready.
+pub fn run_in(
+    config: &VmConfig,
+    hypervisor: &dyn Hypervisor,
+    ready: Ready,
+    console: Console,
+    signals: Option<Signals>,
+    started: impl FnOnce(Handle),
+) -> Result<Ending, String> {
     let timings = Arc::new(Timings::new(Instant::now()));
     let observed = Observed::default();
     let host = Host { hypervisor, pvm: false, timings, observed, window: None };
-    let machine = Machine::new(config, &host).map_err(|err| chain(&err))?;
+    let machine = Machine::new(config, &host, ready).map_err(|err| chain(&err))?;
     started(machine.handle());
     let thread = ThreadKind::Main;
     let options = RunOptions { console, signals, services: Vec::new(), thread, last: false };

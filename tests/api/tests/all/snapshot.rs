@@ -295,3 +295,54 @@ fn a_machine_can_end_where_it_is_saved() {
         "mem_backend": { "backend_type": "File", "backend_path": other.path().join("memory") } });
     Server::hull().put("/snapshot/load", pair).refused(400, &["another snapshot's"]);
 }
+
+/// VMs that a process has.
+fn machines(server: &Server) -> usize {
+    let files = fs::read_dir(format!("/proc/{}/fd", server.process.id())).unwrap().flatten();
+    let is_one = |path: &std::path::PathBuf| path.as_os_str() == "anon_inode:kvm-vm";
+    files.filter_map(|file| fs::read_link(file.path()).ok()).filter(is_one).count()
+}
+
+#[test]
+fn a_vm_that_is_ready_takes_what_fits_and_is_no_obstacle_to_what_does_not() {
+    let ready = |option: &str| {
+        let server = Server::start(|socket| {
+            Guest::hull("api").option("--sock", socket).flag(option).flag("--log=info")
+        });
+        assert_eq!(server.get("/").status, 200);
+        assert_eq!(machines(&server), 1, "{option}");
+        server
+    };
+    let folder = tempfile::tempdir().unwrap();
+    for option in ["--ready", "--ready=cpus=2,memory=64M"] {
+        let server = ready(option);
+        server.boot("spin say=1");
+        server.process.wait_for("hello");
+        assert_eq!(machines(&server), 1, "{option}");
+        create(&server, folder.path()).done();
+        let copy = ready(option);
+        copy.put("/snapshot/load", load(folder.path(), &json!({ "resume_vm": true }))).done();
+        copy.process.wait_for("..");
+        assert_eq!(machines(&copy), 1, "{option}");
+    }
+    let server = ready("--ready");
+    // What is not to be had leaves room for another try.
+    server
+        .put("/snapshot/load", load(Path::new("/nowhere"), &json!({})))
+        .refused(400, &["/nowhere"]);
+    server.put("/snapshot/load", load(folder.path(), &json!({ "resume_vm": true }))).done();
+    server.process.wait_for("..");
+    for (option, words) in [
+        ("--ready=cpus=0", ["--ready", "cpus"]),
+        ("--ready=memory=1", ["--ready", "memory"]),
+        ("--ready=number=1", ["number", "cpus"]),
+    ] {
+        let socket = folder.path().join("none");
+        let outcome = Guest::hull("api").option("--sock", &socket).flag(option).run();
+        assert_ne!(outcome.code(), 0);
+        for word in words {
+            assert!(outcome.stderr.contains(word), "{option}: {}", outcome.stderr);
+        }
+        assert!(!socket.exists());
+    }
+}

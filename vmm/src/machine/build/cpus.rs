@@ -76,36 +76,33 @@ impl Cpus {
         &self.cpuid
     }
 
-    /// Makes the vCPUs.
+    /// Gives vCPUs that are [`bare`] what CPUID says, and registers.
     ///
     /// # Errors
     /// KVM refused; the template's registers are not to be had.
-    pub fn make(&self, vm: &dyn Vm) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
+    pub fn equip(&self, vcpus: &[Box<dyn Vcpu>]) -> Result<(), BuildError> {
         let boot_msrs = msr::boot_msrs();
         let changed = self.template.msrs();
-        (0..self.count)
-            .map(|index| {
-                let vcpu = vm.create_vcpu(index)?;
-                let entries = CpuId::from_entries(&self.cpuid.for_vcpu(index)).map_err(|err| {
-                    let source = io::Error::other(format!("{err:?}"));
-                    BuildError::Host { what: "a CPUID table of this size", source }
-                })?;
-                vcpu.set_cpuid(&entries)?;
-                if !changed.is_empty() {
-                    // Of each vCPU's own: some registers say which vCPU it is.
-                    let mut msrs = vcpu.msrs(&changed).map_err(TemplateError::Read)?;
-                    self.template.change_msrs(&mut msrs);
-                    vcpu.set_msrs(&msrs).map_err(TemplateError::Write)?;
-                }
-                // Last, so that a kernel finds what its boot protocol promises.
-                vcpu.set_msrs(&boot_msrs)?;
-                Ok(vcpu)
-            })
-            .collect()
+        for (index, vcpu) in (0..self.count).zip(vcpus) {
+            let entries = CpuId::from_entries(&self.cpuid.for_vcpu(index)).map_err(|err| {
+                let source = io::Error::other(format!("{err:?}"));
+                BuildError::Host { what: "a CPUID table of this size", source }
+            })?;
+            vcpu.set_cpuid(&entries)?;
+            if !changed.is_empty() {
+                // Of each vCPU's own: some registers say which vCPU it is.
+                let mut msrs = vcpu.msrs(&changed).map_err(TemplateError::Read)?;
+                self.template.change_msrs(&mut msrs);
+                vcpu.set_msrs(&msrs).map_err(TemplateError::Write)?;
+            }
+            // Last, so that a kernel finds what its boot protocol promises.
+            vcpu.set_msrs(&boot_msrs)?;
+        }
+        Ok(())
     }
 }
 
-/// vCPUs that nothing is known of yet: they get a state that was saved on this host.
+/// vCPUs that nothing is known of yet.
 ///
 /// # Errors
 /// KVM refused.

@@ -48,8 +48,8 @@ pub struct Ready {
     pub disks: Vec<(String, Backing)>,
 }
 
-/// A VM with memory slots, interrupt controllers and vCPUs, and nothing in it: one that was saved on this
-/// host, since that was started, can go on in it.
+/// A VM with memory slots, interrupt controllers and vCPUs, and nothing in it: any machine of its shape, unless its
+/// memory is to be a file.
 pub struct Hollow {
     pub(super) shape: Shape,
     pub(super) vm: Box<dyn Vm>,

@@ -294,6 +294,11 @@ impl Seed {
         Ok(Seed { state, layers, disks })
     }
 
+    /// True if copies find disks of these names in it, and no other.
+    pub fn has_disks(&self, names: &[String]) -> bool {
+        self.disks.names().eq(names)
+    }
+
     /// Hands it over, after [`announce`].
     ///
     /// # Errors

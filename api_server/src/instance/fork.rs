@@ -15,6 +15,7 @@
 //! listens at the pool's socket does.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -62,13 +63,37 @@ impl Instance {
         let (config, host) = (portable(config), snapshot::this_host());
         let birth = Birth::begin(children, config, host, pool, patience);
         let birth = birth.map_err(|error| failed(&error))?;
+        if let Some(seed) = shared.template(birth.children()) {
+            drop(saving);
+            let children =
+                tokio::spawn(deliver(birth, seed)).await.map_err(|_| Fault::gone())??;
+            let children = children.into_iter().map(Into::into).collect();
+            return Ok(Forked { children, pause_us: 0, copied_bytes: 0, drives: Vec::new() });
+        }
         tokio::spawn(saving.fork(params, birth)).await.map_err(|_| Fault::gone())?
     }
+
+    /// What copies were made of last, if the machine has not moved since.
+    fn template(&self, children: &[Child]) -> Option<Arc<Seed>> {
+        let handle = self.handle().ok()?;
+        let inner = self.lock();
+        let Some(Template { seed, changes }) = &inner.template else { return None };
+        let disks = Disks::needed(&inner.config, children);
+        (changes == &handle.changes() && seed.has_disks(&disks)).then(|| Arc::clone(seed))
+    }
+}
+
+/// A machine that stands still, as it can be handed over again and again.
+pub(super) struct Template {
+    seed: Arc<Seed>,
+    /// What its handle said before it was looked at.
+    changes: u64,
 }
 
 impl Saving {
     async fn fork(self, params: ForkParams, birth: Birth) -> Result<Forked, Fault> {
         let handle = self.0.handle()?;
+        let changes = handle.changes();
         let (frozen, halted) = halt(&self.0, &handle, false).await?;
         let was_running = frozen.was_running;
         let planted = self.plant(frozen, birth, params.drives_dir).await;
@@ -85,6 +110,10 @@ impl Saving {
         // Counted where it happens: this thread may be late.
         let reply = move |_| {
             let _ = told.send(micros(halted));
+        };
+        self.0.lock().template = match &planted {
+            Ok((_, seed, _)) if !resume => Some(Template { seed: Arc::clone(seed), changes }),
+            _ => None,
         };
         handle.send(Command::Thaw { resume, disks }, Box::new(reply));
         // The next may be made meanwhile.
@@ -128,7 +157,7 @@ impl Saving {
 struct Planted {
     /// What it goes on with itself.
     switch: Switch,
-    seed: Seed,
+    seed: Arc<Seed>,
     /// Bytes of memory that were copied.
     copied: u64,
 }
@@ -179,7 +208,7 @@ fn plant(
     let parts = std::mem::take(&mut frozen.parts);
     let state = State { header: header(id, frozen.image.size()), parts };
     let seed = Seed::new(state, shared.layers, disks).map_err(|error| failed(&error))?;
-    Ok(Some(Planted { switch, seed, copied: shared.copied }))
+    Ok(Some(Planted { switch, seed: Arc::new(seed), copied: shared.copied }))
 }
 
 /// What is in front of a state that is handed over. Its configuration was sent before.
@@ -203,7 +232,7 @@ fn header(id: String, size: u64) -> Header {
 }
 
 /// Has each child made, and says what became of them, in order.
-async fn deliver(birth: Birth, seed: Seed) -> Result<Vec<Outcome>, Fault> {
+async fn deliver(birth: Birth, seed: Arc<Seed>) -> Result<Vec<Outcome>, Fault> {
     if let Some(outcome) = only_one(&birth, &seed).await {
         return Ok(vec![outcome]);
     }

@@ -115,6 +115,19 @@ impl Switch {
 }
 
 impl Disks {
+    /// Names of the disks of the machine of `config` on whose files copies of them stand, unless each of `children`
+    /// brings its own.
+    pub fn needed(config: &VmConfig, children: &[Child]) -> Vec<String> {
+        let written = (0..config.disk.len()).filter(|&n| !config.disk[n].ro);
+        let is_needed = |name: &String| !children.iter().all(|child| child.brings(name));
+        written.map(|n| config.disk_name(n)).filter(is_needed).collect()
+    }
+
+    /// Names of these.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|disk| disk.name.as_str())
+    }
+
     /// Makes each of `disks`, which nobody writes, one that copies of the machine can stand on, if one of `children`
     /// needs that. The machine called `machine` gets files of its own in `folder`, if there is one, else where they
     /// are.
@@ -153,9 +166,10 @@ impl Disks {
     /// [`DiskError`]: somebody writes one, or it is not there.
     pub fn of_saved(config: &VmConfig, children: &[Child]) -> Result<Disks, DiskError> {
         let mut all = Disks::default();
-        for (n, disk) in config.disk.iter().enumerate().filter(|(_, disk)| !disk.ro) {
+        let needed = Disks::needed(config, children);
+        for (n, disk) in config.disk.iter().enumerate() {
             let name = config.disk_name(n);
-            if children.iter().all(|child| child.brings(&name)) {
+            if !needed.contains(&name) {
                 continue;
             }
             let opened = open_disk(&DiskConfig { ro: true, ..disk.clone() })

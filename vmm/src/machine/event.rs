@@ -1,6 +1,7 @@
 //! What arrives at the control thread, and the channel that brings it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
 use devices::virtio::blk::Backing;
@@ -134,21 +135,49 @@ pub(super) enum VcpuEvent {
     Parked,
 }
 
+impl Event {
+    /// A machine that is halted stays as it is by it.
+    fn changes_nothing(&self) -> bool {
+        match self {
+            Event::Command(command, _) => matches!(
+                command,
+                Command::Status
+                    | Command::DeviceStatus { .. }
+                    | Command::Freeze { .. }
+                    | Command::Thaw { resume: false, .. }
+            ),
+            Event::Vcpu { event, .. } => matches!(event, VcpuEvent::Parked),
+            Event::Io(report) => matches!(report, Report::Stopped { .. }),
+            Event::Activate { .. } | Event::Reset { .. } | Event::ConfigWrite { .. } => false,
+        }
+    }
+}
+
 /// The sending side of the control thread's channel.
 #[derive(Clone)]
 pub(super) struct Sender {
     queue: mpsc::Sender<Event>,
     wake: Arc<EventFd>,
+    changes: Arc<AtomicU64>,
 }
 
 impl Sender {
     pub(super) fn new(wake: Arc<EventFd>) -> (Sender, mpsc::Receiver<Event>) {
         let (queue, receiver) = mpsc::channel();
-        (Sender { queue, wake }, receiver)
+        (Sender { queue, wake, changes: Arc::default() }, receiver)
+    }
+
+    /// Notes that a machine that is halted may not be as it was.
+    pub(super) fn note_change(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Returns false if the control thread is gone.
     pub(super) fn send(&self, event: Event) -> bool {
+        // Before anybody can see what comes of it.
+        if !event.changes_nothing() {
+            self.note_change();
+        }
         self.queue.send(event).is_ok() && self.wake.write(1).is_ok()
     }
 }
@@ -158,6 +187,11 @@ impl Sender {
 pub struct Handle(pub(super) Sender);
 
 impl Handle {
+    /// As long as this is the same number, a machine that was halted is as it was, and has not run.
+    pub fn changes(&self) -> u64 {
+        self.0.changes.load(Ordering::Acquire)
+    }
+
     /// Sends `command`; `reply` gets the answer, or is dropped if the machine ends first.
     pub fn send(&self, command: Command, reply: ReplyTo) {
         self.0.send(Event::Command(command, reply));

@@ -176,6 +176,7 @@ impl Control {
 
     /// Passes typed bytes on as far as the guest takes them.
     pub(super) fn feed_input(&mut self, ops: &mut EventOps) {
+        self.machine.shared.events.note_change();
         if let Some(device) = self.machine.control.console {
             let runs = self.machine.slots.get(device).is_some_and(|slot| !slot.running.is_empty());
             let room = if runs { CONSOLE_WINDOW.saturating_sub(self.console.held) } else { 0 };

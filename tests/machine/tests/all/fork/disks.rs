@@ -274,3 +274,37 @@ fn where_files_share_data_each_has_a_raw_disk() {
         raw_has_what_was_flushed(&base, outcome.ok());
     });
 }
+
+#[test]
+fn a_template_has_disks_for_all_that_stand_on_them() {
+    let family = Family::default();
+    let base = family.at("d.img");
+    let parent = parent(&family, "t", &base);
+    let first = fork_at_work(&family, "t", 2, &["--template"]);
+    let before = fs::read(&base).unwrap();
+    // One brings its own, and is nothing to those that come after it.
+    let brought = family.at("brought.img");
+    fs::copy(&base, &brought).unwrap();
+    let option = format!("disk0={}", brought.display());
+    let own = fork(&family, &["t", "--paused", "--json", "--name", "own", "--disk", &option]);
+    let own = children(&own);
+    assert!(own[0].get("drives").is_none(), "{own:?}");
+    let second: Vec<Value> = (0..2)
+        .flat_map(|n| {
+            let name = format!("t{n}-{{n}}");
+            let log = family.at(&format!("t{n}-1.log"));
+            let words = ["t", "--json", "--name", &name, "--console-file", log.to_str().unwrap()];
+            children(&fork(&family, &words))
+        })
+        .collect();
+    for child in first.iter().chain(&second) {
+        is_intact(&family, child["name"].as_str().unwrap());
+        kill(child);
+        let name = child["name"].as_str().unwrap();
+        has_what_was_flushed(&family, &disk(child), &text(&family, name));
+    }
+    assert!(fs::read(&base).unwrap() == before, "the base was written");
+    assert_eq!(verb(&family, &["resume", "t"]).code(), 0);
+    goes_on(&parent);
+    super::fork_to_work(&family, "t", "late", 1, &[]);
+}

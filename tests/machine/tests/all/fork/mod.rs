@@ -206,6 +206,11 @@ fn a_template_stays_as_it_is_however_often_it_is_forked() {
         // Each starts where the first did.
         assert_eq!([lap("t-1"), lap("t-2")], [before, before]);
         again.iter().for_each(kill);
+        // It is not even looked at again.
+        let forked = fork(&family, &["t", "--json", "--paused"]);
+        let forked: Value = serde_json::from_str(forked.ok()).unwrap();
+        assert_eq!(forked["pause_us"], 0, "{forked}");
+        kill(&forked["children"][0]);
     }
     assert_eq!(laps(), before);
     assert_eq!(verb(&family, &["resume", "t"]).code(), 0);
@@ -214,6 +219,8 @@ fn a_template_stays_as_it_is_however_often_it_is_forked() {
     assert_eq!(verb(&family, &["pause", "t"]).code(), 0);
     let _ = fs::remove_file(log(&family, "t-1"));
     fork_at_work(&family, "t", 1, &[]).iter().for_each(kill);
+    let text = fs::read_to_string(log(&family, "t-1")).unwrap();
+    assert!(!text.contains(&format!("lap={before} ")), "it is as it was before it went on: {text}");
     let console = log(&family, "still");
     let still = ["t", "--paused", "--name", "still", "--console-file", console.to_str().unwrap()];
     assert_eq!(fork(&family, &still).code(), 0);

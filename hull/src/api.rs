@@ -58,7 +58,7 @@ pub fn api(args: &ApiArgs) -> Result {
         let shape = Shape::from(shape);
         shape.validate().map_err(NoShape)?;
         entry::populate_code();
-        ready.hollow = Some(Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape)?);
+        ready.hollow = Some(Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape, filter)?);
     }
     session.serve(instance, filter)?;
     fulfil(&session, &wishes, ready)

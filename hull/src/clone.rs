@@ -58,7 +58,7 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
         }
         None => (None, Some(stream), None),
         Some(shape) => {
-            let hollow = hollow(shape).inspect_err(|err| {
+            let hollow = hollow(shape, args.seccomp.into()).inspect_err(|err| {
                 // The pool says it; this process's words go nowhere.
                 nursery::apologize(&stream, &report::line(err.as_ref()));
             })?;
@@ -83,8 +83,8 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
 }
 
 /// What can be made of a machine beforehand.
-fn hollow(shape: Shape) -> Result<Hollow> {
-    Ok(Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape)?)
+fn hollow(shape: Shape, filter: seccomp::Mode) -> Result<Hollow> {
+    Ok(Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape, filter)?)
 }
 
 /// Who has this process made, and hears once what became of it.
@@ -268,7 +268,7 @@ fn config(child: &Child, parent: VmConfig, filter: seccomp::Mode) -> Result<VmCo
 /// Opens interfaces in this network namespace from now on.
 fn enter(path: &Path) -> io::Result<()> {
     let namespace = File::open(path)?;
-    // SAFETY: setns has no memory arguments; there is one thread yet.
+    // SAFETY: setns has no memory arguments; those of vCPUs that are there have no use for another.
     match unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -28,6 +28,9 @@ const END: [i32; 7] = [
     libc::SIGALRM,
 ];
 
+/// Those that mean something else.
+const EVENTS: [i32; 3] = [libc::SIGWINCH, libc::SIGTSTP, libc::SIGCONT];
+
 /// What a signal means to a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Meaning {
@@ -86,6 +89,24 @@ extern "C" fn on_end(number: i32) {
 /// The kernel refused.
 pub(crate) fn hold() -> io::Result<()> {
     change_mask(libc::SIG_BLOCK)
+}
+
+/// Has `start` start threads that take none of the signals of a process, whether those are taken over by then or not.
+///
+/// # Errors
+/// The kernel refused.
+pub(crate) fn away_from<T>(start: impl FnOnce() -> T) -> io::Result<T> {
+    let set = set_of(END.into_iter().chain(EVENTS).chain([lease_break_signal(), libc::SIGXFSZ]));
+    let mut before = MaybeUninit::uninit();
+    // SAFETY: a valid set, and room for another.
+    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, before.as_mut_ptr()) } {
+        0 => {}
+        errno => return Err(io::Error::from_raw_os_error(errno)),
+    }
+    let started = start();
+    // SAFETY: the call above filled it in.
+    mask(libc::SIG_SETMASK, unsafe { before.assume_init_ref() })?;
+    Ok(started)
 }
 
 fn change_mask(how: i32) -> io::Result<()> {
@@ -170,8 +191,7 @@ impl Signals {
     /// # Errors
     /// The kernel refused.
     pub fn block() -> io::Result<Signals> {
-        let events = [libc::SIGWINCH, libc::SIGTSTP, libc::SIGCONT, lease_break_signal()];
-        let mut set = set_of(events);
+        let mut set = set_of(EVENTS.into_iter().chain([lease_break_signal()]));
         let mut interrupting = 1 << libc::SIGTSTP;
         for number in END {
             if take_over(number)? {

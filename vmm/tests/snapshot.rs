@@ -24,7 +24,7 @@ use vmm::machine::{
     Ready, RunOptions, Shape, State as Is,
 };
 use vmm::memory::Runs;
-use vmm::seccomp::ThreadKind;
+use vmm::seccomp::{Mode, ThreadKind};
 use vmm::snapshot::{self, Base, Diff, Files, Header, State, Taken};
 use vmm::timings::Timings;
 
@@ -413,7 +413,7 @@ impl Hypervisor for Counting {
 /// A VM that is ready for a machine of so many MiB.
 fn ready(mib: u64) -> Ready {
     let shape = Shape { cpus: 1, memory: mib << 20, huge_pages: false };
-    Ready { hollow: Some(Hollow::new(&kvm(), shape).unwrap()), disks: Vec::new() }
+    Ready { hollow: Some(Hollow::new(&kvm(), shape, Mode::Off).unwrap()), disks: Vec::new() }
 }
 
 #[test]

@@ -8,7 +8,7 @@ mod features;
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-pub use features::missing;
+pub use features::{is_same, missing};
 
 /// What shapes the CPUID of a machine's vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

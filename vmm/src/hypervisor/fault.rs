@@ -144,9 +144,9 @@ struct FaultyVcpu {
 }
 
 impl Vcpu for FaultyVcpu {
-    fn set_cpuid(&self, cpuid: &CpuId) -> Result<()> {
+    fn set_cpuid(&self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
         self.plan.step("KVM_SET_CPUID2")?;
-        self.inner.set_cpuid(cpuid)
+        self.inner.set_cpuid(entries)
     }
 
     fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>> {

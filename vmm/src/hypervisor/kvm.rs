@@ -209,7 +209,9 @@ struct KvmVcpu {
 }
 
 impl Vcpu for KvmVcpu {
-    fn set_cpuid(&self, cpuid: &CpuId) -> Result<()> {
+    fn set_cpuid(&self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
+        let cpuid = CpuId::from_entries(entries);
+        let cpuid = &cpuid.map_err(|_| failed("KVM_SET_CPUID2", Errno::new(libc::E2BIG)))?;
         self.fd.set_cpuid2(cpuid).map_err(|err| failed("KVM_SET_CPUID2", err))
     }
 
@@ -277,9 +279,6 @@ impl Vcpu for KvmVcpu {
 
     fn restore(&self, state: &VcpuState) -> Result<()> {
         let fd = &self.fd;
-        let cpuid = CpuId::from_entries(&state.cpuid);
-        let cpuid = cpuid.map_err(|_| failed("KVM_SET_CPUID2", Errno::new(libc::E2BIG)))?;
-        self.set_cpuid(&cpuid)?;
         let khz = fd.get_tsc_khz().map_err(|err| failed("KVM_GET_TSC_KHZ", err))?;
         if !same_frequency(khz, state.tsc_khz) {
             let detail = || format!("{} kHz, this host has {khz}", state.tsc_khz);

@@ -151,7 +151,7 @@ pub trait Vcpu: Send {
     ///
     /// # Errors
     /// The kernel refused the call; the same holds for all setters.
-    fn set_cpuid(&self, cpuid: &CpuId) -> Result<()>;
+    fn set_cpuid(&self, entries: &[kvm_cpuid_entry2]) -> Result<()>;
     /// What CPUID says, which may be more than was set: some of it cannot be kept from a guest.
     #[allow(missing_docs)]
     fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>>;
@@ -188,7 +188,7 @@ pub trait Vcpu: Send {
     /// not in the guest, with nothing of an exit left to be completed.
     #[allow(missing_docs)]
     fn save(&self, msrs: &[u32]) -> Result<VcpuState>;
-    /// Puts a state into a vCPU that has never run.
+    /// Puts a state, but for what CPUID says, into a vCPU that is shown that and has never run.
     #[allow(missing_docs)]
     fn restore(&self, state: &VcpuState) -> Result<()>;
 

@@ -20,6 +20,7 @@ use crate::hypervisor::{Exit, Vcpu};
 use crate::io::STACK_SIZE;
 use crate::metrics::VcpuMetrics;
 use crate::seccomp::{self, ThreadKind};
+use crate::signals;
 use crate::timings::{Milestone, Timings};
 
 /// The word a vCPU thread obeys.
@@ -86,7 +87,7 @@ extern "C" fn on_kick(_signal: i32) {
 ///
 /// # Errors
 /// The kernel refused.
-pub(super) fn install_kick_handler() -> io::Result<()> {
+fn install_kick_handler() -> io::Result<()> {
     // SAFETY: an all-zero sigaction is valid; the handler only stores a byte.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
@@ -105,8 +106,8 @@ type Errand = Box<dyn FnOnce(&dyn Vcpu) + Send>;
 pub(super) struct VcpuThread {
     orders: Arc<Orders>,
     errands: mpsc::Sender<Errand>,
-    /// Where its vCPU goes, until it has one.
-    vcpu: Option<mpsc::SyncSender<Box<dyn Vcpu>>>,
+    /// Where what it is to run goes, until it has that.
+    post: Option<mpsc::SyncSender<Post>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -115,32 +116,57 @@ pub(super) struct Shared {
     pub(super) buses: Buses,
     pub(super) events: Sender,
     pub(super) timings: Arc<Timings>,
+}
+
+/// What a vCPU thread runs.
+pub(super) struct Post {
+    pub(super) vcpu: Box<dyn Vcpu>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) metrics: Arc<VcpuMetrics>,
+}
+
+/// vCPU threads that are there before it is known what they run.
+pub(super) struct Crew {
+    pub(super) threads: Vec<VcpuThread>,
+    /// One message per thread: under its filter, or why not.
+    pub(super) ready: mpsc::Receiver<io::Result<()>>,
+    /// What filters they have.
     pub(super) seccomp: seccomp::Mode,
+}
+
+impl Crew {
+    /// Starts threads for so many vCPUs, parked.
+    pub(super) fn start(count: u32, seccomp: seccomp::Mode) -> io::Result<Crew> {
+        install_kick_handler()?;
+        let (sender, ready) = mpsc::channel();
+        let start = |index| VcpuThread::start(index as usize, seccomp, sender.clone());
+        let threads = signals::away_from(|| (0..count).map(start).collect::<io::Result<_>>())??;
+        Ok(Crew { threads, ready, seccomp })
+    }
 }
 
 impl VcpuThread {
     /// Starts the thread of vCPU `index`, parked, which waits for that. `ready` gets a message once it is
     /// under its filter.
-    pub(super) fn start(
+    fn start(
         index: usize,
-        shared: Arc<Shared>,
-        metrics: Arc<VcpuMetrics>,
+        seccomp: seccomp::Mode,
         ready: mpsc::Sender<io::Result<()>>,
     ) -> io::Result<VcpuThread> {
         let orders = Arc::new(Orders(AtomicU32::new(Order::Park as u32)));
         let own = Arc::clone(&orders);
         let (errands, received) = mpsc::channel();
-        let (vcpu, given) = mpsc::sync_channel::<Box<dyn Vcpu>>(1);
+        let (post, given) = mpsc::sync_channel::<Post>(1);
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {index}"))
             .stack_size(STACK_SIZE)
             .spawn(move || {
-                let filtered = seccomp::apply(ThreadKind::Vcpu, shared.seccomp);
+                let filtered = seccomp::apply(ThreadKind::Vcpu, seccomp);
                 let serve = filtered.is_ok();
                 let _ = ready.send(filtered);
                 drop(ready);
                 // There is none if the machine was not to be had.
-                let Ok(mut vcpu) = given.recv() else { return };
+                let Ok(Post { mut vcpu, shared, metrics }) = given.recv() else { return };
                 IMMEDIATE_EXIT.set(vcpu.immediate_exit());
                 if serve {
                     let runner = Runner {
@@ -154,14 +180,14 @@ impl VcpuThread {
                 }
                 IMMEDIATE_EXIT.set(std::ptr::null_mut());
             })?;
-        Ok(VcpuThread { orders, errands, vcpu: Some(vcpu), thread: Some(thread) })
+        Ok(VcpuThread { orders, errands, post: Some(post), thread: Some(thread) })
     }
 
-    /// Gives the thread its vCPU.
-    pub(super) fn give(&mut self, vcpu: Box<dyn Vcpu>) {
-        if let Some(place) = self.vcpu.take() {
+    /// Gives the thread what it is to run.
+    pub(super) fn give(&mut self, post: Post) {
+        if let Some(place) = self.post.take() {
             // If the thread ended, it said why.
-            let _ = place.send(vcpu);
+            let _ = place.send(post);
         }
     }
 
@@ -204,7 +230,7 @@ impl VcpuThread {
 
 impl Drop for VcpuThread {
     fn drop(&mut self) {
-        self.vcpu = None;
+        self.post = None;
         if self.orders.get() != Order::End {
             self.end();
         }

@@ -106,6 +106,35 @@ pub fn missing(shown: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Ve
     missing
 }
 
+/// Bits that follow a vCPU's registers, by leaf, subleaf and register: KVM keeps them up to date itself.
+const FOLLOWING: [(u32, u32, Register, u32); 5] = [
+    // MONITOR (IA32_MISC_ENABLE), OSXSAVE (CR4).
+    (1, 0, 2, 1 << 3 | 1 << 27),
+    // APIC (IA32_APIC_BASE).
+    (1, 0, 3, 1 << 9),
+    // OSPKE (CR4).
+    (7, 0, 2, 1 << 4),
+    // Sizes of the states that are in use (XCR0, IA32_XSS).
+    (0xd, 0, 1, !0),
+    (0xd, 1, 1, !0),
+];
+
+/// True if two vCPUs are shown the same, but for what follows from their registers.
+pub fn is_same(one: &[kvm_cpuid_entry2], other: &[kvm_cpuid_entry2]) -> bool {
+    let lasting = |entry: &kvm_cpuid_entry2| {
+        let mut registers = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+        for (leaf, subleaf, place, bits) in FOLLOWING {
+            if (leaf, subleaf) == (entry.function, entry.index)
+                && let Some(register) = registers.get_mut(place)
+            {
+                *register &= !bits;
+            }
+        }
+        (entry.function, entry.index, entry.flags, registers)
+    };
+    one.iter().map(lasting).eq(other.iter().map(lasting))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -122,5 +151,15 @@ mod tests {
         assert_eq!(missing(&shown, &here), ["AVX", "CPUID 0x1/0 edx bit 5"]);
         assert_eq!(missing(&here, &shown), [""; 0]);
         assert_eq!(missing(&shown, &[]), ["AES", "AVX", "CPUID 0x1/0 edx bit 5"]);
+    }
+
+    #[test]
+    fn what_follows_from_registers_makes_no_difference() {
+        let one = [entry(1, 0, 0), entry(2, 0, 0)];
+        assert!(is_same(&one, &[entry(1, 1 << 27, 1 << 9), entry(2, 0, 0)]));
+        assert!(!is_same(&one, &[entry(1, 1 << 28, 0), entry(2, 0, 0)]));
+        assert!(!is_same(&one, &[entry(1, 0, 0), entry(2, 1 << 27, 0)]));
+        assert!(!is_same(&one, &one[..1]));
+        assert!(!is_same(&one, &[one[1], one[0]]));
     }
 }

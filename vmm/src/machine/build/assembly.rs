@@ -1,6 +1,5 @@
 //! A machine with all its parts, which boots or goes on.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::mpsc;
 
@@ -9,6 +8,7 @@ use arch::ids::VmClock;
 use arch::layout;
 use devices::acpi::Event as AcpiEvent;
 use devices::virtio::Kind;
+use kvm_bindings::kvm_cpuid_entry2;
 use vm_memory::ByteValued;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -18,7 +18,7 @@ use super::super::control::{Counted, Parts};
 use super::super::event::{Event, Sender};
 use super::super::slot::Slot;
 use super::super::table;
-use super::super::vcpu::{Shared, VcpuThread, install_kick_handler};
+use super::super::vcpu::{Crew, Post, Shared};
 use super::boot::{command_line, describe, enter_at};
 use super::cpus::{self, Cpus};
 use super::hollow::{self, Hollow, Ready, Shape};
@@ -41,7 +41,7 @@ use crate::timings::Milestone;
 /// A machine with all its parts and threads, and nothing in it: no kernel, and nobody's state.
 pub struct Assembly {
     // Threads end before what they use.
-    threads: Vec<VcpuThread>,
+    crew: Crew,
     io: Vec<IoThread>,
     slots: Vec<Slot>,
     shared: Arc<Shared>,
@@ -52,12 +52,13 @@ pub struct Assembly {
     output: Arc<Output>,
     wake: Arc<EventFd>,
     receiver: mpsc::Receiver<Event>,
-    vcpus_ready: mpsc::Receiver<io::Result<()>>,
     observed: Observed,
     seccomp: seccomp::Mode,
     generation: [u8; 16],
     cpus: Option<Cpus>,
     vcpus: Vec<Box<dyn Vcpu>>,
+    /// What they are shown as CPUID, as far as that is known.
+    shown: Vec<Vec<kvm_cpuid_entry2>>,
     vm: Box<dyn Vm>,
     ram: GuestRam,
 }
@@ -97,9 +98,14 @@ impl Assembly {
     ) -> Result<Assembly, BuildError> {
         warn_if_larger_than_host(config);
         let Ready { hollow, disks } = ready;
-        let fits = |hollow: &Hollow| !forkable && hollow.shape == Shape::of(config);
+        let fits = |hollow: &Hollow| {
+            let same = (hollow.shape, hollow.crew.seccomp) == (Shape::of(config), config.seccomp);
+            same && !forkable
+        };
         let (mut ram, made) = match hollow.filter(fits) {
-            Some(Hollow { ram, vm, vcpus, .. }) => (ram, Some((vm, vcpus))),
+            Some(Hollow { ram, vm, vcpus, shown, crew, .. }) => {
+                (ram, Some((vm, vcpus, shown, crew)))
+            }
             None => (GuestRam::of(&MemoryConfig { forkable, ..config.memory.clone() })?, None),
         };
         let wake = Arc::new(event()?);
@@ -115,9 +121,9 @@ impl Assembly {
             check_addresses(config, cpus.cpuid().address_limit())?;
         }
         let devices = table::devices(config, &output, host_side.window, &ram, disks)?;
-        let (vm, vcpus) = match made {
-            Some((vm, vcpus)) => (vm, Some(vcpus)),
-            None => (hollow::vm(host_side.hypervisor, &ram)?, None),
+        let (vm, vcpus, mut shown, crew) = match made {
+            Some((vm, vcpus, shown, crew)) => (vm, Some(vcpus), shown, Some(crew)),
+            None => (hollow::vm(host_side.hypervisor, &ram)?, None, Vec::new(), None),
         };
         let mut wiring = Wiring {
             vm: vm.as_ref(),
@@ -142,31 +148,21 @@ impl Assembly {
         };
         if let Some(cpus) = &cpus {
             cpus.equip(&vcpus)?;
+            shown.clear();
         }
         let generation = write_identity(&mut ram)?;
 
         // From here on signals are main's alone.
         signals::hold().map_err(host("to block signals"))?;
         let io = start_io_threads(io_threads, &events)?;
-        let shared = Arc::new(Shared {
-            buses,
-            events,
-            timings: Arc::clone(&host_side.timings),
-            seccomp: config.seccomp,
-        });
-        install_kick_handler().map_err(host("a signal handler"))?;
-        let (ready, vcpus_ready) = mpsc::channel();
-        let mut threads = Vec::new();
-        for index in 0..vcpus.len() {
-            let counted = Arc::<VcpuMetrics>::default();
-            let set: Set = ("vcpu", Arc::clone(&counted) as _);
-            metrics.add_of_machine(Some(&index.to_string()), set);
-            let thread = VcpuThread::start(index, Arc::clone(&shared), counted, ready.clone())
-                .map_err(host("a vCPU thread"))?;
-            threads.push(thread);
-        }
+        let timings = Arc::clone(&host_side.timings);
+        let shared = Arc::new(Shared { buses, events, timings });
+        let crew = match crew {
+            Some(crew) => crew,
+            None => Crew::start(config.cpus, config.seccomp).map_err(host("a vCPU thread"))?,
+        };
         Ok(Assembly {
-            threads,
+            crew,
             io,
             slots,
             shared,
@@ -177,12 +173,12 @@ impl Assembly {
             output,
             wake,
             receiver,
-            vcpus_ready,
             observed,
             seccomp: config.seccomp,
             generation,
             cpus,
             vcpus,
+            shown,
             vm,
             ram,
         })
@@ -224,6 +220,7 @@ impl Assembly {
             Restored {
                 vm: self.vm.as_ref(),
                 vcpus: &self.vcpus,
+                shown: &self.shown,
                 compare: self.cpus.is_some(),
                 serial: self.serial.as_deref(),
                 keyboard: &self.keyboard,
@@ -245,12 +242,15 @@ impl Assembly {
         restored: bool,
         companions: Vec<Companion>,
     ) -> Machine {
-        let Assembly { mut threads, vcpus, observed, .. } = self;
-        for (thread, vcpu) in threads.iter_mut().zip(vcpus) {
-            thread.give(vcpu);
+        let Assembly { crew: Crew { mut threads, ready, .. }, vcpus, observed, .. } = self;
+        let Observed { metrics, journal } = observed;
+        for (index, (thread, vcpu)) in threads.iter_mut().zip(vcpus).enumerate() {
+            let counted = Arc::<VcpuMetrics>::default();
+            let set: Set = ("vcpu", Arc::clone(&counted) as _);
+            metrics.add_of_machine(Some(&index.to_string()), set);
+            thread.give(Post { vcpu, shared: Arc::clone(&self.shared), metrics: counted });
         }
         let counted = Counted::default();
-        let Observed { metrics, journal } = observed;
         metrics.add_of_machine(None, ("vmm", Arc::clone(&counted.control) as _));
         metrics.add_of_machine(None, ("latencies_us", Arc::clone(&counted.latencies) as _));
         Machine {
@@ -261,7 +261,7 @@ impl Assembly {
             control: Parts {
                 events: self.receiver,
                 wake: self.wake,
-                vcpus_ready: self.vcpus_ready,
+                vcpus_ready: ready,
                 output: self.output,
                 serial: self.serial,
                 keyboard: self.keyboard,

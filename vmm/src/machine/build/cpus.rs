@@ -1,12 +1,11 @@
 //! The vCPUs of a machine as they are before the first one has a kernel: what CPUID says, and what
 //! model-specific registers have in them.
 
-use std::io;
-
 use arch::cpuid::{Cpuid, CpuidConfig};
 use arch::msr;
 use arch::template::{Misfit, MissingLeaf, Template};
-use kvm_bindings::CpuId;
+
+use kvm_bindings::kvm_cpuid_entry2;
 
 use super::BuildError;
 use crate::config::CpuConfig;
@@ -76,6 +75,18 @@ impl Cpus {
         &self.cpuid
     }
 
+    /// Shows vCPUs that are [`bare`] what CPUID says, and no more. Returns what each is shown.
+    ///
+    /// # Errors
+    /// KVM refused.
+    pub fn show(&self, vcpus: &[Box<dyn Vcpu>]) -> Result<Vec<Vec<kvm_cpuid_entry2>>, BuildError> {
+        let one = |(index, vcpu): (u8, &Box<dyn Vcpu>)| {
+            vcpu.set_cpuid(&self.cpuid.for_vcpu(index))?;
+            Ok(vcpu.cpuid()?)
+        };
+        (0..self.count).zip(vcpus).map(one).collect()
+    }
+
     /// Gives vCPUs that are [`bare`] what CPUID says, and registers.
     ///
     /// # Errors
@@ -84,11 +95,7 @@ impl Cpus {
         let boot_msrs = msr::boot_msrs();
         let changed = self.template.msrs();
         for (index, vcpu) in (0..self.count).zip(vcpus) {
-            let entries = CpuId::from_entries(&self.cpuid.for_vcpu(index)).map_err(|err| {
-                let source = io::Error::other(format!("{err:?}"));
-                BuildError::Host { what: "a CPUID table of this size", source }
-            })?;
-            vcpu.set_cpuid(&entries)?;
+            vcpu.set_cpuid(&self.cpuid.for_vcpu(index))?;
             if !changed.is_empty() {
                 // Of each vCPU's own: some registers say which vCPU it is.
                 let mut msrs = vcpu.msrs(&changed).map_err(TemplateError::Read)?;

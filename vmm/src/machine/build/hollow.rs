@@ -1,11 +1,15 @@
 //! What of a machine can be made before it is known which one it will be.
 
-use super::{BuildError, cpus};
-use crate::config::{ByteSize, ConfigError, VmConfig};
+use super::super::vcpu::Crew;
+use super::cpus::{self, Cpus};
+use super::{BuildError, host};
+use crate::config::{ByteSize, ConfigError, CpuConfig, VmConfig};
 use crate::hypervisor::{Hypervisor, Vcpu, Vm};
 use crate::memory::GuestRam;
+use crate::seccomp;
 use arch::layout;
 use devices::virtio::blk::Backing;
+use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 /// What machines have in common that can be made beforehand.
@@ -48,27 +52,38 @@ pub struct Ready {
     pub disks: Vec<(String, Backing)>,
 }
 
-/// A VM with memory slots, interrupt controllers and vCPUs, and nothing in it: any machine of its shape, unless its
-/// memory is to be a file.
+/// A VM with memory slots, interrupt controllers, vCPUs and their threads, and nothing in it: any machine of its shape
+/// and with the same filters, unless its memory is to be a file.
 pub struct Hollow {
     pub(super) shape: Shape,
     pub(super) vm: Box<dyn Vm>,
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
+    /// What each of them is shown as CPUID. That of a copy is the same more often than not, and takes KVM a third of the
+    /// time of all that a vCPU has.
+    pub(super) shown: Vec<Vec<kvm_cpuid_entry2>>,
+    /// A thread for each.
+    pub(super) crew: Crew,
     // Dropped after the VM that has slots in it.
     pub(super) ram: GuestRam,
 }
 
 impl Hollow {
-    /// Makes one.
+    /// Makes one, with these filters for the vCPUs' threads.
     ///
     /// # Errors
-    /// There can be no such machine; KVM refused, or there is no memory.
-    pub fn new(hypervisor: &dyn Hypervisor, shape: Shape) -> Result<Hollow, BuildError> {
+    /// There can be no such machine; KVM refused, or there is no memory, or no thread.
+    pub fn new(
+        hypervisor: &dyn Hypervisor,
+        shape: Shape,
+        filter: seccomp::Mode,
+    ) -> Result<Hollow, BuildError> {
         shape.validate()?;
         let ram = GuestRam::new(shape.memory, shape.huge_pages)?;
         let vm = vm(hypervisor, &ram)?;
         let vcpus = cpus::bare(vm.as_ref(), shape.cpus)?;
-        Ok(Hollow { shape, vm, vcpus, ram })
+        let shown = Cpus::new(hypervisor, shape.cpus, &CpuConfig::default())?.show(&vcpus)?;
+        let crew = Crew::start(shape.cpus, filter).map_err(host("a vCPU thread"))?;
+        Ok(Hollow { shape, vm, vcpus, shown, crew, ram })
     }
 }
 

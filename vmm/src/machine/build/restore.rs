@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use devices::virtio::device::{Payload, RestoreError};
+use kvm_bindings::kvm_cpuid_entry2;
 
 use super::super::bus::{AcpiPort, KeyboardPort, SerialPort};
 use super::super::slot::Slot;
@@ -179,6 +180,8 @@ pub(super) fn companions(
 pub(super) struct Restored<'a> {
     pub(super) vm: &'a dyn Vm,
     pub(super) vcpus: &'a [Box<dyn Vcpu>],
+    /// What they are shown as CPUID, as far as that is known.
+    pub(super) shown: &'a [Vec<kvm_cpuid_entry2>],
     /// What CPUID says of them is this host's, to be compared with what the guest was shown.
     pub(super) compare: bool,
     pub(super) serial: Option<&'a SerialPort>,
@@ -210,6 +213,10 @@ pub(super) fn states(origin: &Origin, machine: Restored<'_>) -> Result<(), Build
             if !missing.is_empty() {
                 return Err(OriginError::Cpu(missing.join(", ")).into());
             }
+        }
+        let shown = machine.shown.get(index);
+        if !shown.is_some_and(|shown| arch::cpuid::is_same(shown, &state.cpuid)) {
+            vcpu.set_cpuid(&state.cpuid)?;
         }
         vcpu.restore(&state)?;
     }

@@ -80,11 +80,12 @@ impl Cpus {
     /// # Errors
     /// KVM refused.
     pub fn show(&self, vcpus: &[Box<dyn Vcpu>]) -> Result<Vec<Vec<kvm_cpuid_entry2>>, BuildError> {
-        let one = |(index, vcpu): (u8, &Box<dyn Vcpu>)| {
+        let mut shown = Vec::new();
+        for (index, vcpu) in (0..self.count).zip(vcpus) {
             vcpu.set_cpuid(&self.cpuid.for_vcpu(index))?;
-            Ok(vcpu.cpuid()?)
-        };
-        (0..self.count).zip(vcpus).map(one).collect()
+            shown.push(vcpu.cpuid()?);
+        }
+        Ok(shown)
     }
 
     /// Gives vCPUs that are [`bare`] what CPUID says, and registers.

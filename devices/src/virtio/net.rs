@@ -110,6 +110,8 @@ pub enum NetError {
 pub struct Net {
     taps: Vec<Tap>,
     mac: [u8; 6],
+    /// Somebody asked for this address: it is not that of a saved card.
+    keeps_mac: bool,
     mtu: Option<u16>,
     sizes: Vec<u16>,
     /// Queue pairs that the driver uses: 1 until it asks for more.
@@ -166,6 +168,7 @@ impl Net {
         Ok(Net {
             taps,
             mac,
+            keeps_mac: false,
             mtu,
             sizes,
             pairs,
@@ -176,6 +179,12 @@ impl Net {
             metrics: Arc::default(),
             mmds_metrics: Arc::default(),
         })
+    }
+
+    /// Has the card keep its address when it goes on where one was saved that may have had another. The driver is
+    /// told then that its configuration changed.
+    pub fn keep_mac(&mut self) {
+        self.keeps_mac = true;
     }
 
     /// Gives the guest a metadata service on this card. Its contents come by
@@ -308,7 +317,7 @@ impl Device for Net {
 
     fn save(&self) -> Payload {
         let mut bytes = self.pairs.load(Ordering::Relaxed).to_le_bytes().to_vec();
-        // The driver has read it, and does not do so again: it may have been made up of a name.
+        // The driver has read it, and need not do so again: it may have been made up of a name.
         bytes.extend(self.mac);
         Payload { kind: NAME, version: VERSION, bytes }
     }
@@ -323,7 +332,9 @@ impl Device for Net {
             return Err(invalid("it uses more queue pairs than this card has"));
         }
         self.pairs.store(pairs, Ordering::Relaxed);
-        self.mac = mac;
+        if !self.keeps_mac {
+            self.mac = mac;
+        }
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::golden;
+use crate::virtio::mmio::reg;
 use crate::virtio::queue::INTERRUPT_CONFIG;
 
 #[test]
@@ -58,6 +59,26 @@ fn a_card_keeps_its_address_and_the_pairs_that_its_driver_uses() {
     assert_eq!(other.device().0.used_pairs(feature::MQ), 2);
     // A machine with fewer cannot have it.
     assert!(harness.restored(wired(1), &harness.save()).is_err());
+}
+
+#[test]
+fn a_card_has_the_address_that_was_asked_for() {
+    let mut harness = Harness::new(wired(1));
+    harness.activate();
+    harness.pause();
+    let generation = harness.read_register(reg::CONFIG_GENERATION);
+    let (taps, peers) = (0..1).map(|_| wire()).unzip();
+    let options = NetOptions { taps, mac: [6; 6], mtu: Some(9000) };
+    let mut net = Net::new(options).unwrap();
+    net.keep_mac();
+    let mut other = harness.restored((net, peers), &harness.save()).unwrap();
+    other.resume();
+    assert_eq!(other.read_register(reg::CONFIG), 0x0606_0606);
+    assert_ne!(other.read_register(reg::CONFIG_GENERATION), generation);
+    assert_ne!(other.interrupt().status() & INTERRUPT_CONFIG, 0);
+    // Copies of the copy have it as well.
+    let saved = other.device().0.save();
+    assert_eq!(saved.bytes[2..], [6; 6]);
 }
 
 #[test]

@@ -22,7 +22,7 @@ use crate::snapshots::files;
 /// Lets a saved machine go on, and stays with it until it ends.
 pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     logging::start(args.process.log);
-    let overrides = overrides(args)?;
+    let mut overrides = overrides(args)?;
     let base = args.base.as_deref().map(files).transpose()?;
     let from = files(&args.folder)?;
     let mut origin = match &args.pager {
@@ -41,11 +41,12 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
         seccomp: args.process.seccomp.map(Into::into).unwrap_or_default(),
         ..origin.state.header.config.clone()
     };
+    let mut hook =
+        args.hook.map(|port| Hook { port, hostname: args.hostname.clone(), ..Hook::default() });
+    overrides.agree(hook.as_mut())?;
     overrides.apply(&mut config)?;
     config.console = config.console.elsewhere(args.console.as_deref().map(console).transpose()?)?;
     config.validate_without_kernel()?;
-    let hook =
-        args.hook.map(|port| Hook { port, hostname: args.hostname.clone(), ..Hook::default() });
     hook.as_ref().map_or(Ok(()), |hook| hook.validate(&config))?;
     let pidfile = args.process.pidfile.as_deref();
     let wanted = Wanted { pidfile, config: None, api: args.reach.socket() };
@@ -91,10 +92,16 @@ fn overrides(args: &RestoreArgs) -> std::result::Result<Overrides, UsageError> {
         }),
     };
     let nets = args.net.iter().map(|text| pair("net", text)).collect::<std::result::Result<_, _>>();
+    let macs = args.mac.iter().map(|text| {
+        let (id, mac) = pair("mac", text)?;
+        let wrong = |reason| UsageError::Option { option: "mac", text: text.clone(), reason };
+        Ok((id, mac.parse().map_err(wrong)?))
+    });
+    let macs = macs.collect::<std::result::Result<_, UsageError>>()?;
     let disks = args.disk.iter().map(|text| {
         let (id, path) = pair("disk", text)?;
         Ok((id, PathBuf::from(path)))
     });
     let disks = disks.collect::<std::result::Result<_, UsageError>>()?;
-    Ok(Overrides { nets: nets?, disks, vsock: args.vsock.clone(), cid: args.cid })
+    Ok(Overrides { nets: nets?, macs, disks, vsock: args.vsock.clone(), cid: args.cid })
 }

@@ -43,7 +43,7 @@ use crate::memory::{Layer, sealed_copy};
 use crate::snapshot::{LAYERS, MEMORY, Overrides, Part, State, StateError, parse, write};
 
 /// What each message begins with; the last byte is the version of all that is said here.
-const MAGIC: [u8; 4] = *b"HUL\x02";
+const MAGIC: [u8; 4] = *b"HUL\x03";
 /// Bytes in front of a message's text.
 const HEAD: usize = 8;
 /// How long who speaks may pause.

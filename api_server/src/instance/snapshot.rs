@@ -287,6 +287,8 @@ fn overridden(
     let has_none = config.console.mode == ConsoleMode::Off;
     let wanted = (params.serial_override.is_some() || !has_none).then_some(console);
     config.console = config.console.elsewhere(wanted).map_err(invalid)?;
-    params.overrides().apply(&mut config).map_err(invalid)?;
+    let overrides = params.overrides().map_err(invalid)?;
+    overrides.apply(&mut config).map_err(invalid)?;
+    config.validate_without_kernel().map_err(|error| Fault::of_config(&error))?;
     Ok(config)
 }

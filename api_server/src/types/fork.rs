@@ -5,12 +5,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use vmm::config::{HostAddress, MacAddress, VmConfig};
+use vmm::config::{ConfigError, HostAddress, MacAddress, VmConfig};
 use vmm::fork::{Child, Outcome};
 use vmm::hook::{Addresses, Hook};
 use vmm::snapshot::Overrides;
 
-use super::snapshot::{DriveOverride, NetworkOverride, VsockOverride};
+use super::snapshot::{DriveOverride, NetworkOverride, VsockOverride, of_cards};
 use crate::fault::{Fault, chain};
 
 /// Most children of one request.
@@ -25,7 +25,7 @@ pub struct ForkOverrides {
     /// Its name. Without one it is called like its parent, with a number.
     #[serde(default)]
     pub name: Option<String>,
-    /// Other interfaces for network cards.
+    /// Other interfaces and addresses for network cards.
     #[serde(default)]
     pub network_overrides: Vec<NetworkOverride>,
     /// The network namespace, a file, in which it opens its interfaces.
@@ -75,7 +75,7 @@ pub struct ForkHook {
 pub struct CardAddresses {
     /// The card.
     pub iface_id: String,
-    /// Its MAC address.
+    /// Its MAC address, which the card itself has as well.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub guest_mac: Option<MacAddress>,
@@ -165,7 +165,7 @@ impl ForkParams {
         if !(1..=LONGEST).contains(&self.timeout_ms) {
             return Err(Fault::bad(format!("timeout_ms: between 1 and {LONGEST} can be waited.")));
         }
-        let children = self.wanted(config);
+        let children = self.wanted(config)?;
         // Those behind them are as those that have a name only.
         for (n, child) in children.iter().enumerate().take(self.overrides.len()) {
             let checked = child.validate(config);
@@ -177,14 +177,13 @@ impl ForkParams {
         Ok(children)
     }
 
-    fn wanted(&self, config: &VmConfig) -> Vec<Child> {
+    fn wanted(&self, config: &VmConfig) -> Result<Vec<Child>, Fault> {
         // Nobody makes a file for a disk that is only read.
         let is_written = |name: &str| {
             (0..config.disk.len()).all(|n| config.disk_name(n) != name || !config.disk[n].ro)
         };
-        let child = |n: u32| {
+        let child = |n: u32| -> Result<Child, ConfigError> {
             let wish = self.overrides.get(n as usize).cloned().unwrap_or_default();
-            let net = |net: NetworkOverride| (net.iface_id, net.host_dev_name);
             let disk = |disk: DriveOverride| (disk.drive_id, disk.path_on_host);
             let (copies, disks) = wish.drive_overrides.into_iter().map(disk).partition(
                 |(name, path): &(String, PathBuf)| {
@@ -193,26 +192,27 @@ impl ForkParams {
             );
             let (vsock, cid) =
                 wish.vsock_override.map(|vsock| (vsock.uds_path, vsock.guest_cid)).unzip();
-            Child {
+            let cards = of_cards(&wish.network_overrides)?;
+            let mut overrides = Overrides { disks, vsock, cid: cid.flatten(), ..cards };
+            let mut hook = wish.hook.map(Hook::from);
+            overrides.agree(hook.as_mut())?;
+            Ok(Child {
                 name: wish.name,
                 named_by_number: false,
-                overrides: Overrides {
-                    nets: wish.network_overrides.into_iter().map(net).collect(),
-                    disks,
-                    vsock,
-                    cid: cid.flatten(),
-                },
+                overrides,
                 copies,
                 folder: self.drives_dir.clone(),
                 temporary: self.temporary_drives,
                 console: wish.serial_out_path,
                 netns: wish.netns,
                 resume: !self.paused,
-                hook: wish.hook.map(Into::into),
+                hook,
                 number: n + 1,
                 of: self.count,
-            }
+            })
         };
+        let child =
+            |n| child(n).map_err(|error| Fault::bad(format!("overrides[{n}].{}.", chain(&error))));
         (0..self.count).map(child).collect()
     }
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 use utoipa::ToSchema;
+use vmm::config::{ConfigError, MacAddress};
 use vmm::snapshot::Overrides;
 
 use super::serial::SerialDevice;
@@ -57,14 +58,38 @@ pub struct MemoryBackend {
     pub backend_path: PathBuf,
 }
 
-/// Another interface for a network card.
+/// Another interface for a network card, or another address, or both.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkOverride {
     /// The card.
     pub iface_id: String,
     /// Its TAP interface here.
-    pub host_dev_name: String,
+    #[serde(default)]
+    pub host_dev_name: Option<String>,
+    /// Its MAC address here, which a driver that runs does not read again: the hook gives it to the guest.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub guest_mac: Option<MacAddress>,
+}
+
+/// What network cards have otherwise.
+///
+/// # Errors
+/// Of one of them nothing is said.
+pub(super) fn of_cards(all: &[NetworkOverride]) -> Result<Overrides, ConfigError> {
+    if let Some(empty) =
+        all.iter().find(|net| net.host_dev_name.is_none() && net.guest_mac.is_none())
+    {
+        return Err(ConfigError {
+            field: "network_overrides".to_owned(),
+            problem: format!("{} gets neither a host_dev_name nor a guest_mac", empty.iface_id),
+        });
+    }
+    let id = |net: &NetworkOverride| net.iface_id.clone();
+    let nets = all.iter().filter_map(|net| Some((id(net), net.host_dev_name.clone()?)));
+    let macs = all.iter().filter_map(|net| Some((id(net), net.guest_mac?)));
+    Ok(Overrides { nets: nets.collect(), macs: macs.collect(), ..Overrides::default() })
 }
 
 /// Another socket for the socket device.
@@ -114,7 +139,7 @@ pub struct SnapshotLoadParams {
     /// Let the machine go on.
     #[serde(default)]
     pub resume_vm: bool,
-    /// Other interfaces for network cards.
+    /// Other interfaces and addresses for network cards.
     #[serde(default)]
     pub network_overrides: Vec<NetworkOverride>,
     /// Another socket for the socket device.
@@ -133,15 +158,19 @@ pub struct SnapshotLoadParams {
 
 impl SnapshotLoadParams {
     /// What the machine has otherwise here.
-    pub fn overrides(&self) -> Overrides {
-        let net = |net: &NetworkOverride| (net.iface_id.clone(), net.host_dev_name.clone());
+    ///
+    /// # Errors
+    /// Of something that is named nothing is said, or two things.
+    pub fn overrides(&self) -> Result<Overrides, ConfigError> {
         let disk = |disk: &DriveOverride| (disk.drive_id.clone(), disk.path_on_host.clone());
-        Overrides {
-            nets: self.network_overrides.iter().map(net).collect(),
+        let mut overrides = Overrides {
             disks: self.drive_overrides.iter().map(disk).collect(),
             vsock: self.vsock_override.as_ref().map(|vsock| vsock.uds_path.clone()),
             cid: self.vsock_override.as_ref().and_then(|vsock| vsock.guest_cid),
-        }
+            ..of_cards(&self.network_overrides)?
+        };
+        overrides.agree(None)?;
+        Ok(overrides)
     }
 
     /// Where memory comes from: from a file, or from the process that listens on a socket.

@@ -67,8 +67,9 @@ pub struct ForkArgs {
     /// An address that the hook gives a network card, and the gateway behind it
     #[arg(long, value_name = "ID=ADDRESS/PREFIX[,GATEWAY]", requires = "hook")]
     pub ip: Vec<String>,
-    /// A MAC address that the hook gives a network card of the first copy; each next has the next
-    #[arg(long, value_name = "ID=MAC", requires = "hook")]
+    /// Another MAC address for a network card of the first copy; each next has the next. A driver that runs does not
+    /// look again: with --hook the guest is given it
+    #[arg(long, value_name = "ID=MAC")]
     pub mac: Vec<String>,
     /// Leave the machine halted, as it was copied
     #[arg(long)]

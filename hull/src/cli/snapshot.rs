@@ -133,6 +133,9 @@ pub struct RestoreArgs {
     /// Another TAP interface for a network card
     #[arg(short, long, value_name = "ID=TAP")]
     pub net: Vec<String>,
+    /// Another MAC address for a network card. A driver that runs does not look again: with --hook the guest is given it
+    #[arg(long, value_name = "ID=MAC")]
+    pub mac: Vec<String>,
     /// Another socket for the vsock device
     #[arg(long, value_name = "PATH")]
     pub vsock: Option<PathBuf>,

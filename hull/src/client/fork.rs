@@ -168,8 +168,13 @@ fn overrides(args: &ForkArgs) -> std::result::Result<Vec<Value>, ForkError> {
             let (id, path) = pair("--disk", text)?;
             Ok(json!({ "drive_id": id, "path_on_host": absolute(path) }))
         };
+        let mac = |text| {
+            let (id, mac) = pair("--mac", text)?;
+            Ok(json!({ "iface_id": id, "guest_mac": nth(&mac, n - 1)? }))
+        };
+        let cards = args.net.iter().map(net).chain(args.mac.iter().map(mac));
         let mut wish = json!({
-            "network_overrides": args.net.iter().map(net).collect::<Pairs>()?,
+            "network_overrides": cards.collect::<Pairs>()?,
             "drive_overrides": args.disk.iter().map(disk).collect::<Pairs>()?,
         });
         if let Some(name) = &args.name {
@@ -197,12 +202,7 @@ fn overrides(args: &ForkArgs) -> std::result::Result<Vec<Value>, ForkError> {
                 let (ip, gateway) = ip.split_once(',').map_or((&*ip, None), |(a, b)| (a, Some(b)));
                 Ok(json!({ "iface_id": id, "ip": ip, "gateway": gateway }))
             };
-            let mac = |text| {
-                let (id, mac) = pair("--mac", text)?;
-                Ok(json!({ "iface_id": id, "guest_mac": nth(&mac, n - 1)? }))
-            };
-            let ips = args.ip.iter().map(ip);
-            hook["addresses"] = ips.chain(args.mac.iter().map(mac)).collect::<Pairs>()?.into();
+            hook["addresses"] = args.ip.iter().map(ip).collect::<Pairs>()?.into();
             wish["hook"] = hook;
         }
         Ok(wish)

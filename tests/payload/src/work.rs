@@ -48,7 +48,7 @@ fn stamp(boot: &Boot, start: u64, length: u64, lap: u64) -> bool {
 ///
 /// With `every=` it does laps, so many ticks apart, which nobody has to ask for: it looks whether what was
 /// dirtied is as it was and writes something else there, so that copies of one machine that have a page in
-/// common find out. `ids=1` prints the identity pages in each. `disk=` does the same with so many blocks of the
+/// common find out. `ids=1` prints the identity pages in each, `net=1` what the first card says of itself. `disk=` does the same with so many blocks of the
 /// first disk, and flushes them.
 pub fn scenario(boot: &Boot) {
     let (size, rounds) = (boot.number("size", 1 << 20), boot.number("rounds", 1).max(1));
@@ -63,6 +63,7 @@ pub fn scenario(boot: &Boot) {
         0 => None,
         blocks => virtio::blk::Known::new(boot, blocks),
     };
+    let card = if boot.flag("net") { virtio::net::Watched::new(boot) } else { None };
     println!("ready");
     let (every, mut lap) = (boot.number("every", 0), 0);
     let mut due = ticks() + every;
@@ -81,6 +82,9 @@ pub fn scenario(boot: &Boot) {
             }
             if boot.flag("ids") {
                 basic::ids(boot);
+            }
+            if let Some(card) = &card {
+                card.lap();
             }
             if let Some(disk) = &mut disk {
                 disk.lap();

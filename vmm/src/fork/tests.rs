@@ -253,7 +253,7 @@ fn another_version_is_said_to_be_one() {
     let mut message = message(&()).unwrap();
     message[3] += 1;
     let err = received(&message, &[state.as_raw_fd()]).unwrap_err();
-    assert!(matches!(err, HandOverError::Version(3)), "{err:?}");
+    assert!(matches!(err, HandOverError::Version(4)), "{err:?}");
     assert!(err.to_string().contains("another version of Hull"), "{err}");
 }
 

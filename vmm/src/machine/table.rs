@@ -242,6 +242,10 @@ fn card(
     };
     let mac = net.mac.map_or_else(|| made_up_mac(config.name.as_deref(), n), |mac| mac.0);
     let mut card = Net::new(NetOptions { taps, mac, mtu: net.mtu })?;
+    if net.mac.is_some() {
+        // One that is made up is that of the machine that was saved, whatever this one is called.
+        card.keep_mac();
+    }
     card.set_limit(Traffic::Received, limiter(net.rx_rate));
     card.set_limit(Traffic::Sent, limiter(net.tx_rate));
     Ok(card)

@@ -82,10 +82,17 @@ fn what_makes_no_sense_is_refused() {
     }
     // What can be known before is said of all, and nothing was done.
     let taps = json!([{ "iface_id": "e", "host_dev_name": "t" }]);
+    let mac = |last| json!({ "iface_id": "e", "guest_mac": format!("06:00:00:00:00:0{last}") });
+    let macs = json!([mac(1), mac(2)]);
     let disks = json!([{ "drive_id": "q", "path_on_host": "/x" }]);
     for (wish, words) in [
         (json!({ "name": "a/b" }), ["overrides[1].name", "a/b"]),
         (json!({ "network_overrides": taps }), ["overrides[1].net", "the id e"]),
+        (
+            json!({ "network_overrides": [{ "iface_id": "e" }] }),
+            ["overrides[1].network_overrides", "e gets neither"],
+        ),
+        (json!({ "network_overrides": macs }), ["overrides[1].mac", "e cannot have both"]),
         (json!({ "drive_overrides": disks }), ["overrides[1].disk", "the id q"]),
         (json!({ "vsock_override": { "uds_path": "/x" } }), ["overrides[1].vsock", "no vsock"]),
     ] {

@@ -41,7 +41,7 @@ fn cloned(input: impl Into<OwnedFd>, words: &[&str]) -> (i32, String) {
 
 /// A message: what each begins with, its length, and as much text.
 fn message(text: &str) -> Vec<u8> {
-    [&b"HUL\x02"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat()
+    [&b"HUL\x03"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat()
 }
 
 const SHAPE: &str = "{\"cpus\": 1, \"memory\": 67108864, \"huge-pages\": false}";
@@ -59,7 +59,7 @@ fn answer(mut stream: &UnixStream) -> String {
 
 #[test]
 fn who_asks_hears_what_was_wrong() {
-    let other = [&b"HUL\x03"[..], &2u32.to_le_bytes(), b"{}"].concat();
+    let other = [&b"HUL\x04"[..], &2u32.to_le_bytes(), b"{}"].concat();
     for (bytes, why) in [
         (other, "another version of Hull"),
         (message("{\"wings\": 2}"), "unknown field `wings`"),
@@ -148,7 +148,7 @@ fn what_is_no_machine_is_refused() {
 
 #[test]
 fn who_says_nothing_is_not_waited_for() {
-    for bytes in [&b""[..], b"HU", b"HUL\x02\x20\0\0\0{"] {
+    for bytes in [&b""[..], b"HU", b"HUL\x03\x20\0\0\0{"] {
         let (mut own, theirs) = UnixStream::pair().unwrap();
         own.write_all(bytes).unwrap();
         let (code, text) = cloned(theirs, &[]);
@@ -327,7 +327,7 @@ fn a_pool_hears_many_that_make_no_sense() {
     let mut silent: Vec<UnixStream> = (0..100).map(|_| connect()).collect();
     let mut others = Vec::new();
     for bytes in
-        [&b"x"[..], b"GET / HTTP/1.1\r\n\r\n", &[255; 5000], &message("{}"), b"HUL\x02\x20\0\0\0{"]
+        [&b"x"[..], b"GET / HTTP/1.1\r\n\r\n", &[255; 5000], &message("{}"), b"HUL\x03\x20\0\0\0{"]
     {
         let mut stream = connect();
         // It may be gone already.

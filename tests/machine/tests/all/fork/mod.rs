@@ -3,6 +3,7 @@
 mod disks;
 mod door;
 mod hostile;
+mod identity;
 mod limits;
 mod saved;
 mod steps;

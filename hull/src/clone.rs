@@ -184,6 +184,9 @@ fn serve(
     let observed = session.observed().clone();
     let (instance, link) = Instance::configured(HULL, limits, config, observed);
     let config = link.config();
+    if let Some(metadata) = child.metadata.clone() {
+        instance.preset_metadata(metadata.into())?;
+    }
     session.offer(instance, config.seccomp);
     let ready = Ready { hollow, disks: copies.take() };
     let assembly = session.assemble(&config, &Arc::new(Timings::new(start)), ready, here)?;
@@ -250,6 +253,10 @@ fn is_taken(err: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
 fn config(child: &Child, parent: VmConfig, filter: seccomp::Mode) -> Result<VmConfig> {
     let mut config = VmConfig { name: child.name.clone(), seccomp: filter, ..parent };
     child.overrides.apply(&mut config)?;
+    if let Some(mmds) = &mut config.mmds {
+        // What is in the file was for the parent.
+        mmds.path = None;
+    }
     let console = match &child.console {
         Some(path) => ConsoleConfig {
             mode: ConsoleMode::File,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use api_server::{Instance, Limits};
-use vmm::config::VmConfig;
+use vmm::config::{MmdsConfig, VmConfig};
 use vmm::hook::{Hook, Identity, Outcome};
 use vmm::machine::{Command, LONGEST_METADATA, Ready, Service};
 use vmm::snapshot::{self, Overrides};
@@ -47,6 +47,9 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     overrides.apply(&mut config)?;
     config.console = config.console.elsewhere(args.console.as_deref().map(console).transpose()?)?;
     config.validate_without_kernel()?;
+    if let Some(path) = &args.metadata {
+        MmdsConfig::of(&mut config)?.path = Some(path.clone());
+    }
     hook.as_ref().map_or(Ok(()), |hook| hook.validate(&config))?;
     let pidfile = args.process.pidfile.as_deref();
     let wanted = Wanted { pidfile, config: None, api: args.reach.socket() };
@@ -54,6 +57,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     let limits = Limits { metadata: LONGEST_METADATA, ..Limits::default() };
     let observed = session.observed().clone();
     let (instance, link) = Instance::configured(HULL, limits, config, observed);
+    instance.initialise_metadata()?;
     session.offer(instance, link.config().seccomp);
     let config = link.config();
     let timings = Arc::new(Timings::new(start));

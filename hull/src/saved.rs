@@ -8,7 +8,7 @@ use api_server::types::fork::{ForkParams, ForkedChild};
 use serde_json::{Value, json};
 use vmm::fork::disks::Disks;
 use vmm::fork::{Birth, Child, Seed};
-use vmm::machine::{Origin, Source};
+use vmm::machine::{LONGEST_METADATA, Origin, Source};
 use vmm::snapshot;
 
 use crate::cli::Result;
@@ -47,7 +47,7 @@ impl Saved {
         let Origin { mut state, memory, .. } = self.0;
         let Source::Layers(layers) = memory else { return Err(SavedError::NoFiles.into()) };
         let config = std::mem::take(&mut state.header.config);
-        let mut children = params.children(&config)?;
+        let mut children = params.children(&config, LONGEST_METADATA)?;
         let name = config.name.as_deref().unwrap_or(NAMELESS);
         Child::name(&mut children, name, &mut 0);
         let disks = Disks::of_saved(&config, &children)?;

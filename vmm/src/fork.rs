@@ -32,13 +32,14 @@ use std::time::{Duration, Instant};
 use devices::virtio::device::Payload;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 pub use self::birth::Birth;
 use self::disks::Disks;
-use crate::config::{ConfigError, LONGEST_NAME, VmConfig};
+use crate::config::{ConfigError, LONGEST_NAME, MmdsConfig, VmConfig};
 use crate::hook::{self, Hook};
-use crate::machine::{Origin, Shape, Source};
+use crate::machine::{LONGEST_METADATA, Origin, Shape, Source};
 use crate::memory::{Layer, sealed_copy};
 use crate::snapshot::{LAYERS, MEMORY, Overrides, Part, State, StateError, parse, write};
 
@@ -50,8 +51,8 @@ const HEAD: usize = 8;
 pub const PAUSE: Duration = Duration::from_secs(5);
 /// How long freezing a machine may take: what a pager still has is fetched before.
 const FREEZING: Duration = Duration::from_secs(3600);
-/// Longest message, in bytes.
-const LONGEST: usize = 1 << 20;
+/// Longest message, in bytes: what a child finds in its metadata service, and 1 MiB of everything else.
+const LONGEST: usize = LONGEST_METADATA + (1 << 20);
 /// Longest state, in bytes: 64 vCPUs have some 700 KiB, and each of the layers some KiB.
 const LONGEST_STATE: u64 = 64 << 20;
 /// Most files beside the state: as many descriptors as one message may have (Linux, SCM_MAX_FD), without one.
@@ -82,6 +83,8 @@ pub struct Child {
     pub netns: Option<PathBuf>,
     /// It goes on at once.
     pub resume: bool,
+    /// What its metadata service has to say at first; nothing if nobody says.
+    pub metadata: Option<Map<String, Value>>,
     /// What the hook of its guest is told, before whoever asked hears of it.
     pub hook: Option<Hook>,
     /// Which one it is, from 1.
@@ -125,6 +128,9 @@ impl Child {
         let all = Overrides { disks: disks.cloned().collect(), ..self.overrides.clone() };
         all.apply(&mut config)?;
         config.validate_without_kernel()?;
+        if self.metadata.is_some() {
+            MmdsConfig::of(&mut config)?;
+        }
         self.hook.iter().try_for_each(|hook| hook.validate(&config))
     }
 }

@@ -23,7 +23,7 @@ use vmm::config::VmConfig;
 use vmm::devices::virtio::blk::Backing;
 use vmm::fork::disks::{DiskError, Disks, Switch};
 use vmm::fork::{self, Birth, Child, HandOverError, Outcome, Seed};
-use vmm::machine::{Command, Frozen};
+use vmm::machine::{Command, Frozen, LONGEST_METADATA};
 use vmm::snapshot::{self, Header, MemoryHeader, State};
 
 use super::snapshot::{Saving, halt, micros, portable};
@@ -55,7 +55,8 @@ impl Instance {
             Fault::bad("pool: nobody is known who makes processes; name the socket of a pool.")
         })?;
         let config = shared.config();
-        let mut children = params.children(&config)?;
+        let limit = shared.limits.metadata.min(LONGEST_METADATA);
+        let mut children = params.children(&config, limit)?;
         let saving = Saving::begin(&shared)?;
         // Before anything is halted for nothing.
         shared.name_children(&mut children);

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use axum::http::StatusCode;
+
 use serde_json::{Map, Value};
 use tokio::sync::oneshot;
 use vmm::machine::{Command, Handle, Message, Reply, initial_metadata};
 
 use super::{Inner, Instance, Phase};
 use crate::fault::{DONE, Done, Fault};
-use crate::types::mmds::MmdsConfig;
+use crate::types::mmds::{MmdsConfig, json_len};
 
 impl Inner {
     /// Sends the cards that serve metadata what there is of it. Nobody waits: what is sent in this
@@ -107,8 +108,7 @@ impl Instance {
         let limit = self.limits.metadata;
         let mut inner = self.lock();
         let contents = change(inner.metadata.as_deref())?;
-        // A JSON value can always be written.
-        let len = serde_json::to_vec(&contents).map_or(usize::MAX, |text| text.len());
+        let len = json_len(&contents);
         if len > limit {
             let message = format!(
                 "MMDS limit exceeded error: The MMDS patch request doesn't fit: {len} bytes of \

@@ -192,6 +192,7 @@ pub(super) fn portable(mut config: VmConfig) -> VmConfig {
         absolute(&mut disk.path);
         disk.overlay.iter_mut().for_each(absolute);
     }
+    config.mmds.iter_mut().filter_map(|mmds| mmds.path.as_mut()).for_each(absolute);
     config.vsock.iter_mut().for_each(|vsock| absolute(&mut vsock.path));
     config
 }

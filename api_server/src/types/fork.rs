@@ -3,13 +3,16 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 use vmm::config::{ConfigError, HostAddress, MacAddress, VmConfig};
 use vmm::fork::{Child, Outcome};
 use vmm::hook::{Addresses, Hook};
 use vmm::snapshot::Overrides;
 
+use super::mmds::json_len;
 use super::snapshot::{DriveOverride, NetworkOverride, VsockOverride, of_cards};
 use crate::fault::{Fault, chain};
 
@@ -44,6 +47,10 @@ pub struct ForkOverrides {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub serial_out_path: Option<PathBuf>,
+    /// What its metadata service has to say at first. Without it, it has nothing to say until somebody puts it there.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub metadata: Option<Map<String, Value>>,
     /// Have a program in the guest told that it is a copy, and wait until it says that it is ready.
     #[serde(default)]
     pub hook: Option<ForkHook>,
@@ -151,11 +158,11 @@ fn a_minute() -> u64 {
 }
 
 impl ForkParams {
-    /// What each child of the machine of `config` is to be.
+    /// What each child of the machine of `config` is to be, with so many bytes of metadata at most.
     ///
     /// # Errors
     /// There can be none of that.
-    pub fn children(&self, config: &VmConfig) -> Result<Vec<Child>, Fault> {
+    pub fn children(&self, config: &VmConfig, metadata: usize) -> Result<Vec<Child>, Fault> {
         if !(1..=MOST).contains(&self.count) {
             return Err(Fault::bad(format!("count: between 1 and {MOST} children are made.")));
         }
@@ -170,6 +177,13 @@ impl ForkParams {
         for (n, child) in children.iter().enumerate().take(self.overrides.len()) {
             let checked = child.validate(config);
             checked.map_err(|error| Fault::bad(format!("overrides[{n}].{}.", chain(&error))))?;
+            let len = child.metadata.as_ref().map(json_len);
+            if let Some(len) = len.filter(|len| *len > metadata) {
+                let message = format!(
+                    "overrides[{n}].metadata: {len} bytes of metadata are more than the limit of {metadata}."
+                );
+                return Err(Fault::with_status(StatusCode::PAYLOAD_TOO_LARGE, message));
+            }
             if self.paused && child.hook.is_some() {
                 return Err(Fault::bad("hook: children that are left halted answer nobody."));
             }
@@ -206,6 +220,7 @@ impl ForkParams {
                 console: wish.serial_out_path,
                 netns: wish.netns,
                 resume: !self.paused,
+                metadata: wish.metadata,
                 hook,
                 number: n + 1,
                 of: self.count,

@@ -80,3 +80,9 @@ impl From<&Config> for MmdsConfig {
         }
     }
 }
+
+/// Bytes of `contents` as JSON.
+pub fn json_len(contents: &impl Serialize) -> usize {
+    // A JSON value can always be written.
+    serde_json::to_vec(contents).map_or(usize::MAX, |text| text.len())
+}

@@ -54,6 +54,9 @@ pub struct ForkArgs {
     /// A file for the guest's console [default: it goes nowhere]
     #[arg(long, value_name = "FILE")]
     pub console_file: Option<String>,
+    /// A file, in JSON, that a copy's metadata service has to say at first [default: nothing]
+    #[arg(long, value_name = "FILE")]
+    pub metadata: Option<String>,
     /// Tell the hook that listens in the guest on this port [default: 1024], and wait until it is ready
     #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true,
         default_missing_value = "1024", conflicts_with = "paused")]

@@ -154,6 +154,9 @@ pub struct RestoreArgs {
     /// Fetch what was written down before the guest touches it, so many bytes a second [default: 256M]
     #[arg(long, value_name = "FILE[,rate=BYTES]")]
     pub prefetch: Option<String>,
+    /// A file, in JSON, that its metadata service has to say at first [default: what it was started with]
+    #[arg(long, value_name = "FILE")]
+    pub metadata: Option<PathBuf>,
     /// Tell the hook that listens in the guest on this port [default: 1024] that it is a copy
     #[arg(long, value_name = "PORT", num_args = 0..=1, require_equals = true,
         default_missing_value = "1024", conflicts_with = "paused")]

@@ -1,11 +1,12 @@
 //! `hull fork NAME`: has copies of a machine made, and says what they are called.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use api_server::SocketFile;
 use serde_json::{Value, json};
-use vmm::config::MacAddress;
+use vmm::config::{MacAddress, MmdsConfig};
+use vmm::machine::initial_metadata;
 
 use super::{Api, Machine, block_on, is_socket};
 use crate::cli::{ForkArgs, Result, Seccomp};
@@ -35,6 +36,8 @@ enum ForkError {
     Mac(String),
     #[error("--template: a saved machine is one, and stays as it is")]
     Template,
+    #[error("--metadata: {0}")]
+    Metadata(Box<dyn std::error::Error + Send + Sync>),
     #[error("{0}: {1} is no time")]
     Timeout(&'static str, f64),
 }
@@ -189,6 +192,9 @@ fn overrides(args: &ForkArgs) -> std::result::Result<Vec<Value>, ForkError> {
         if let Some(path) = &args.console_file {
             wish["serial_out_path"] = json!(absolute(numbered(path)));
         }
+        if let Some(path) = &args.metadata {
+            wish["metadata"] = metadata(absolute(numbered(path)))?;
+        }
         if let Some(port) = args.hook {
             let mut hook = json!({ "port": port });
             if let Some(name) = &args.hostname {
@@ -208,6 +214,12 @@ fn overrides(args: &ForkArgs) -> std::result::Result<Vec<Value>, ForkError> {
         Ok(wish)
     };
     (1..=args.count).map(one).collect()
+}
+
+/// What is in a file for a copy's metadata service.
+fn metadata(path: PathBuf) -> std::result::Result<Value, ForkError> {
+    let file = MmdsConfig { path: Some(path), ..MmdsConfig::default() };
+    initial_metadata(&file).map_err(ForkError::Metadata)
 }
 
 /// The `n`th address behind this one.

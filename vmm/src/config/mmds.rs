@@ -88,6 +88,20 @@ impl MmdsConfig {
         self.net.is_empty() || self.net.iter().any(|net| net == name)
     }
 
+    /// The service of `config`, for somebody who has contents for it.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn of(config: &mut VmConfig) -> Result<&mut MmdsConfig, ConfigError> {
+        config.mmds.as_mut().ok_or_else(|| ConfigError {
+            field: "metadata".to_owned(),
+            problem:
+                "the machine has no metadata service; it has to be started with one (`--mmds`, or \
+                      `PUT /mmds/config`)"
+                    .to_owned(),
+        })
+    }
+
     pub(super) fn validate(&self, config: &VmConfig) -> Result<(), ConfigError> {
         if !MmdsConfig::allows(self.address) {
             let problem =

@@ -92,6 +92,7 @@ fn what_makes_no_sense_is_refused() {
             json!({ "network_overrides": [{ "iface_id": "e" }] }),
             ["overrides[1].network_overrides", "e gets neither"],
         ),
+        (json!({ "metadata": { "a": 1 } }), ["overrides[1].metadata", "no metadata service"]),
         (json!({ "network_overrides": macs }), ["overrides[1].mac", "e cannot have both"]),
         (json!({ "drive_overrides": disks }), ["overrides[1].disk", "the id q"]),
         (json!({ "vsock_override": { "uds_path": "/x" } }), ["overrides[1].vsock", "no vsock"]),

@@ -57,6 +57,26 @@ fn contents_have_a_limit() {
 }
 
 #[test]
+fn contents_of_copies_have_a_limit() {
+    isolated(|| {
+        let server = Server::hull();
+        card(&server);
+        server.put("/mmds/config", r#"{"network_interfaces": ["eth0"]}"#).done();
+        server.boot("spin say=1");
+        let ask = |metadata: serde_json::Value| {
+            let wishes = json!([{}, { "metadata": metadata }]);
+            let body = json!({ "count": 2, "pool": "/nowhere", "overrides": wishes });
+            server.ask("POST", "/fork", &body.to_string())
+        };
+        let long = |len: usize| json!({ "a": "x".repeat(len - 8) });
+        ask(long(51_201)).refused(413, &["overrides[1].metadata", "51201", "limit of 51200"]);
+        ask(json!("x")).refused(400, &["overrides[1].metadata", "expected a map"]);
+        // Nothing else was wrong.
+        ask(long(51_200)).refused(400, &["nobody makes processes at /nowhere"]);
+    });
+}
+
+#[test]
 fn the_service_is_configured_before_the_start() {
     isolated(|| {
         let server = Server::firecracker();

@@ -115,7 +115,7 @@ fn an_input_that_is_no_socket_is_refused() {
 
 #[test]
 fn what_is_no_machine_is_refused() {
-    let long = message(&"x".repeat((1 << 20) + 1));
+    let long = message(&"x".repeat((2 << 20) + 1));
     let mut cut = message("{}");
     cut.pop();
     for bytes in [

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use machine_tests::{Family, eventually};
+use machine_tests::{Family, Running, eventually, wait_in_file};
 use serde_json::Value;
 
-use super::{fork, fork_at_work, get, kill, log, verb};
+use super::{children, fork, fork_at_work, get, kill, log, verb};
 
 /// What the card of a guest says of itself, as soon as a line of what the guest prints has it: its address, how often
 /// its configuration changed, and whether the driver is to hear of it.
@@ -87,6 +87,104 @@ fn a_copy_has_the_address_that_it_is_given() {
         let restore = family.hull("restore").flag(saved.to_str().unwrap());
         restore.option("--mac", "e=x").run().misused(&["--mac", "is not a MAC address"]);
         fs::remove_dir_all(saved)?;
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// A guest that asks its metadata service who it is, again and again, and says when that changes.
+fn who(family: &Family, name: &str, mmds: &str) -> Running {
+    let ask = "GET%20/who%20HTTP/1.0%0d%0a%0d%0a";
+    let guest = family.guest(name, &format!("mmds wait=1 request={}", [ask; 3].join("|")));
+    guest
+        .option("--net", format!("tap={},id=e,mac=02:00:00:00:00:01", testnet::NAME))
+        .option("--mmds", mmds)
+        .start()
+}
+
+#[test]
+fn a_copy_is_told_by_its_metadata_service_who_it_is() {
+    testnet::in_namespace(false, || {
+        for n in 1..=4 {
+            testnet::make_tap(&format!("tap{n}"), false)?;
+        }
+        let family = Family::default();
+        let file = |name: &str, contents: &str| {
+            fs::write(family.at(name), contents).unwrap();
+            family.at(name).display().to_string()
+        };
+        let parent = who(&family, "m", &file("parent", r#"{"who": "parent"}"#));
+        parent.wait_for("parent\nend of answer");
+        for n in 1..=2 {
+            file(&format!("of-{n}"), &format!(r#"{{"who": "copy {n}"}}"#));
+        }
+        let at = |name: &str| family.at(name).display().to_string();
+        let words = |more: &[&str]| {
+            let console = at("m-{n}.log");
+            let words = ["m", "--json", "--net", "e=tap{n}", "--console-file", &console];
+            fork(&family, &[&words[..], more].concat())
+        };
+        let outcome = words(&["-n", "2", "--name", "m-{n}", "--metadata", &at("of-{n}")]);
+        let told = children(&outcome);
+        assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+        for (n, child) in (1..).zip(&told) {
+            let found = format!("copy {n}\nend of answer");
+            wait_in_file(&log(&family, &format!("m-{n}")), 0, &found);
+            let socket = child["api_sock"].as_str().unwrap();
+            let metadata = get(Path::new(socket), "/mmds").unwrap();
+            assert_eq!(metadata["who"], format!("copy {n}"));
+        }
+        // What the parent finds is not for others.
+        told.iter().for_each(kill);
+        fs::remove_file(log(&family, "m-1"))?;
+        let untold = children(&words(&["--name", "m-{n}"]));
+        wait_in_file(&log(&family, "m-1"), 0, "not found: /who");
+        assert!(!fs::read_to_string(log(&family, "m-1"))?.contains("parent"));
+        untold.iter().for_each(kill);
+
+        let saved = at("saved");
+        assert_eq!(verb(&family, &["snapshot", "m", &saved]).code(), 0);
+        let restored = |more: &[&str]| {
+            let restore = family.hull("restore").flag(&saved).option("--net", "e=tap3");
+            more.iter().fold(restore.option("--name", "r"), |hull, word| hull.flag(word))
+        };
+        let other = restored(&["--metadata", &at("of-2")]).start();
+        other.wait_for("copy 2\nend of answer");
+        assert_eq!(get(&family.at("hull/r.sock"), "/mmds").unwrap()["who"], "copy 2");
+        other.signal(libc::SIGTERM);
+        other.finish();
+        fs::remove_file(at("parent"))?;
+        let outcome = restored(&[]).run();
+        assert!(
+            outcome.code() == 1 && outcome.stderr.contains("parent: No such file"),
+            "{outcome:?}"
+        );
+
+        let long = file("long", &format!("\"{}\"", "x".repeat(1 << 20)));
+        for (metadata, reason) in [
+            ("/nowhere", "/nowhere: No such file"),
+            (&*file("odd", "{"), "odd: EOF"),
+            (&*file("list", "[]"), "overrides[0].metadata: invalid type"),
+            (&*long, "it is longer than 1 MiB"),
+        ] {
+            let outcome = words(&["--metadata", metadata]);
+            assert_eq!(outcome.code(), 1, "{}", outcome.stdout);
+            assert!(outcome.stderr.contains(reason), "{reason}: {}", outcome.stderr);
+        }
+        // As much as there may be goes through.
+        let most = format!(r#"{{"who":"{}"}}"#, "x".repeat((1 << 20) - 10));
+        let most = children(&words(&["--name", "most", "--metadata", &file("most", &most)]));
+        assert!(most[0]["pid"].is_u64(), "{most:?}");
+        parent.signal(libc::SIGTERM);
+        parent.finish();
+
+        let _plain = family.parent("plain");
+        let outcome = fork(&family, &["plain", "--metadata", &at("of-1")]);
+        let reason = "overrides[0].metadata: the machine has no metadata service";
+        assert!(outcome.code() == 1 && outcome.stderr.contains(reason), "{}", outcome.stderr);
+        assert_eq!(verb(&family, &["snapshot", "plain", &at("other")]).code(), 0);
+        let restore = family.hull("restore").flag(&at("other")).option("--metadata", at("of-1"));
+        restore.run().misused(&["the machine has no metadata service"]);
         Ok(())
     })
     .unwrap();

@@ -421,7 +421,7 @@ impl Instance {
     /// configured otherwise and tried again then.
     pub async fn start(&self) -> Done {
         let wish = self.wish()?;
-        self.fulfilled(wish).await
+        self.fulfilled(wish).await.map(|_| DONE)
     }
 
     /// Ends the machine as if its power was cut, and the process with it. One that is just being

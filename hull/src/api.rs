@@ -10,12 +10,13 @@ use api_server::types::small::Logger;
 use api_server::{Instance, Limits, LogSettings, Program, Start, Wish};
 use vmm::config::{ConfigError, VmConfig};
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
-use vmm::machine::{Hollow, Machine, Ready, Shape};
+use vmm::machine::{Hollow, Machine, Ready, Service, Shape};
 use vmm::timings::Timings;
 
 use crate::cli::{ApiArgs, Result, ShapeOption, read_option};
 use crate::entry;
 use crate::exit::Code;
+use crate::hook::Asking;
 use crate::keyvalue;
 use crate::logging::{self, Level, Lines};
 use crate::run;
@@ -77,27 +78,45 @@ pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>, mut ready: Ready
             }
         };
         // The client was told what is wrong.
-        let Some(start) = start else { continue };
+        let Some(mut start) = start else { continue };
         // Clients count from their wish, not from the process.
         let timings = Arc::new(Timings::new(Instant::now()));
         let machine =
             session.build(&start.config, start.origin.as_ref(), &timings, take(&mut ready));
         // Before the client is told that the machine runs.
-        let ready = machine.and_then(|machine| Ok((machine, session.console(&start.config)?)));
+        let ready = machine.and_then(|machine| {
+            let asking = asking(&mut start, &machine)?;
+            Ok((machine, session.console(&start.config)?, asking))
+        });
         match ready {
             Err(error) => start.failed(error.as_ref()),
-            Ok((machine, console)) => return run(session, start, machine, console),
+            Ok((machine, console, asking)) => {
+                return run(session, start, machine, console, asking);
+            }
         }
     }
 }
 
-/// Runs the machine that was wished for until it ends.
-pub fn run(session: &Session, start: Start, machine: Machine, console: Attached) -> Result {
+/// What tells the guest of a machine that it is a copy, if the client wants that.
+fn asking(start: &mut Start, machine: &Machine) -> Result<Vec<Box<dyn Service>>> {
+    let Some((hook, done)) = start.hook() else { return Ok(Vec::new()) };
+    let asking = Asking::start_restored(hook, &start.config, machine, done)?;
+    Ok(vec![Box::new(asking)])
+}
+
+/// Runs the machine that was wished for until it ends, and serves these beside.
+pub fn run(
+    session: &Session,
+    start: Start,
+    machine: Machine,
+    console: Attached,
+    services: Vec<Box<dyn Service>>,
+) -> Result {
     let config = start.config.clone();
     session.describe(&config)?;
     start.started(machine.handle());
     tracing::info!(name = config.name, cpus = config.cpus, "the machine starts");
-    let ending = session.run_with(machine, &config, console)?;
+    let ending = session.run_beside(machine, &config, console, services)?;
     Ok(run::end(&ending))
 }
 

@@ -331,7 +331,7 @@ fn run(options: &Options, begun: Instant) -> Result {
         .and_then(|machine| Ok((machine, session.console(&start.config)?)))
         .map_err(|source| BadConfiguration { path: path.clone(), source });
     let (machine, console) = machine?;
-    api::run(&session, *start, machine, console)
+    api::run(&session, *start, machine, console, Vec::new())
 }
 
 /// Has `take` take what is in a file.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll;
 use vmm::config::VmConfig;
 use vmm::hook::{Conversation, Hook, HookError, Identity, Outcome};
-use vmm::machine::{Command, Handle, Message, Service};
+use vmm::machine::{Command, Handle, Machine, Message, Service};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::report;
@@ -57,6 +57,21 @@ impl Asking {
         machine.send(Command::Update { device: "vsock".to_owned(), message }, reply);
         let conversation = Some(conversation);
         Ok(Asking { conversation, both, timer, patience, since, done: Some(done) })
+    }
+
+    /// The same of a machine that goes on from a snapshot: it is told that it is the only copy that was made.
+    ///
+    /// # Errors
+    /// See [`Asking::start`].
+    pub fn start_restored(
+        hook: Hook,
+        config: &VmConfig,
+        machine: &Machine,
+        done: Box<dyn FnOnce(Outcome)>,
+    ) -> io::Result<Asking> {
+        let name = config.name.clone().unwrap_or_default();
+        let identity = Identity { number: 1, of: 1, name, generation: machine.generation() };
+        Asking::start(hook, identity, config.clone(), &machine.handle(), done)
     }
 }
 

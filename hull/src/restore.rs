@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use api_server::{Instance, Limits};
 use vmm::config::{MmdsConfig, VmConfig};
-use vmm::hook::{Hook, Identity, Outcome};
+use vmm::hook::{Hook, Outcome};
 use vmm::machine::{Command, LONGEST_METADATA, Ready, Service};
 use vmm::snapshot::{self, Overrides};
 use vmm::timings::Timings;
@@ -67,15 +67,13 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
     link.started(handle.clone(), base);
     let mut services: Vec<Box<dyn Service>> = Vec::new();
     if let Some(hook) = hook {
-        let name = config.name.clone().unwrap_or_default();
-        let identity = Identity { number: 1, of: 1, name, generation: machine.generation() };
         let done = Box::new(|outcome: Outcome| match outcome {
             Outcome { us, fault: None } => tracing::info!(us, "the guest's hook is ready"),
             Outcome { fault: Some(why), .. } => {
                 tracing::warn!("the guest does not know that it is a copy: {why}");
             }
         });
-        services.push(Box::new(Asking::start(hook, identity, config.clone(), &handle, done)?));
+        services.push(Box::new(Asking::start_restored(hook, &config, &machine, done)?));
     }
     if !args.paused {
         handle.send(Command::Resume, Box::new(drop));

@@ -14,17 +14,20 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Instant;
 
 use vmm::config::{ConfigError, ConsoleMode, VmConfig};
+use vmm::hook::Hook;
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::hypervisor::{Hypervisor, HypervisorError};
 use vmm::journal::Happening;
 use vmm::machine::{Clock, Command, Frozen, Handle, Origin};
 use vmm::memory::Image;
-use vmm::snapshot::{self, Base, Diff, Files, StoreError, Taken};
+use vmm::snapshot::{self, Base, Diff, Files, Overrides, StoreError, Taken};
 
 use super::wish::Beginning;
 use super::{Instance, Shared, elsewhere, send};
 use crate::fault::{DONE, Done, Fault, chain};
-use crate::types::snapshot::{BackendType, SnapshotCreateParams, SnapshotLoadParams, SnapshotType};
+use crate::types::snapshot::{
+    BackendType, Loaded, SnapshotCreateParams, SnapshotLoadParams, SnapshotType,
+};
 
 /// Parts of the whole after which clients are told how far it is: twentieths.
 const STEPS: u64 = 20;
@@ -234,12 +237,13 @@ fn store(
 }
 
 impl Instance {
-    /// Goes on where a machine was saved.
+    /// Goes on where a machine was saved. If the hook of its guest is told, that is waited for, and what came of it
+    /// returned.
     ///
     /// # Errors
     /// This one was started or configured; the files are none of a snapshot, or the machine cannot be made
     /// from them. It can be configured or tried again then.
-    pub async fn load_snapshot(&self, params: SnapshotLoadParams) -> Done {
+    pub async fn load_snapshot(&self, params: SnapshotLoadParams) -> Result<Option<Loaded>, Fault> {
         let start = Instant::now();
         self.before_start()?;
         if self.lock().touched {
@@ -248,7 +252,14 @@ impl Instance {
             ));
         }
         let (backend, path) = params.memory()?;
-        let (own, resume) = (self.config(), params.resume_vm);
+        let mut hook = params.hook.clone().map(Hook::from);
+        if hook.is_some() && !params.resume_vm {
+            return Err(Fault::bad(
+                "hook: a guest that is left halted answers nobody; set resume_vm.",
+            ));
+        }
+        let overrides = params.overrides(hook.as_mut()).map_err(invalid)?;
+        let (own, resume, told) = (self.config(), params.resume_vm, hook.clone());
         // Read by who builds the machine: that is quicker than by a thread of its own.
         let load = move || {
             let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
@@ -261,13 +272,20 @@ impl Instance {
             if params.clock_realtime {
                 origin.clock = Clock::Advance;
             }
-            Ok((overridden(own, &origin, &params)?, origin))
+            let config = overridden(own, &origin, &params, &overrides)?;
+            told.map_or(Ok(()), |hook| hook.validate(&config)).map_err(invalid)?;
+            Ok((config, origin))
         };
-        let wish = self.wish_for(Beginning::Snapshot(Box::new(load), resume))?;
-        self.fulfilled(wish).await?;
+        let wish = self.wish_for(Beginning::Snapshot(Box::new(load), resume, hook))?;
+        let told = self.fulfilled(wish).await?;
         self.latencies.load_snapshot.set(micros(start));
-        Ok(DONE)
+        let Some(told) = told else { return Ok(None) };
+        told.await.map(|outcome| Some(outcome.into())).map_err(|_| Fault::gone())
     }
+}
+
+fn invalid(error: ConfigError) -> Fault {
+    Fault::bad(chain(&error))
 }
 
 /// The saved configuration, with what is this process's `own`, and what the client has otherwise.
@@ -275,11 +293,11 @@ fn overridden(
     own: VmConfig,
     origin: &Origin,
     params: &SnapshotLoadParams,
+    overrides: &Overrides,
 ) -> Result<VmConfig, Fault> {
     let mut config = origin.state.header.config.clone();
     config.name = own.name;
     config.seccomp = own.seccomp;
-    let invalid = |error: ConfigError| Fault::bad(chain(&error));
     let mut console = own.console;
     if let Some(serial) = &params.serial_override {
         serial.clone().put_into(&mut console);
@@ -288,7 +306,6 @@ fn overridden(
     let has_none = config.console.mode == ConsoleMode::Off;
     let wanted = (params.serial_override.is_some() || !has_none).then_some(console);
     config.console = config.console.elsewhere(wanted).map_err(invalid)?;
-    let overrides = params.overrides().map_err(invalid)?;
     overrides.apply(&mut config).map_err(invalid)?;
     config.validate_without_kernel().map_err(|error| Fault::of_config(&error))?;
     Ok(config)

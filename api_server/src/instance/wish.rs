@@ -2,10 +2,11 @@
 
 use tokio::sync::oneshot;
 use vmm::config::VmConfig;
+use vmm::hook::{self, Hook};
 use vmm::machine::{Command, Handle, Origin};
 
 use super::{Instance, Link, Phase, lock, to_be_built};
-use crate::fault::{DONE, Done, Fault, chain};
+use crate::fault::{Fault, chain};
 
 /// What clients want of whoever has the process.
 pub enum Wish {
@@ -22,12 +23,15 @@ pub(super) type Load = Box<dyn FnOnce() -> Result<(VmConfig, Origin), Fault> + S
 pub(super) enum Beginning {
     /// A kernel.
     Kernel(Box<VmConfig>),
-    /// A snapshot, and whether it goes on at once.
-    Snapshot(Load, bool),
+    /// A snapshot, whether it goes on at once, and what its guest is told then.
+    Snapshot(Load, bool, Option<Hook>),
 }
 
-/// The answer to a client who waits.
-pub(super) type Outcome = Result<(), Fault>;
+/// The answer to a client who waits, and what comes of the hook of the guest, if that is told.
+pub(super) type Outcome = Result<Option<oneshot::Receiver<hook::Outcome>>, Fault>;
+
+/// Who wants to hear what comes of a hook.
+type Heard = Box<dyn FnOnce(hook::Outcome)>;
 
 /// Somebody wants the machine to start. Whoever gets this builds it.
 pub struct Start {
@@ -37,6 +41,8 @@ pub struct Start {
     pub origin: Option<Origin>,
     load: Option<Load>,
     resume: bool,
+    hook: Option<Hook>,
+    told: Option<oneshot::Receiver<hook::Outcome>>,
     link: Link,
     reply: oneshot::Sender<Outcome>,
 }
@@ -59,6 +65,16 @@ impl Start {
         Some(self)
     }
 
+    /// What the hook of the guest is to be told before its first instruction, and who wants to hear what comes of it;
+    /// once.
+    pub fn hook(&mut self) -> Option<(Hook, Heard)> {
+        let hook = self.hook.take()?;
+        let (sender, receiver) = oneshot::channel();
+        self.told = Some(receiver);
+        // A client that is gone has its machine all the same.
+        Some((hook, Box::new(move |outcome| drop(sender.send(outcome)))))
+    }
+
     /// The machine is built and runs from now on.
     pub fn started(self, handle: Handle) {
         let base = self.origin.and_then(|origin| {
@@ -67,7 +83,8 @@ impl Start {
         });
         self.link.started(handle.clone(), base);
         // A client that is gone has its machine all the same.
-        let reply = |outcome| drop(self.reply.send(outcome));
+        let (told, reply) = (self.told, self.reply);
+        let reply = |outcome: Result<(), Fault>| drop(reply.send(outcome.map(|()| told)));
         if self.resume {
             let done = |resumed: Result<_, _>| {
                 reply(resumed.map(drop).map_err(|refusal| Fault::bad(chain(&refusal))));
@@ -91,8 +108,8 @@ impl Start {
 
 impl Instance {
     /// Waits for what was wished for.
-    pub(super) async fn fulfilled(&self, wish: oneshot::Receiver<Outcome>) -> Done {
-        wish.await.unwrap_or_else(|_| Err(Fault::gone())).map(|()| DONE)
+    pub(super) async fn fulfilled(&self, wish: oneshot::Receiver<Outcome>) -> Outcome {
+        wish.await.unwrap_or_else(|_| Err(Fault::gone()))
     }
 
     /// Has the machine built that was configured.
@@ -114,15 +131,18 @@ impl Instance {
     /// Has a machine built, of which a client has said or saved everything.
     pub(super) fn wish_for(&self, from: Beginning) -> Result<oneshot::Receiver<Outcome>, Fault> {
         let (reply, outcome) = oneshot::channel();
-        let (config, load, resume) = match from {
-            Beginning::Kernel(config) => (*config, None, false),
-            Beginning::Snapshot(load, resume) => (VmConfig::default(), Some(load), resume),
+        let (config, load, resume, hook) = match from {
+            Beginning::Kernel(config) => (*config, None, false, None),
+            Beginning::Snapshot(load, resume, hook) => {
+                (VmConfig::default(), Some(load), resume, hook)
+            }
         };
         let mut inner = self.lock();
         if !matches!(inner.phase, Phase::Configuring) {
             return Err(Fault::after_start());
         }
-        let start = Start { config, origin: None, load, resume, link: self.link(), reply };
+        let (link, told) = (self.link(), None);
+        let start = Start { config, origin: None, load, resume, hook, told, link, reply };
         self.wishes.send(Wish::Start(Box::new(start))).map_err(|_| Fault::gone())?;
         inner.phase = Phase::Starting;
         Ok(outcome)

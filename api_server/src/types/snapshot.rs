@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmm::config::{ConfigError, MacAddress};
+use vmm::hook::{Hook, Outcome};
 use vmm::snapshot::Overrides;
 
+use super::fork::ForkHook;
 use super::serial::SerialDevice;
 use crate::fault::Fault;
 
@@ -154,14 +156,37 @@ pub struct SnapshotLoadParams {
     /// Move the guest's clocks on by the time that passed.
     #[serde(default)]
     pub clock_realtime: bool,
+    /// Have a program in the guest told that it is a copy, and wait until it says that it is ready; only with
+    /// `resume_vm`.
+    #[serde(default)]
+    pub hook: Option<ForkHook>,
+}
+
+/// What came of telling the guest of a machine that it is a copy.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Loaded {
+    /// Whether it said that it is ready.
+    pub ready: bool,
+    /// How long that took from before its first instruction, in microseconds; or how long it was waited for.
+    pub ready_us: u64,
+    /// Why it is not ready. The machine runs all the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_ready: Option<String>,
+}
+
+impl From<Outcome> for Loaded {
+    fn from(outcome: Outcome) -> Loaded {
+        let Outcome { us, fault } = outcome;
+        Loaded { ready: fault.is_none(), ready_us: us, not_ready: fault }
+    }
 }
 
 impl SnapshotLoadParams {
-    /// What the machine has otherwise here.
+    /// What the machine has otherwise here, and its guest is told by `hook`.
     ///
     /// # Errors
     /// Of something that is named nothing is said, or two things.
-    pub fn overrides(&self) -> Result<Overrides, ConfigError> {
+    pub fn overrides(&self, hook: Option<&mut Hook>) -> Result<Overrides, ConfigError> {
         let disk = |disk: &DriveOverride| (disk.drive_id.clone(), disk.path_on_host.clone());
         let mut overrides = Overrides {
             disks: self.drive_overrides.iter().map(disk).collect(),
@@ -169,7 +194,7 @@ impl SnapshotLoadParams {
             cid: self.vsock_override.as_ref().and_then(|vsock| vsock.guest_cid),
             ..of_cards(&self.network_overrides)?
         };
-        overrides.agree(None)?;
+        overrides.agree(hook)?;
         Ok(overrides)
     }
 

@@ -6,7 +6,7 @@ use super::queue::Queue;
 use super::{NEXT, SOCKET, WRITE, find, start};
 use crate::boot::Boot;
 use crate::machine::{bytes, fill, read, ticks, write};
-use crate::println;
+use crate::{print, println};
 
 const HEADER: u64 = 44;
 const HOST: u64 = 2;
@@ -60,11 +60,23 @@ fn info(boot: &Boot) {
 enum Mode {
     /// Sends back what comes.
     Echo,
+    /// Prints what a copy of the machine is told, and says that it is ready.
+    Hook,
     /// Counts what comes.
     Sink,
     /// Sends `count=` bytes.
     Source,
 }
+
+impl Mode {
+    /// True if bytes wait to go back.
+    fn answers(self) -> bool {
+        matches!(self, Mode::Echo | Mode::Hook)
+    }
+}
+
+/// What a hook says that is ready.
+const READY: &[u8] = b"{\"hull\":1,\"ready\":{}}\n";
 
 #[derive(Clone, Copy, PartialEq)]
 enum State {
@@ -251,12 +263,13 @@ fn talk(boot: &Boot, connecting: bool) {
     let (count, check) = (boot.number("count", 0), boot.flag("check"));
     let half = boot.flag("half");
     let mode = match boot.argument("mode").unwrap_or("echo") {
+        "hook" => Mode::Hook,
         "sink" => Mode::Sink,
         "source" => Mode::Source,
         _ => Mode::Echo,
     };
     let room = u64::from(driver.room);
-    let rings = if mode == Mode::Echo { room * wanted as u64 } else { 0 };
+    let rings = if mode.answers() { room * wanted as u64 } else { 0 };
     let Some(rings) = boot.allocate(rings) else { return };
     let mut connections = [Connection {
         state: State::Free,
@@ -401,9 +414,13 @@ fn take(
             if check {
                 tally.sum = add_up(tally.sum, bytes);
             }
-            if mode == Mode::Echo {
+            if mode.answers() {
                 let room = u64::from(driver.room);
-                for byte in bytes {
+                let back = match mode {
+                    Mode::Hook => answer(bytes),
+                    _ => bytes,
+                };
+                for byte in back {
                     write(connection.ring + (connection.first + connection.waiting) % room, *byte);
                     connection.waiting = (connection.waiting + 1).min(room);
                 }
@@ -420,6 +437,12 @@ fn take(
     }
 }
 
+/// Prints what a hook is told. What it says when that was all of it.
+fn answer(told: &[u8]) -> &'static [u8] {
+    print!("{}", core::str::from_utf8(told).unwrap_or("no text\n"));
+    if told.ends_with(b"\n") { READY } else { &[] }
+}
+
 /// Sends what a connection has to send and may. Returns whether it did.
 fn pump(
     driver: &mut Driver,
@@ -431,13 +454,13 @@ fn pump(
     let size = driver.tx_stride - HEADER;
     let mut sent = false;
     loop {
-        let ready = if mode == Mode::Echo { connection.waiting } else { connection.left };
+        let ready = if mode.answers() { connection.waiting } else { connection.left };
         let length = ready.min(connection.credit()).min(size);
         if mode == Mode::Sink || length == 0 {
             break;
         }
         let Some((slot, at)) = driver.slot() else { break };
-        if mode == Mode::Echo {
+        if mode.answers() {
             let room = u64::from(driver.room);
             for index in 0..length {
                 let byte: u8 = read(connection.ring + (connection.first + index) % room);

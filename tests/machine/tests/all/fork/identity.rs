@@ -189,3 +189,60 @@ fn a_copy_is_told_by_its_metadata_service_who_it_is() {
     })
     .unwrap();
 }
+
+#[test]
+fn the_hook_is_told_the_address_of_the_card() {
+    testnet::in_namespace(false, || {
+        for n in 1..=3 {
+            testnet::make_tap(&format!("tap{n}"), false)?;
+        }
+        let family = Family::default();
+        let guest = family.guest("m", "vsock op=listen port=1024 mode=hook conns=9");
+        let card = format!("tap={},id=e,mac=02:00:00:00:00:01", testnet::NAME);
+        let socket = family.at("v");
+        let guest = guest.option("--net", card).option("--vsock", &socket);
+        let parent = guest.start();
+        parent.wait_for("ready");
+        let at = |name: &str| family.at(name).display().to_string();
+        let told = |text: String| {
+            let line = text.lines().find(|line| line.starts_with("{\"hull\"")).unwrap();
+            serde_json::from_str::<Value>(line).unwrap()["resumed"].clone()
+        };
+        let console = at("m-{n}.log");
+        let words = [
+            ["-n=2", "--json", "--hook", "--hostname=w-{n}", "--name=m-{n}"],
+            [
+                "--net=e=tap{n}",
+                "--mac=e=06:00:00:00:00:0f",
+                "--ip=e=10.0.{n}.2/24",
+                "--console-file",
+                &console,
+            ],
+        ];
+        let outcome = fork(&family, &[&["m"][..], &words[0], &words[1][..]].concat());
+        let copies = children(&outcome);
+        assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+        for (n, child) in (1..).zip(&copies) {
+            assert_eq!(child["ready"], true, "{child}");
+            let told = told(wait_in_file(&log(&family, &format!("m-{n}")), 0, "}}\n"));
+            assert_eq!(told["hostname"], format!("w-{n}"));
+            let mac = format!("06:00:00:00:00:{:02x}", 0x0e + n);
+            assert_eq!(told["net"][0]["ip"], format!("10.0.{n}.2/24"));
+            assert_eq!(told["net"][1]["mac"], mac);
+            let api = child["api_sock"].as_str().unwrap();
+            let config = get(Path::new(api), "/vm/config").unwrap();
+            assert_eq!(config["network-interfaces"][0]["guest_mac"], mac);
+        }
+        let saved = at("saved");
+        assert_eq!(verb(&family, &["snapshot", "m", &saved]).code(), 0);
+        let restore = family.hull("restore").flag(&saved).option("--net", "e=tap3");
+        let restore = restore.option("--vsock", family.at("r")).flag("--hook");
+        let restored = restore.option("--mac", "e=06:00:00:00:00:07").start();
+        restored.wait_for("}}\n");
+        let told = told(restored.printed());
+        assert_eq!((&told["clone"], &told["of"]), (&1.into(), &1.into()));
+        assert_eq!(told["net"][0]["mac"], "06:00:00:00:00:07");
+        Ok(())
+    })
+    .unwrap();
+}

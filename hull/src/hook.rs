@@ -7,11 +7,45 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
 use vmm::config::VmConfig;
-use vmm::hook::{Conversation, Hook, HookError, Identity, Outcome};
+use vmm::hook::{Addresses, Conversation, Hook, HookError, Identity, Outcome};
 use vmm::machine::{Command, Handle, Machine, Message, Service};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::cli::{RestoreArgs, UsageError};
 use crate::report;
+
+/// What the guest of a machine that is restored is told.
+///
+/// # Errors
+/// An option makes no sense.
+pub fn of_restored(args: &RestoreArgs) -> Result<Option<Hook>, UsageError> {
+    let Some(port) = args.hook else { return Ok(None) };
+    let timeout_ms = args.hook_timeout.map_or(Ok(Hook::default().timeout_ms), millis)?;
+    let nets = args.ip.iter().map(|text| address(text)).collect::<Result<_, _>>()?;
+    Ok(Some(Hook { port, timeout_ms, hostname: args.hostname.clone(), nets }))
+}
+
+fn millis(seconds: f64) -> Result<u64, UsageError> {
+    let time = Duration::try_from_secs_f64(seconds).ok();
+    time.and_then(|time| u64::try_from(time.as_millis()).ok()).ok_or_else(|| UsageError::Option {
+        option: "hook-timeout",
+        text: seconds.to_string(),
+        reason: "it is no time in seconds".to_owned(),
+    })
+}
+
+/// Reads `ID=ADDRESS/PREFIX[,GATEWAY]`.
+fn address(text: &str) -> Result<Addresses, UsageError> {
+    let wrong = |reason| UsageError::Option { option: "ip", text: text.to_owned(), reason };
+    let missing = || wrong("write the device's id, =, and an address".to_owned());
+    let (card, rest) = text.split_once('=').ok_or_else(missing)?;
+    let (ip, gateway) = rest.split_once(',').map_or((rest, None), |(ip, way)| (ip, Some(way)));
+    let gateway = gateway.map(|text| {
+        text.parse().map_err(|_| wrong(format!("{text:?} is no address such as 172.30.0.1")))
+    });
+    let ip = ip.parse().map_err(wrong)?;
+    Ok(Addresses { card: card.to_owned(), mac: None, ip: Some(ip), gateway: gateway.transpose()? })
+}
 
 /// A hook that was told, or is to be.
 pub struct Asking {

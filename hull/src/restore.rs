@@ -6,14 +6,14 @@ use std::time::Instant;
 
 use api_server::{Instance, Limits};
 use vmm::config::{MmdsConfig, VmConfig};
-use vmm::hook::{Hook, Outcome};
+use vmm::hook::Outcome;
 use vmm::machine::{Command, LONGEST_METADATA, Ready, Service};
 use vmm::snapshot::{self, Overrides};
 use vmm::timings::Timings;
 
 use crate::api::HULL;
 use crate::cli::{RestoreArgs, Result, UsageError, console, leading_path, read_option};
-use crate::hook::Asking;
+use crate::hook::{self, Asking};
 use crate::logging;
 use crate::run;
 use crate::session::{Session, Wanted};
@@ -41,8 +41,7 @@ pub fn restore(args: &RestoreArgs, start: Instant) -> Result {
         seccomp: args.process.seccomp.map(Into::into).unwrap_or_default(),
         ..origin.state.header.config.clone()
     };
-    let mut hook =
-        args.hook.map(|port| Hook { port, hostname: args.hostname.clone(), ..Hook::default() });
+    let mut hook = hook::of_restored(args)?;
     overrides.agree(hook.as_mut())?;
     overrides.apply(&mut config)?;
     config.console = config.console.elsewhere(args.console.as_deref().map(console).transpose()?)?;

@@ -164,6 +164,12 @@ pub struct RestoreArgs {
     /// A host name that the hook gives the guest
     #[arg(long, value_name = "NAME", requires = "hook")]
     pub hostname: Option<String>,
+    /// How long that may take, in seconds [default: 5]
+    #[arg(long, value_name = "SECONDS", requires = "hook")]
+    pub hook_timeout: Option<f64>,
+    /// An address that the hook gives a network card, and the gateway behind it
+    #[arg(long, value_name = "ID=ADDRESS/PREFIX[,GATEWAY]", requires = "hook")]
+    pub ip: Vec<String>,
     /// Leave it paused
     #[arg(long)]
     pub paused: bool,

@@ -237,11 +237,24 @@ fn the_hook_is_told_the_address_of_the_card() {
         assert_eq!(verb(&family, &["snapshot", "m", &saved]).code(), 0);
         let restore = family.hull("restore").flag(&saved).option("--net", "e=tap3");
         let restore = restore.option("--vsock", family.at("r")).flag("--hook");
+        let restore = restore.option("--ip", "e=10.0.9.2/24,10.0.9.1");
         let restored = restore.option("--mac", "e=06:00:00:00:00:07").start();
         restored.wait_for("}}\n");
         let told = told(restored.printed());
         assert_eq!((&told["clone"], &told["of"]), (&1.into(), &1.into()));
-        assert_eq!(told["net"][0]["mac"], "06:00:00:00:00:07");
+        assert_eq!(told["net"][0]["gateway"], "10.0.9.1");
+        assert_eq!(told["net"][1]["mac"], "06:00:00:00:00:07");
+        for (option, value, reason) in [
+            ("--ip", "e", "the device's id"),
+            ("--ip", "e=10.0.9.2", "is not an address with a prefix"),
+            ("--ip", "e=10.0.9.2/24,x", "is no address"),
+            ("--ip", "q=10.0.9.2/24", "no network card q"),
+            ("--hook-timeout", "nan", "no time"),
+            ("--hook-timeout", "601", "not between 1 and 600000"),
+        ] {
+            let restore = family.hull("restore").flag(&saved).flag("--hook");
+            restore.flag(&format!("{option}={value}")).run().misused(&[reason]);
+        }
         Ok(())
     })
     .unwrap();

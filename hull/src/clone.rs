@@ -49,6 +49,7 @@ enum CloneError {
 /// Goes on as a copy of the machine that the other end of standard input hands over. With a shape, or
 /// if it was asked for, standard input first brings who that is.
 pub fn clone(args: &CloneArgs, start: Instant) -> Result {
+    nursery::leave_home();
     logging::start(Level::Warn);
     let stream = socket()?;
     let (pool, served, hollow) = match args.shape() {

@@ -8,7 +8,6 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -205,6 +204,12 @@ impl AsFd for Zygote {
     }
 }
 
+/// Makes this process one that nobody's terminal ends, and that outlives whoever made it.
+pub fn leave_home() {
+    // SAFETY: has no arguments. It fails where it was done before.
+    unsafe { libc::setsid() };
+}
+
 /// Says to the pool why this process will not be ready.
 pub fn apologize(mut pool: &UnixStream, why: &str) {
     let most = why.floor_char_boundary(LONGEST_EXCUSE);
@@ -239,18 +244,8 @@ fn start(stream: UnixStream, filter: Seccomp, options: &[&str]) -> io::Result<()
         .args([CLONE, "--seccomp", filter.as_str()])
         .args(options)
         .stdin(Stdio::from(OwnedFd::from(stream)));
+    // With nothing to be called before it is executed, std makes it without a copy of this process's memory.
     command.stdout(Stdio::null()).stderr(Stdio::null());
-    // SAFETY: setsid and signal are all that is called between fork and exec, and may be.
-    unsafe {
-        command.pre_exec(|| {
-            // Nobody's terminal ends it, and it outlives whoever made it.
-            if libc::setsid() < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-            Ok(())
-        });
-    }
     // The kernel takes processes away that end: nobody asks how. Only if there is nothing to be executed,
     // std does, and panics if it has no answer.
     let reaping = Reaping::pause();

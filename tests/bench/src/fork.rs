@@ -1,8 +1,10 @@
 //! Copies of a running machine: how long until one runs, and what a thousand cost.
 
+use crate::host::undisturbed;
 use crate::report::{Bound, Report};
+use crate::sample::Running;
 use crate::snapshot::machine::{Machine, Saved};
-use crate::snapshot::{TALKER, TALKS};
+use crate::snapshot::{LINE_END, TALKER, TALKS};
 use crate::system::{Guest, Programs, System};
 use crate::{Result, RunOptions};
 use serde_json::{Value, json};
@@ -26,8 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Copies that are alive at once.
 const MANY: u32 = 1000;
 
-const PREMADE: &str = "process made beforehand, told to output, least";
-const FLOOR: &str = "restore 128 MiB, exec to output";
+/// As far as a call gets until there is something to be read.
+const OUTPUT: &str = "to output";
 
 /// A pool, ended when dropped.
 struct Pool {
@@ -122,7 +124,7 @@ fn parent(programs: &Programs) -> Result<Machine> {
     Ok(machine)
 }
 
-/// All parts that are wanted. Others have nothing like it; the floor is that of a restore.
+/// All parts that are wanted. Others have nothing like it.
 pub fn run(
     programs: &Programs,
     systems: &[System],
@@ -133,10 +135,6 @@ pub fn run(
         return Ok(());
     }
     if options.wants("fork-call") {
-        if systems.contains(&System::Floor) && report.median(FLOOR, "floor").is_none() {
-            crate::snapshot::restore_floor(programs, options.runs.div_ceil(2), report)?;
-        }
-        premade(programs, options.runs, report)?;
         for (what, ready) in [("fork, pool filled", true), ("fork, no pool", false)] {
             calls(programs, what, ready, options.runs, report)?;
         }
@@ -145,14 +143,22 @@ pub fn run(
             let row = format!("fork, pool filled, {row}");
             report.target(&row, "hull, ms", report.median(&row, "hull"), at_most(bound));
         }
-        let row = "fork, no pool, to output";
-        let ratio = report.median(row, "hull").zip(report.median(FLOOR, "floor"));
-        report.target(
-            row,
-            "÷ restore's floor",
-            ratio.map(|(fork, floor)| fork / floor),
-            at_most(1.5),
-        );
+        for (what, ready, bound) in
+            [("template, pool filled", true, 2.0), ("template, no pool", false, 1.5)]
+        {
+            templates(programs, what, ready, options.runs, report)?;
+            let row = format!("{what}, {OUTPUT}");
+            report.target(
+                &row,
+                "hull ÷ floor",
+                report.ratio(&row, "hull", "floor"),
+                at_most(bound),
+            );
+        }
+        for (row, bound) in [("call", 1.0), ("call, p99", 5.0)] {
+            let row = format!("template, pool filled, {row}");
+            report.target(&row, "hull, ms", report.median(&row, "hull"), at_most(bound));
+        }
     }
     if options.wants("fork-pause") {
         for touched in TOUCHED {
@@ -165,39 +171,116 @@ pub fn run(
     Ok(())
 }
 
-/// The least that is left to do for a process that was made beforehand: it has a VM, a slot and a vCPU, and maps
-/// memory, sets state, and runs to its first byte.
-fn premade(programs: &Programs, runs: usize, report: &mut Report) -> Result<()> {
-    let guest = Guest { mib: Some(MIB), ..Guest::new(TALKER) };
+/// Copies of a guest that speaks without end, of which the first byte is waited for, in turns with the least that
+/// anybody has to do for the same guest: `adopt` of a process that was made beforehand, or else `restore` by a new one.
+fn templates(
+    programs: &Programs,
+    what: &str,
+    ready: bool,
+    runs: usize,
+    report: &mut Report,
+) -> Result<()> {
+    let line = format!("{TALKER} dirty=10M");
+    let guest = Guest { mib: Some(MIB), ..Guest::new(&line) };
     let saved = Saved::of(programs, System::Floor, &guest, TALKS)?;
-    let mut times = Vec::new();
-    for _ in 0..runs {
-        let mut child = Command::new(&programs.floor)
-            .arg("adopt")
-            .arg(saved.folder())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let told = child.stdin.take().zip(child.stdout.take());
-        let time = told.ok_or("no pipes".into()).and_then(|(mut tell, mut says)| {
-            let mut byte = [0];
-            says.read_exact(&mut byte)?;
+    // Some may be taken again.
+    let pool = Pool::start(programs, if ready { 2 * runs } else { 0 })?;
+    let mut machine = Machine::start(programs, System::Hull, &guest, TALKS)?;
+    let folder = crate::api::folder()?;
+    let body = json!({ "pool": pool.socket, "template": true, "paused": true }).to_string();
+    let answer = machine.client.told(200, "POST", "/fork", &body)?;
+    Copies::default().add(&serde_json::from_slice(&answer)?)?;
+    let (mut calls, mut outputs, mut floors) = (Vec::new(), Vec::new(), Vec::new());
+    for run in 0..=runs {
+        let floor = if ready { adopted } else { restored };
+        let floor = undisturbed(|| floor(programs, saved.folder()))?;
+        std::thread::sleep(REST);
+        let (call, output) = undisturbed(|| {
+            let console = folder.path().join(run.to_string());
+            let (call, output, answer) = forked(&mut machine, &pool, &console)?;
+            drop(std::fs::remove_file(&console));
+            end_at_once(&answer)?;
             std::thread::sleep(REST);
-            let begun = Instant::now();
-            tell.write_all(b"g")?;
-            says.read_exact(&mut byte)?;
-            Ok(begun.elapsed().as_secs_f64() * 1e3)
-        });
-        // It would go on for ever.
-        let _ = child.kill();
-        let _ = child.wait();
-        let time: Result<f64> = time;
-        times.push(time?);
+            Ok((call, output))
+        })?;
+        if run > 0 {
+            floors.push(floor);
+            calls.push(call);
+            outputs.push(output);
+        }
     }
-    // A process that wakes where another computes waits for its turn, which has nothing to do with it.
-    let least = times.into_iter().fold(f64::INFINITY, f64::min);
-    report.add(PREMADE, "floor", "ms", vec![least]);
+    report.add(&format!("{what}, {OUTPUT}"), "floor", "ms", floors);
+    report.add(&format!("{what}, {OUTPUT}"), "hull", "ms", outputs);
+    add_calls(what, calls, report);
     Ok(())
+}
+
+/// Milliseconds until a process that has a VM, a slot and a vCPU maps memory, sets state, and runs to the first byte,
+/// from when it is told to.
+fn adopted(programs: &Programs, saved: &Path) -> Result<f64> {
+    let mut command = Command::new(&programs.floor);
+    command.arg("adopt").arg(saved).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn()?;
+    let told = child.stdin.take().zip(child.stdout.take());
+    let time = told.ok_or("no pipes".into()).and_then(|(mut tell, mut says)| {
+        let mut byte = [0];
+        says.read_exact(&mut byte)?;
+        std::thread::sleep(REST);
+        let begun = Instant::now();
+        tell.write_all(b"g")?;
+        says.read_exact(&mut byte)?;
+        Ok(begun.elapsed().as_secs_f64() * 1e3)
+    });
+    // It would go on for ever.
+    let _ = child.kill();
+    let _ = child.wait();
+    time
+}
+
+/// The same of a new process, from before it is made.
+fn restored(programs: &Programs, saved: &Path) -> Result<f64> {
+    let mut command = Command::new(&programs.floor);
+    command.arg("restore").arg(saved);
+    let mut running = Running::spawn(command, crate::api::folder()?)?;
+    Ok(running.wait_for_first(LINE_END)?.as_secs_f64() * 1e3)
+}
+
+/// Has a copy made that writes to `console`. Milliseconds to the answer, and to the first byte; the answer.
+fn forked(machine: &mut Machine, pool: &Pool, console: &Path) -> Result<(f64, f64, Value)> {
+    let body = json!({ "pool": pool.socket, "overrides": [{ "serial_out_path": console }] });
+    let body = body.to_string();
+    let begun = Instant::now();
+    let answer = machine.client.told(200, "POST", "/fork", &body)?;
+    let call = begun.elapsed();
+    while !std::fs::metadata(console).is_ok_and(|file| file.len() > 0) {
+        if begun.elapsed() > PATIENCE {
+            return Err("a copy says nothing".into());
+        }
+        // Who looks all the time has a processor that the copy may need.
+        std::thread::sleep(LOOK);
+    }
+    let output = begun.elapsed();
+    let answer = serde_json::from_slice(&answer)?;
+    Ok((call.as_secs_f64() * 1e3, output.as_secs_f64() * 1e3, answer))
+}
+
+/// Ends copies that would take a processor from whoever is next.
+fn end_at_once(answer: &Value) -> Result<()> {
+    let mut copies = Copies::default();
+    copies.add(answer)?;
+    for process in &copies.0 {
+        // SAFETY: a signal to a process that was made for this one.
+        unsafe { libc::kill(*process as libc::pid_t, libc::SIGKILL) };
+    }
+    Ok(())
+}
+
+fn add_calls(what: &str, calls: Vec<f64>, report: &mut Report) {
+    let mut sorted = calls.clone();
+    sorted.sort_by(f64::total_cmp);
+    let p99 = sorted.get((sorted.len() * 99 / 100).min(sorted.len().saturating_sub(1))).copied();
+    report.add(&format!("{what}, call"), "hull", "ms", calls);
+    report.add(&format!("{what}, call, p99"), "hull", "ms", p99.into_iter().collect());
 }
 
 /// One copy after the other, one a call.
@@ -216,32 +299,17 @@ fn calls(
     // The first finds what the guest wrote since it booted, and is thrown away: there is a part for it.
     for run in 0..=runs {
         let console = folder.path().join(run.to_string());
-        let body = json!({ "pool": pool.socket, "overrides": [{ "serial_out_path": console }] });
-        let begun = Instant::now();
-        let answer = machine.client.told(200, "POST", "/fork", &body.to_string())?;
-        let call = begun.elapsed();
-        let answer: Value = serde_json::from_slice(&answer)?;
+        let (call, output, answer) = forked(&mut machine, &pool, &console)?;
         copies.add(&answer)?;
-        while !std::fs::metadata(&console).is_ok_and(|file| file.len() > 0) {
-            if begun.elapsed() > PATIENCE {
-                return Err("a copy says nothing".into());
-            }
-            // Who looks all the time has a processor that the copy may need.
-            std::thread::sleep(LOOK);
-        }
         if run > 0 {
-            calls.push(call.as_secs_f64() * 1e3);
-            outputs.push(begun.elapsed().as_secs_f64() * 1e3);
+            calls.push(call);
+            outputs.push(output);
             pauses.push(answer["pause_us"].as_f64().unwrap_or(f64::NAN) / 1e3);
         }
         std::thread::sleep(REST);
     }
-    let mut sorted = calls.clone();
-    sorted.sort_by(f64::total_cmp);
-    let p99 = sorted.get((sorted.len() * 99 / 100).min(sorted.len() - 1)).copied();
-    report.add(&format!("{what}, call"), "hull", "ms", calls);
-    report.add(&format!("{what}, call, p99"), "hull", "ms", p99.into_iter().collect());
-    report.add(&format!("{what}, to output"), "hull", "ms", outputs);
+    add_calls(what, calls, report);
+    report.add(&format!("{what}, {OUTPUT}"), "hull", "ms", outputs);
     report.add(&format!("{what}, parent's pause"), "hull", "ms", pauses);
     Ok(())
 }

@@ -144,9 +144,23 @@ impl Machine {
         if let Some(file) = config {
             command.arg("--config-file").arg(file);
         }
+        Machine::of(command, &socket, folder, system)
+    }
+
+    fn of(command: Command, socket: &Path, folder: TempDir, system: System) -> Result<Machine> {
         let running = Running::spawn_for_typing(command, folder)?;
-        let client = Client::of(connected(&socket)?)?.patient(PATIENCE)?;
+        let client = Client::of(connected(socket)?)?.patient(PATIENCE)?;
         Ok(Machine { running, client, system })
+    }
+
+    /// A process of Hull that has a VM for whatever is loaded.
+    pub fn ready(programs: &Programs) -> Result<Machine> {
+        let folder = folder()?;
+        let socket = folder.path().join("api.sock");
+        let mut command = Command::new(programs.program(System::Hull));
+        command.env("XDG_RUNTIME_DIR", folder.path()).args(["api", "--ready", "--sock"]);
+        command.arg(&socket);
+        Machine::of(command, &socket, folder, System::Hull)
     }
 
     /// Pauses it.

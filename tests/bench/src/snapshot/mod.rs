@@ -20,7 +20,7 @@ pub const TALKER: &str = "payload=spin say=1 byte=10 every=20000";
 /// What it prints first.
 pub const TALKS: &str = "hello\n";
 /// What it prints from then on.
-const LINE_END: u8 = b'\n';
+pub const LINE_END: u8 = b'\n';
 /// What a guest prints that does what is typed from then on.
 const READY: &str = "ready\n";
 
@@ -31,11 +31,6 @@ fn saved(programs: &Programs, systems: &[System], guest: &Guest, says: &str) -> 
             .map_err(|error| format!("a snapshot by {}: {error}", system.name()).into())
     };
     systems.iter().map(saved).collect()
-}
-
-/// The least that a restore takes, to hold something else against.
-pub fn restore_floor(programs: &Programs, runs: usize, report: &mut Report) -> Result<()> {
-    restore::run(programs, Turns { systems: &[System::Floor], runs }, report)
 }
 
 /// All parts that are wanted, on the systems that have snapshots, or a way to go on.

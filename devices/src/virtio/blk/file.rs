@@ -328,6 +328,34 @@ pub(super) fn lock(file: &File, read_only: bool) -> io::Result<()> {
     }
 }
 
+/// Lets others in beside this process, for reading.
+pub(super) fn share(file: &File, path: &Path) -> Result<(), OpenError> {
+    let failed = |source| OpenError::Host { what: "lock", path: path.to_owned(), source };
+    lock(file, true).map_err(failed)
+}
+
+/// A descriptor of its own for an open file, for reading only, which keeps writers out.
+pub(super) fn reopened(file: &File, path: &Path) -> Result<File, OpenError> {
+    let failed = |source| OpenError::Host { what: "open", path: path.to_owned(), source };
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let same = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let again = File::options().read(true).custom_flags(flags).open(same).map_err(failed)?;
+    share(&again, path)?;
+    Ok(again)
+}
+
+/// What is read and written by this descriptor goes past the page cache from now on.
+pub(super) fn go_direct(file: &File) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    unsafe {
+        let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
+        if flags < 0 || libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_DIRECT) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// `BLKSSZGET` of `linux/fs.h`.
 const BLKSSZGET: libc::c_ulong = 0x1268;
 

@@ -22,9 +22,9 @@ use super::bitmap::Bitmap;
 use super::fold::copy;
 use super::format::{NO_ID, PAGE};
 use super::make::{Under, aside, make, settle};
-use super::open::{folder_of, header_of, raw_layer, reopened, share};
+use super::open::{folder_of, header_of, raw_layer};
 use super::{Header, Layer, Note, OpenError, Overlay, OverlayError, Owners, Spot};
-use crate::virtio::blk::file::lock;
+use crate::virtio::blk::file::{go_direct, lock, reopened, share};
 use crate::virtio::blk::{Backing, DiskFile};
 
 /// Files that a chain may have before its highest overlays are made one.
@@ -181,7 +181,7 @@ fn absolute(path: &Path) -> Result<PathBuf, OverlayError> {
 }
 
 /// The files of these for whoever else, who cannot write them.
-fn readers<'a>(layers: impl Iterator<Item = &'a Layer>) -> Result<Vec<Arc<File>>, OverlayError> {
+fn readers<'a>(layers: impl Iterator<Item = &'a Layer>) -> Result<Vec<Arc<File>>, OpenError> {
     layers.map(|layer| reopened(&layer.file, &layer.path).map(Arc::new)).collect()
 }
 
@@ -241,7 +241,7 @@ fn over_raw(disk: &DiskFile, path: &Path, fresh: &Path) -> Result<(Overlay, Base
     let mut layer = raw_layer(copy, path.to_owned());
     if disk.direct() {
         let failed = |source| OverlayError::File { verb: "open", path: path.to_owned(), source };
-        super::open::go_direct(&layer.file).map_err(failed)?;
+        go_direct(&layer.file).map_err(failed)?;
     }
     layer.unsynced = true;
     let owners = owners(disk.len(), path)?;
@@ -306,7 +306,8 @@ fn freeze_overlay(overlay: &Overlay, fresh: &Path) -> Result<Frozen, OverlayErro
     top.note_bits().map_err(failed)?;
     let before = Arc::clone(&overlay.top_layer().file);
     let path = absolute(&top.path)?;
-    let frozen = share(&top.top_layer().file, &path).and_then(|()| over_overlay(top, &path, fresh));
+    let shared = share(&top.top_layer().file, &path).map_err(OverlayError::from);
+    let frozen = shared.and_then(|()| over_overlay(top, &path, fresh));
     match frozen {
         Ok((mut disk, base)) => {
             if !made.is_empty() {
@@ -347,7 +348,7 @@ fn over_overlay(
         if overlay.direct {
             let failed =
                 |source| OverlayError::File { verb: "open", path: path.to_owned(), source };
-            super::open::go_direct(&base.file).map_err(failed)?;
+            go_direct(&base.file).map_err(failed)?;
         }
         base.path = path.to_owned();
         base.unsynced = unsynced;
@@ -381,7 +382,7 @@ impl Overlay {
         let note = Note::new(vouched).map_err(failed)?;
         note.write(&file).map_err(failed)?;
         if direct {
-            super::open::go_direct(&file).map_err(failed)?;
+            go_direct(&file).map_err(failed)?;
         }
         layers.push(Layer {
             file: Arc::new(file),
@@ -469,7 +470,7 @@ fn absorbed(overlay: &Overlay, path: &Path) -> Result<Overlay, OverlayError> {
     let merged = copied?;
     if overlay.direct {
         let failed = |source| OverlayError::File { verb: "open", path: path.to_owned(), source };
-        super::open::go_direct(&merged.top_layer().file).map_err(failed)?;
+        go_direct(&merged.top_layer().file).map_err(failed)?;
     }
     Ok(Overlay { direct: overlay.direct, ..merged })
 }

@@ -16,7 +16,7 @@ use super::{
     Spot, sync,
 };
 use crate::virtio::blk::DiskFile;
-use crate::virtio::blk::file::{direct_alignment, lock};
+use crate::virtio::blk::file::{direct_alignment, go_direct, lock, reopened};
 
 /// How a chain is opened.
 #[derive(Clone, Copy, Debug, Default)]
@@ -317,22 +317,6 @@ fn open_file(path: &Path, read_only: bool) -> Result<File, OverlayError> {
     Ok(file.map_err(|source| OpenError::Open { path: path.to_owned(), access, source })?)
 }
 
-/// Lets others in beside this process, for reading.
-pub(super) fn share(file: &File, path: &Path) -> Result<(), OverlayError> {
-    let failed = |source| OpenError::Host { what: "lock", path: path.to_owned(), source };
-    Ok(lock(file, true).map_err(failed)?)
-}
-
-/// A descriptor of its own for an open file, for reading only, which keeps writers out.
-pub(super) fn reopened(file: &File, path: &Path) -> Result<File, OverlayError> {
-    let failed = |source| OpenError::Host { what: "open", path: path.to_owned(), source };
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    let same = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let again = File::options().read(true).custom_flags(flags).open(same).map_err(failed)?;
-    share(&again, path)?;
-    Ok(again)
-}
-
 /// The header of an overlay's file.
 pub(super) fn header_of(file: &File, path: &Path) -> Result<Header, OverlayError> {
     let failed = |source| OverlayError::File { verb: "read", path: path.to_owned(), source };
@@ -469,17 +453,6 @@ fn clear(file: &File, start: u64, len: u64) -> io::Result<()> {
     }
     for page in 0..len / PAGE as u64 {
         file.write_all_at(&[0; PAGE], start + page * PAGE as u64)?;
-    }
-    Ok(())
-}
-
-pub(super) fn go_direct(file: &File) -> io::Result<()> {
-    // SAFETY: no memory is involved.
-    unsafe {
-        let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);
-        if flags < 0 || libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_DIRECT) < 0 {
-            return Err(io::Error::last_os_error());
-        }
     }
     Ok(())
 }

@@ -283,6 +283,10 @@ pub struct DiskConfig {
     /// An image may name the file that it stands on, and that one the next: they are opened.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub backing: bool,
+    /// So many images below were put there when the machine was forked: what they are said to stand on is opened
+    /// without `backing`.
+    #[serde(skip_serializing_if = "is_none")]
+    pub forked: u32,
     /// File that takes what the guest writes; `path` is only read then. It is made if it is not there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overlay: Option<PathBuf>,
@@ -308,10 +312,25 @@ pub struct DiskConfig {
     pub rate: Option<RateLimit>,
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_none(number: &u32) -> bool {
+    *number == 0
+}
+
 impl DiskConfig {
     /// The file that the guest's writes go to.
     pub fn file(&self) -> &Path {
         self.overlay.as_deref().unwrap_or(&self.path)
+    }
+
+    /// Has another file in the place of that.
+    pub fn set_file(&mut self, path: &Path) {
+        match &mut self.overlay {
+            Some(overlay) => *overlay = path.to_owned(),
+            None => self.path = path.to_owned(),
+        }
+        // Nobody knows what it stands on.
+        self.forked = 0;
     }
 }
 
@@ -425,9 +444,10 @@ impl VmConfig {
                      disk, `qemu-img create -f qcow2 -b` an image that stands on the image",
                 );
             }
-            if disk.backing && !is_image {
+            let follows = [(disk.backing, "backing"), (disk.forked > 0, "forked")];
+            if let Some((_, field)) = follows.iter().find(|(is_set, _)| *is_set && !is_image) {
                 let problem = "only an image names a file that it stands on: with format=qcow2";
-                return error(format!("disk[{n}].backing"), problem);
+                return error(format!("disk[{n}].{field}"), problem);
             }
             if disk.overlay.as_ref().is_some_and(|overlay| overlay.as_os_str().is_empty()) {
                 return error(format!("disk[{n}].overlay"), "an overlay needs a file");

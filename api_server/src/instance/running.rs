@@ -135,13 +135,13 @@ impl Instance {
                     "path_on_host: the drive has the overlay {overlay}, which stands on the file that it has."
                 )));
             }
-            config.path.clone_from(&path);
+            config.set_file(&path);
             // On a thread of its own: a file system that hangs shall hang nobody else.
             let opened = elsewhere(move || another(&config)).await?;
             let back_end =
                 opened.map_err(|error| Fault::bad(format!("path_on_host: {}", chain(&error))))?;
             send(&handle, Command::Replace { device: id.clone(), back_end }).await?;
-            self.lock().config.disk[place].path = path;
+            self.lock().config.disk[place].set_file(&path);
         }
         if let Some(limiter) = update.rate_limiter {
             let traffic = Traffic::All;

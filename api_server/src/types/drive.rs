@@ -149,7 +149,8 @@ impl From<&DiskConfig> for Drive {
                 DiskFormat::Raw => DriveFormat::Raw,
                 DiskFormat::Qcow2 => DriveFormat::Qcow2,
             }),
-            backing: disk.backing,
+            // Whoever opens it as it is has to say so.
+            backing: disk.backing || disk.forked > 0,
         }
     }
 }

@@ -3,8 +3,8 @@
 //! ```text
 //!   parent                                     child
 //!     halted: Disks::freeze
-//!       each disk ──> Base (open files) ──────> Disks::copy: an overlay of its own over them,
-//!                 └─> fresh overlay             or a file that the file system copies
+//!       each disk ──> Base (open files) ──────> Disks::copy: an overlay or image of its own over them,
+//!                 └─> fresh overlay or image    or a file that the file system copies
 //!     Switch::done: goes on with those
 //! ```
 //!
@@ -16,7 +16,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use devices::virtio::blk::overlay::{self, Base, Frozen, OverlayError};
+use devices::virtio::blk::overlay::{self, Base, Frozen, OverlayError, Way};
 use devices::virtio::blk::{self, Backing};
 use serde::{Deserialize, Serialize};
 
@@ -67,9 +67,19 @@ struct Handed {
     path: PathBuf,
     files: u32,
     unsynced: bool,
-    reflink: bool,
+    #[serde(with = "HandedWay")]
+    way: Way,
     /// What a person knows it by.
     known_as: PathBuf,
+}
+
+/// [`Way`] as it is handed over.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Way", rename_all = "snake_case", deny_unknown_fields)]
+enum HandedWay {
+    Overlay,
+    Reflink,
+    Image { forked: u32 },
 }
 
 /// A disk that copies stand on.
@@ -87,11 +97,11 @@ pub struct Disks(Vec<Disk>);
 /// What the machine itself is to go on with, once it is certain that it has copies. Until then it can be
 /// undone, and is if it is dropped.
 #[derive(Debug, Default)]
-pub struct Switch(Vec<(String, PathBuf, Frozen)>);
+pub struct Switch(Vec<(String, Frozen)>);
 
 impl Drop for Switch {
     fn drop(&mut self) {
-        for (_, _, frozen) in self.0.drain(..) {
+        for (_, frozen) in self.0.drain(..) {
             frozen.undo();
         }
     }
@@ -101,12 +111,11 @@ impl Switch {
     /// What the machine goes on with, to be put in the place of its disks; `config` says so then.
     pub fn done(mut self, config: &mut VmConfig) -> Vec<(String, Backing)> {
         let mut disks = Vec::new();
-        for (name, base, frozen) in self.0.drain(..) {
+        for (name, frozen) in self.0.drain(..) {
             let Some(disk) = frozen.disk else { continue };
             let place = (0..config.disk.len()).find(|&n| config.disk_name(n) == name);
             if let Some(of) = place.and_then(|n| config.disk.get_mut(n)) {
-                of.path = base;
-                of.overlay = Some(disk.path().to_owned());
+                goes_on_with(of, &frozen.base, disk.path());
             }
             disks.push((name, disk));
         }
@@ -150,11 +159,12 @@ impl Disks {
             let known_as = Frozen::known_as(disk).to_owned();
             let folder = folder_for(name, folder, disk.path())?;
             let failed = |source| DiskError::Copy { disk: name.clone(), source };
+            let kind = Frozen::extension(disk);
             let frozen =
-                named(&folder, &known_as, machine, "ovl", |path| overlay::freeze(disk, path));
+                named(&folder, &known_as, machine, kind, |path| overlay::freeze(disk, path));
             let frozen = frozen.map_err(failed)?;
             let base = frozen.base.clone();
-            switch.0.push((name.clone(), base.path.clone(), frozen));
+            switch.0.push((name.clone(), frozen));
             all.0.push(Disk { name: name.clone(), known_as, base });
         }
         Ok((all, switch))
@@ -189,7 +199,7 @@ impl Disks {
             path: disk.base.path.clone(),
             files: disk.base.files.len() as u32,
             unsynced: disk.base.unsynced,
-            reflink: disk.base.reflink,
+            way: disk.base.way,
             known_as: disk.known_as.clone(),
         };
         serde_json::to_vec(&self.0.iter().map(handed).collect::<Vec<_>>())
@@ -206,12 +216,12 @@ impl Disks {
         let mut files = files.into_iter().map(Arc::new);
         let mut names = HashSet::new();
         let mut disks = Vec::new();
-        for Handed { disk: name, path, files: number, unsynced, reflink, known_as } in handed {
+        for Handed { disk: name, path, files: number, unsynced, way, known_as } in handed {
             let files: Vec<_> = files.by_ref().take(number as usize).collect();
             if files.len() != number as usize || files.is_empty() || !names.insert(name.clone()) {
                 return None;
             }
-            let base = Base { path, files, unsynced, reflink };
+            let base = Base { path, files, unsynced, way };
             disks.push(Disk { name, known_as, base });
         }
         files.next().is_none().then_some(Disks(disks))
@@ -246,19 +256,12 @@ impl Disks {
                 None => {
                     let folder = folder_for(&disk_name, child.folder.as_deref(), of.file())?;
                     let make = |path: &Path| disk.base.copy(path, of.direct);
-                    let kind = if disk.base.reflink { "img" } else { "ovl" };
+                    let kind = disk.base.way.extension();
                     named(&folder, &disk.known_as, name, kind, make).map_err(failed)?
                 }
             };
             let path = copy.path().to_owned();
-            *of = match disk.base.reflink {
-                true => DiskConfig { path: path.clone(), overlay: None, ..of.clone() },
-                false => DiskConfig {
-                    path: disk.base.path.clone(),
-                    overlay: Some(path.clone()),
-                    ..of.clone()
-                },
-            };
+            goes_on_with(of, &disk.base, &path);
             copies.files.push((disk_name.clone(), path));
             copies.disks.push((disk_name, copy));
         }
@@ -296,6 +299,19 @@ impl Drop for Copies {
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// Has `config` say that the disk is now the file at `path`, which was made over `base`.
+fn goes_on_with(config: &mut DiskConfig, base: &Base, path: &Path) {
+    let own = path.to_owned();
+    let (path, overlay) = match base.way {
+        Way::Overlay => (base.path.clone(), Some(own)),
+        Way::Reflink | Way::Image { .. } => (own, None),
+    };
+    if let Way::Image { forked } = base.way {
+        config.forked = forked;
+    }
+    (config.path, config.overlay) = (path, overlay);
 }
 
 /// Where files of a disk are made: where it is itself, if nobody says otherwise.

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use devices::virtio::blk::DiskFile;
+use devices::virtio::blk::qcow2::{Access, Qcow2};
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, DiskFormat, VmConfig};
 use crate::memory::{PAGE_SIZE, Runs};
 use crate::snapshot::{Header, MemoryHeader};
 
@@ -52,6 +53,21 @@ fn child(name: &str) -> Child {
     Child { name: Some(name.to_owned()), number: 1, of: 2, resume: true, ..Child::default() }
 }
 
+/// An empty qcow2 image: header, refcount table, refcount block and L1 table in clusters of 512 bytes.
+fn image() -> Vec<u8> {
+    let mut image = vec![0; 4 * 512];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb\0\0\0\x03");
+    for (at, word) in [(20, 9_u32), (36, 1), (56, 1), (96, 4), (100, 104)] {
+        put(at, &word.to_be_bytes());
+    }
+    for (at, word) in [(24, 4096_u64), (40, 3 * 512), (48, 512), (512, 2 * 512)] {
+        put(at, &word.to_be_bytes());
+    }
+    put(2 * 512, &[0, 1, 0, 1, 0, 1, 0, 1]);
+    image
+}
+
 fn pair() -> (UnixStream, UnixStream) {
     let (own, theirs) = UnixStream::pair().unwrap();
     theirs.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -85,6 +101,41 @@ fn received(bytes: &[u8], fds: &[RawFd]) -> Result<(Origin, Disks), HandOverErro
     (&own).write_all(&bytes[sent..]).unwrap();
     own.shutdown(Shutdown::Write).unwrap();
     receive(&theirs)
+}
+
+#[test]
+fn an_image_is_handed_over_and_opened_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("a"), image()).unwrap();
+    let open = |disk: &DiskConfig| {
+        Qcow2::open(&disk.path, Access { forked: disk.forked, ..Access::default() })
+    };
+    let disk = DiskConfig { path: at("a"), format: Some(DiskFormat::Qcow2), ..Default::default() };
+    let mut parent = VmConfig { disk: vec![disk.clone()], ..VmConfig::default() };
+    let mut copy = parent.clone();
+    let opened = ("disk0".to_owned(), Arc::new(open(&disk).unwrap().into()));
+    let (disks, switch) = Disks::freeze(&[opened], &[child("c")], "m", None).unwrap();
+    let files = disks.files().map(|file| file.try_clone().unwrap()).collect();
+    let handed = Disks::from_bytes(&disks.to_bytes().unwrap(), files).unwrap();
+    let mut copies = handed.copy(&child("c"), "c", &mut copy).unwrap();
+    assert_eq!(copies.files(), [("disk0".to_owned(), at("a.c.qcow2"))]);
+    assert_eq!(switch.done(&mut parent)[0].1.path(), at("a.m.qcow2"));
+    for (config, name) in [(&copy, "a.c.qcow2"), (&parent, "a.m.qcow2")] {
+        assert_eq!(config.disk, [DiskConfig { path: at(name), forked: 1, ..disk.clone() }]);
+        config.validate_without_kernel().unwrap();
+    }
+    drop((copies.take(), handed, disks));
+    open(&copy.disk[0]).unwrap();
+    // Of another file in its place nothing is known.
+    let mut config = copy.clone();
+    let disks = vec![("disk0".to_owned(), at("a.m.qcow2"))];
+    Overrides { disks, ..Overrides::default() }.apply(&mut config).unwrap();
+    assert!(open(&config.disk[0]).unwrap_err().to_string().contains("stands on \"a\""));
+    config.disk[0] = DiskConfig { format: None, ..copy.disk[0].clone() };
+    assert!(config.validate_without_kernel().unwrap_err().to_string().contains("disk[0].forked"));
+    drop(copies);
+    assert!(!at("a.c.qcow2").exists());
 }
 
 #[test]

@@ -173,8 +173,8 @@ pub fn open_image(config: &DiskConfig, path: &Path) -> Result<Qcow2, DiskError> 
 }
 
 fn qcow2_access(config: &DiskConfig) -> Access {
-    let &DiskConfig { ro, direct, backing, .. } = config;
-    Access { read_only: ro, direct, backing }
+    let &DiskConfig { ro, direct, backing, forked, .. } = config;
+    Access { read_only: ro, direct, backing, forked }
 }
 
 /// Refuses a file that begins like an image if nobody said what it is. It was opened before: it is a file or a

@@ -55,12 +55,8 @@ impl Overrides {
             let all: Vec<String> = (0..config.disk.len()).map(|n| config.disk_name(n)).collect();
             let place = all.iter().position(|known| known == name);
             let place = place.ok_or_else(|| unknown("disk", name, all))?;
-            let disk = &mut config.disk[place];
             // Of an overlay it is the overlay that is another: its base is the same.
-            match &mut disk.overlay {
-                Some(overlay) => overlay.clone_from(path),
-                None => disk.path.clone_from(path),
-            }
+            config.disk[place].set_file(path);
         }
         if self.vsock.is_none() && self.cid.is_none() {
             return Ok(());

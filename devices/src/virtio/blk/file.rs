@@ -175,6 +175,16 @@ impl DiskFile {
         DiskFile::opened(path, read_only, direct, true)?.locked(path)
     }
 
+    /// As [`DiskFile::of`], of the file of an image.
+    pub(super) fn of_image(
+        file: File,
+        path: &Path,
+        read_only: bool,
+        direct: bool,
+    ) -> Result<DiskFile, OpenError> {
+        DiskFile::measured(file, path, read_only, direct)?.locked(path)
+    }
+
     /// As [`DiskFile::unlocked_reader`], of an image.
     pub(super) fn unlocked_image(path: &Path) -> Result<DiskFile, OpenError> {
         DiskFile::opened(path, true, false, false)

@@ -36,13 +36,17 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 pub use describe::{Described, LayerInfo, describe};
 pub use fold::{Progress, commit, flatten};
 pub use format::{BaseRef, DEEPEST, FormatError, Header, Id, VERSION};
-pub use freeze::{Base, Frozen, MOST_LAYERS, freeze};
+pub use freeze::{Base, Frozen, MOST_LAYERS, Way, freeze};
+pub(super) use freeze::{absolute, run_to_absorb};
 pub use make::{BaseFormat, create, looks_like_overlay};
+pub(super) use make::{aside, seen_from, settle};
+pub(super) use open::folder_of;
 
 pub use format::BLOCK;
 pub(super) use sync::Bits;
 
 use super::OpenError;
+use super::qcow2::Qcow2Error;
 use bitmap::{Bitmap, zeroed};
 pub(super) use format::Note;
 use format::PAGE;
@@ -115,6 +119,9 @@ pub enum OverlayError {
     /// What is to be a raw base looks like an overlay. A guest can make its disk look so.
     #[error("{} looks like an overlay, and was not said to be one", .0.display())]
     Ambiguous(PathBuf),
+    /// An image cannot be opened.
+    #[error(transparent)]
+    Image(#[from] Qcow2Error),
     /// There is a file already.
     #[error("{} is there already", .0.display())]
     Exists(PathBuf),

@@ -5,7 +5,9 @@
 //! - [`header`]: what an image says of itself, checked before imago sees it;
 //! - [`check`]: whether its tables agree, before it is written;
 //! - [`file`]: the open and locked file that imago works on, which never opens another;
-//! - [`open`]: both, for an image and for what it stands on.
+//! - [`open`]: both, for an image and for what it stands on;
+//! - [`make`]: making an image that stands on another;
+//! - [`freeze`]: an image that others come to stand on while its machine goes on.
 //!
 //! Every call may wait for a disk or for another call: they are made on threads for that
 //! ([`Action::Call`](crate::virtio::device::Action)). Reads and writes pass each other; what takes clusters away
@@ -13,7 +15,9 @@
 
 mod check;
 mod file;
+pub(super) mod freeze;
 mod header;
+mod make;
 mod open;
 
 use std::io;
@@ -45,6 +49,12 @@ pub struct Qcow2 {
     header: Header,
     /// There are clusters that are freed when they are written: compressed ones, and such that may have other users.
     may_free: bool,
+    /// What it stands on, the lowest first, with the lengths of the disks of those that are images.
+    below: Vec<(ImageFile, Option<u64>)>,
+    /// So many images are below that forks put there.
+    forked: u32,
+    /// It had no cluster of the disk when it was opened.
+    was_empty: bool,
 }
 
 impl Qcow2 {
@@ -54,11 +64,18 @@ impl Qcow2 {
     /// # Errors
     /// [`Qcow2Error`].
     pub fn open(path: &Path, access: Access) -> Result<Qcow2, Qcow2Error> {
-        let layer = Layer::open(path, access)?;
+        Qcow2::of(Layer::open(path, access)?, access.forked)
+    }
+
+    fn of(layer: Layer, forked: u32) -> Result<Qcow2, Qcow2Error> {
         let (file, header) = (layer.file.clone(), layer.header.clone());
+        let below = layer.files_below();
+        let forked = forked.min(below.len() as u32);
         let (image, found) = layer.start()?;
         let may_free = found.compressed > 0 || found.not_alone > 0;
-        Ok(Qcow2 { image: RwLock::new(image), file, header, may_free })
+        let was_empty = found.data == 0 && found.zeroes == 0;
+        let image = RwLock::new(image);
+        Ok(Qcow2 { image, file, header, may_free, below, forked, was_empty })
     }
 
     /// Opens an image and closes it again, without a look at its tables: whether a machine could have it. Changes
@@ -78,6 +95,11 @@ impl Qcow2 {
     /// Never true: a disk has at least one sector.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The lowest of the files that it is made of.
+    pub(super) fn lowest(&self) -> &Path {
+        self.below.first().map_or(&self.file, |(file, _)| file).disk().path()
     }
 
     pub(super) fn disk(&self) -> &super::DiskFile {

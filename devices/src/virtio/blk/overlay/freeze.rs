@@ -25,10 +25,39 @@ use super::make::{Under, aside, make, settle};
 use super::open::{folder_of, header_of, raw_layer};
 use super::{Header, Layer, Note, OpenError, Overlay, OverlayError, Owners, Spot};
 use crate::virtio::blk::file::{go_direct, lock, reopened, share};
+use crate::virtio::blk::qcow2::freeze as image;
 use crate::virtio::blk::{Backing, DiskFile};
 
 /// Files that a chain may have before its highest overlays are made one.
 pub const MOST_LAYERS: usize = 16;
+
+/// How somebody gets a disk of its own over a base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// As an overlay.
+    Overlay,
+    /// As a copy that the file system makes of the only file, which has no name.
+    Reflink,
+    /// As a qcow2 image whose backing file is the highest file.
+    Image {
+        /// So many images are below it that forks put there, and name what they stand on.
+        forked: u32,
+    },
+}
+
+impl Way {
+    const OVERLAY: &str = "ovl";
+    const IMAGE: &str = "qcow2";
+
+    /// How the names of such files end.
+    pub fn extension(self) -> &'static str {
+        match self {
+            Way::Overlay => Way::OVERLAY,
+            Way::Reflink => "img",
+            Way::Image { .. } => Way::IMAGE,
+        }
+    }
+}
 
 /// What others stand on: files that nobody writes any more, in this process or handed over to another.
 #[derive(Clone, Debug)]
@@ -40,8 +69,8 @@ pub struct Base {
     pub files: Vec<Arc<File>>,
     /// Some of it may not be on the disk yet.
     pub unsynced: bool,
-    /// It is a copy that the file system made and that has no name: copies of it are made in the same way.
-    pub reflink: bool,
+    /// How a disk over it is made.
+    pub way: Way,
 }
 
 impl Base {
@@ -54,10 +83,10 @@ impl Base {
         let files = match disk {
             Backing::Raw(file) => vec![Arc::new(reopened(file.file(), &path)?)],
             Backing::Overlay(overlay) => readers(overlay.layers.iter())?,
-            Backing::Qcow2(_) => return Err(unfit_image(disk.path())),
+            Backing::Qcow2(image) => return image::base_of(image),
         };
         // Whoever wrote it may not have flushed it.
-        Ok(Base { path, files, unsynced: true, reflink: false })
+        Ok(Base { path, files, unsynced: true, way: Way::Overlay })
     }
 
     /// Makes a disk at `path`, where nothing is, that begins as this one, and opens it.
@@ -65,7 +94,11 @@ impl Base {
     /// # Errors
     /// [`OverlayError`]; nothing is left then.
     pub fn copy(&self, path: &Path, direct: bool) -> Result<Backing, OverlayError> {
-        let copied = if self.reflink { self.cloned(path, direct) } else { self.over(path, direct) };
+        let copied = match self.way {
+            Way::Overlay => self.over(path, direct),
+            Way::Reflink => self.cloned(path, direct),
+            Way::Image { .. } => image::over(self, path, direct).map(Backing::from),
+        };
         if copied.as_ref().is_err_and(|err| !matches!(err, OverlayError::Exists(_))) {
             let _ = fs::remove_file(path);
         }
@@ -96,7 +129,7 @@ impl Base {
         Ok(DiskFile::open(path, false, direct)?.into())
     }
 
-    fn unfit(&self, reason: &str) -> OverlayError {
+    pub(in crate::virtio::blk) fn unfit(&self, reason: &str) -> OverlayError {
         OverlayError::Unfit { path: self.path.clone(), reason: reason.to_owned() }
     }
 
@@ -122,7 +155,7 @@ pub struct Frozen {
     /// What others stand on.
     pub base: Base,
     /// What the machine had, with which it may go on after all.
-    before: Option<Arc<File>>,
+    pub(in crate::virtio::blk) before: Option<Arc<File>>,
 }
 
 impl Frozen {
@@ -140,14 +173,23 @@ impl Frozen {
         }
     }
 
+    /// How the names of files end that copies of `disk` have.
+    pub fn extension(disk: &Backing) -> &'static str {
+        if disk.image().is_some() { Way::IMAGE } else { Way::OVERLAY }
+    }
+
     /// The name of the lowest file: what a person knows the disk by.
     pub fn known_as(disk: &Backing) -> &Path {
-        disk.overlay().map_or(disk.path(), |overlay| &overlay.layers[0].path)
+        match disk {
+            Backing::Raw(file) => file.path(),
+            Backing::Overlay(overlay) => &overlay.layers[0].path,
+            Backing::Qcow2(image) => image.lowest(),
+        }
     }
 }
 
 /// Turns the top of `disk`, of which no queue runs, into a base that others share, and makes a fresh overlay at
-/// `fresh` for the machine itself. Where the file system can share data between files, the machine keeps its raw
+/// `fresh` for the machine itself, or a fresh image over an image. Where the file system can share data between files, the machine keeps its raw
 /// disk, and what others stand on is a copy.
 ///
 /// # Errors
@@ -163,16 +205,11 @@ pub fn freeze(disk: &Backing, fresh: &Path) -> Result<Frozen, OverlayError> {
             None => freeze_raw(file, fresh),
         },
         Backing::Overlay(overlay) => freeze_overlay(overlay, fresh),
-        Backing::Qcow2(_) => Err(unfit_image(disk.path())),
+        Backing::Qcow2(image) => image::freeze(image, fresh),
     }
 }
 
-fn unfit_image(path: &Path) -> OverlayError {
-    let reason = "it is a qcow2 image; `qemu-img convert -O raw` makes a raw disk of it";
-    OverlayError::Unfit { path: path.to_owned(), reason: reason.to_owned() }
-}
-
-fn absolute(path: &Path) -> Result<PathBuf, OverlayError> {
+pub(in crate::virtio::blk) fn absolute(path: &Path) -> Result<PathBuf, OverlayError> {
     fs::canonicalize(path).map_err(|source| OverlayError::File {
         verb: "find",
         path: path.to_owned(),
@@ -202,7 +239,7 @@ fn clone_raw(disk: &DiskFile, aside: &Path) -> Result<Option<Frozen>, OverlayErr
     let file = File::open(aside);
     fs::remove_file(aside).map_err(failed)?;
     let files = vec![Arc::new(file.map_err(failed)?)];
-    let base = Base { path: absolute(disk.path())?, files, unsynced: false, reflink: true };
+    let base = Base { path: absolute(disk.path())?, files, unsynced: false, way: Way::Reflink };
     Ok(Some(Frozen { disk: None, made: Vec::new(), base, before: None }))
 }
 
@@ -250,7 +287,7 @@ fn over_raw(disk: &DiskFile, path: &Path, fresh: &Path) -> Result<(Overlay, Base
     if overlay.is_err() {
         let _ = fs::remove_file(fresh);
     }
-    let base = Base { path: path.to_owned(), files: vec![file], unsynced: true, reflink: false };
+    let base = Base { path: path.to_owned(), files: vec![file], unsynced: true, way: Way::Overlay };
     Ok((overlay?, base))
 }
 
@@ -287,7 +324,7 @@ fn freeze_overlay(overlay: &Overlay, fresh: &Path) -> Result<Frozen, OverlayErro
             path: absolute(&last.path)?,
             files: readers(below.iter())?,
             unsynced: last.unsynced && !overlay.is_base_synced(),
-            reflink: false,
+            way: Way::Overlay,
         };
         return Ok(Frozen { disk: None, made: Vec::new(), base, before: None });
     }
@@ -362,7 +399,7 @@ fn over_overlay(
     if disk.is_err() {
         let _ = fs::remove_file(fresh);
     }
-    let base = Base { path: path.to_owned(), files, unsynced, reflink: false };
+    let base = Base { path: path.to_owned(), files, unsynced, way: Way::Overlay };
     Ok((disk?, base))
 }
 
@@ -415,7 +452,7 @@ impl Overlay {
 }
 
 /// How many of the highest files of a chain are to be made one, by how many blocks of each can be seen.
-fn run_to_absorb(counts: &[u64]) -> usize {
+pub(in crate::virtio::blk) fn run_to_absorb(counts: &[u64]) -> usize {
     let mut taken = 1;
     let mut blocks = counts.last().copied().unwrap_or_default();
     // The lowest file is not ours.

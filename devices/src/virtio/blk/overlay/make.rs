@@ -146,14 +146,14 @@ pub(super) fn make(path: &Path, under: &Under) -> Result<(File, Header), Overlay
 }
 
 /// A name beside `path` that nobody else has.
-pub(super) fn aside(path: &Path) -> io::Result<PathBuf> {
+pub(in crate::virtio::blk) fn aside(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().ok_or(ErrorKind::InvalidInput)?.to_string_lossy();
     let word = u128::from_le_bytes(random()?);
     Ok(path.with_file_name(format!(".{name}.{word:032x}")))
 }
 
 /// Gives the file at `aside` its name, which nothing has yet.
-pub(super) fn settle(aside: &Path, path: &Path) -> io::Result<()> {
+pub(in crate::virtio::blk) fn settle(aside: &Path, path: &Path) -> io::Result<()> {
     match fs::hard_link(aside, path) {
         Ok(()) => fs::remove_file(aside),
         // A file system without links.
@@ -167,8 +167,8 @@ pub(super) fn settle(aside: &Path, path: &Path) -> io::Result<()> {
     }
 }
 
-/// The path of a base as its overlay has it: of neighbours without folder, so that they can be moved together.
-fn seen_from(overlay: &Path, base: &Path) -> PathBuf {
+/// The path of a base as what stands on it has it: of neighbours without folder, so that they can be moved together.
+pub(in crate::virtio::blk) fn seen_from(overlay: &Path, base: &Path) -> PathBuf {
     let folder = folder_of(overlay);
     let (folder, base_folder) = (fs::canonicalize(folder).ok(), base.parent());
     match base.file_name().filter(|_| folder.as_deref() == base_folder) {

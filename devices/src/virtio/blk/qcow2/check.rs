@@ -14,7 +14,7 @@ use super::header::{Header, be64};
 
 /// Clusters of the largest image that is looked at: 16 TiB at the usual 64 KiB. Two bytes of memory each, where
 /// they are used.
-const MAX_CLUSTERS: u64 = 1 << 28;
+pub(super) const MAX_CLUSTERS: u64 = 1 << 28;
 
 /// Offset of an L2 table, a refcount block or a cluster in its entry.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;

@@ -1,6 +1,7 @@
 //! The file of an image as imago sees it: open, locked, of a bounded length, and reached by few system calls.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -37,6 +38,10 @@ struct Inner {
     has_dirty_bit: AtomicBool,
     /// The dirty bit is set, by us.
     dirty: Mutex<bool>,
+    /// Something was written.
+    written: AtomicBool,
+    /// The folder that the file was just made in: its name is not on the disk.
+    folder: Mutex<Option<File>>,
     helper: CommonStorageHelper,
 }
 
@@ -51,6 +56,8 @@ impl ImageFile {
             limit: AtomicU64::new(len),
             has_dirty_bit: AtomicBool::new(false),
             dirty: Mutex::new(false),
+            written: AtomicBool::new(false),
+            folder: Mutex::new(None),
             helper: CommonStorageHelper::default(),
         }))
     }
@@ -86,6 +93,20 @@ impl ImageFile {
     /// Somebody else set the dirty bit and left it: it goes when the file is closed.
     pub(super) fn was_left_dirty(&self) {
         *self.dirty() = true;
+    }
+
+    /// Something was written here since it was opened.
+    pub(super) fn was_written(&self) -> bool {
+        self.0.written.load(Ordering::Relaxed)
+    }
+
+    /// The file was just made in `folder`, which is synced before anything that is written counts.
+    pub(super) fn new_in(&self, folder: File) {
+        *self.folder() = Some(folder);
+    }
+
+    fn folder(&self) -> MutexGuard<'_, Option<File>> {
+        self.0.folder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `len` bytes from `offset` on; zeroes behind the end.
@@ -143,13 +164,19 @@ impl ImageFile {
         unsafe { libc::fallocate(self.0.disk.fd(), mode, offset, len) };
     }
 
-    /// Waits until what was written is on the disk.
+    /// Waits until what was written is on the disk, and the name of a new file.
     pub(super) fn sync_data(&self) -> io::Result<()> {
         // SAFETY: no memory is involved.
-        match unsafe { libc::fdatasync(self.0.disk.fd()) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
+        if unsafe { libc::fdatasync(self.0.disk.fd()) } != 0 {
+            return Err(io::Error::last_os_error());
         }
+        // Whoever comes second waits for it as well.
+        let mut folder = self.folder();
+        if let Some(new_in) = &*folder {
+            new_in.sync_all()?;
+            *folder = None;
+        }
+        Ok(())
     }
 
     /// All that was written is in the file: takes the dirty bit away, if it was set here.
@@ -174,6 +201,7 @@ impl ImageFile {
         if offset.checked_add(len).is_none_or(|end| end > self.limit()) {
             return Err(io::Error::other("an image would grow beyond what its disk can need"));
         }
+        self.0.written.store(true, Ordering::Relaxed);
         if self.0.has_dirty_bit.load(Ordering::Relaxed) {
             let mut dirty = self.dirty();
             if !*dirty {

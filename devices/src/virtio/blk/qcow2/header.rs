@@ -11,19 +11,19 @@ pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Bytes of a version 2 header, and of a version 3 one without what may follow.
 const V2_LEN: usize = 72;
-const V3_LEN: usize = 104;
+pub(super) const V3_LEN: usize = 104;
 
 /// Bits of a cluster: 512 bytes is the format's limit, 2 MiB is QEMU's.
-const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
+pub(super) const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 
 /// Entries of an L1 table: QEMU's limit of 32 MiB.
-const MAX_L1: u32 = (32 << 20) / 8;
+pub(super) const MAX_L1: u32 = (32 << 20) / 8;
 
 /// Bytes of a refcount table: QEMU's limit.
 const MAX_REFTABLE: u64 = 8 << 20;
 
 /// The format's limit for the name of a backing file.
-const MAX_NAME: u32 = 1023;
+pub(super) const MAX_NAME: u32 = 1023;
 
 /// Bytes of an entry in the table of feature names.
 const FEATURE_NAME_LEN: usize = 48;
@@ -41,9 +41,9 @@ mod incompatible {
 }
 
 /// Types of header extensions.
-mod extension {
+pub(super) mod extension {
     pub(super) const END: u32 = 0;
-    pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub(in super::super) const BACKING_FORMAT: u32 = 0xe279_2aca;
     pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
     pub(super) const DATA_FILE: u32 = 0x4441_5441;
 }
@@ -245,7 +245,7 @@ impl Header {
 
     /// Entries that the L1 table needs for a disk of this size.
     fn l1_needed(&self) -> u64 {
-        self.size.div_ceil(1 << (2 * self.cluster_bits - 3))
+        l1_needed(self.size, self.cluster_bits)
     }
 
     /// Whoever wrote it last has not closed it: refcounts may be wrong.
@@ -293,6 +293,11 @@ impl Header {
             _ => return None,
         })
     }
+}
+
+/// Entries that the L1 table of a disk of `size` bytes needs.
+pub(super) fn l1_needed(size: u64, cluster_bits: u32) -> u64 {
+    size.div_ceil(1 << (2 * cluster_bits - 3))
 }
 
 /// The name of the backing file, and where it is.

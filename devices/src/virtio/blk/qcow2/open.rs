@@ -1,8 +1,9 @@
-//! Opening an image and what it stands on: everything by path, and before anything runs.
+//! Opening an image and what it stands on: by path before anything runs, or as files that were handed over.
 
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use imago::FormatAccess;
 use imago::qcow2::Qcow2 as Driver;
@@ -11,6 +12,7 @@ use imago::raw::Raw;
 use super::check::{self, Found, Problem};
 use super::file::ImageFile;
 use super::header::{self, BackingName, Header};
+use crate::virtio::blk::file::{go_direct, reopened};
 use crate::virtio::blk::{DiskFile, OpenError};
 
 /// Images that one image may stand on.
@@ -57,6 +59,8 @@ pub struct Access {
     pub direct: bool,
     /// A backing file that the image names may be opened, and those below it. They are only read.
     pub backing: bool,
+    /// So many images are below that forks put there: what those name, and the image itself, is opened in any case.
+    pub forked: u32,
 }
 
 /// An image whose header was read, and what it stands on.
@@ -75,12 +79,30 @@ enum Below {
 impl Layer {
     /// Opens and locks the image at `path` and all that it stands on, and reads the headers. Changes nothing.
     pub(super) fn open(path: &Path, access: Access) -> Result<Layer, Qcow2Error> {
-        Layer::at_depth(path, access, 0)
+        let disk = DiskFile::open_image(path, access.read_only, access.direct)?;
+        Layer::of(disk, access, &mut None, 0)
     }
 
-    fn at_depth(path: &Path, access: Access, depth: usize) -> Result<Layer, Qcow2Error> {
-        let Access { read_only, direct, backing } = access;
-        let file = ImageFile::new(DiskFile::open_image(path, read_only, direct)?);
+    /// The image `top`, which was just made, over files that are open already, the lowest first. What their names lead
+    /// to now does not matter: each is opened anew.
+    pub(super) fn over(
+        top: DiskFile,
+        files: Vec<Arc<File>>,
+        forked: u32,
+    ) -> Result<Layer, Qcow2Error> {
+        let access = Access { read_only: false, direct: top.direct(), backing: true, forked };
+        Layer::of(top, access, &mut Some(files), 0)
+    }
+
+    fn of(
+        disk: DiskFile,
+        access: Access,
+        given: &mut Option<Vec<Arc<File>>>,
+        depth: usize,
+    ) -> Result<Layer, Qcow2Error> {
+        let Access { read_only, direct, backing, forked } = access;
+        let file = ImageFile::new(disk);
+        let path = file.disk().path();
         let header = read_header(&file, path)?;
         let refuse = |problem| Qcow2Error::Image { path: path.to_owned(), problem };
         if let Some(problem) = header.refused(!read_only) {
@@ -88,7 +110,7 @@ impl Layer {
         }
         let below = match &header.backing {
             None => None,
-            Some(BackingName { name, .. }) if !backing => {
+            Some(BackingName { name, .. }) if !backing && depth >= forked as usize => {
                 return Err(Qcow2Error::Backing { path: path.to_owned(), name: name.clone() });
             }
             Some(_) if depth == MAX_DEPTH => {
@@ -97,9 +119,18 @@ impl Layer {
             Some(name) => {
                 let (next, is_image) = below(path, name).map_err(refuse)?;
                 let access = Access { read_only: true, ..access };
+                let disk = match given {
+                    Some(files) => {
+                        let none = || refuse("too few files were handed over".into());
+                        let file = files.pop().ok_or_else(none)?;
+                        handed(&file, &next, is_image, direct)?
+                    }
+                    None if is_image => DiskFile::open_image(&next, true, direct)?,
+                    None => DiskFile::open(&next, true, direct)?,
+                };
                 Some(match is_image {
-                    true => Below::Image(Box::new(Layer::at_depth(&next, access, depth + 1)?)),
-                    false => Below::Raw(ImageFile::new(DiskFile::open(&next, true, direct)?)),
+                    true => Below::Image(Box::new(Layer::of(disk, access, given, depth + 1)?)),
+                    false => Below::Raw(ImageFile::new(disk)),
                 })
             }
         };
@@ -107,6 +138,26 @@ impl Layer {
             file.has_dirty_bit();
         }
         Ok(Layer { file, header, read_only, below })
+    }
+
+    /// What it stands on, the lowest first, each with the length of its disk if it is an image.
+    pub(super) fn files_below(&self) -> Vec<(ImageFile, Option<u64>)> {
+        let (mut files, mut below) = (Vec::new(), &self.below);
+        loop {
+            match below {
+                Some(Below::Image(layer)) => {
+                    files.push((layer.file.clone(), Some(layer.header.size)));
+                    below = &layer.below;
+                }
+                Some(Below::Raw(file)) => {
+                    files.push((file.clone(), None));
+                    below = &None;
+                }
+                None => break,
+            }
+        }
+        files.reverse();
+        files
     }
 
     /// Checks the tables if the image is to be written, and hands it to imago.
@@ -157,7 +208,7 @@ pub fn looks_like_qcow2(path: &Path) -> io::Result<bool> {
 }
 
 /// Reads and checks the header of an image.
-fn read_header(file: &ImageFile, path: &Path) -> Result<Header, Qcow2Error> {
+pub(super) fn read_header(file: &ImageFile, path: &Path) -> Result<Header, Qcow2Error> {
     let failed = |source| Qcow2Error::Io { path: path.to_owned(), source };
     let refuse = |problem| Qcow2Error::Image { path: path.to_owned(), problem };
     let start = file.bytes(0, 512).map_err(failed)?;
@@ -168,12 +219,26 @@ fn read_header(file: &ImageFile, path: &Path) -> Result<Header, Qcow2Error> {
     Header::parse(&first, file.len()).map_err(refuse)
 }
 
-/// Length that the file of an image may come to: what it has, all of the disk, and tables for that. With the smallest
-/// clusters and the widest refcounts they are a thirty-second of it.
+/// A file that was handed over, by a descriptor of its own.
+fn handed(file: &File, path: &Path, is_image: bool, direct: bool) -> Result<DiskFile, OpenError> {
+    let failed = |source| OpenError::Host { what: "open", path: path.to_owned(), source };
+    let file = reopened(file, path)?;
+    if direct {
+        go_direct(&file).map_err(failed)?;
+    }
+    let of = if is_image { DiskFile::of_image } else { DiskFile::of };
+    of(file, path, true, direct)
+}
+
 fn limit(file: &ImageFile, header: &Header) -> u64 {
+    longest(file.len().next_multiple_of(header.cluster_size()), header.size)
+}
+
+/// Length that the file of an image may come to: what it has `now`, all of the disk, and tables for that. With the
+/// smallest clusters and the widest refcounts they are a thirty-second of it.
+pub(super) fn longest(now: u64, size: u64) -> u64 {
     const ROOM: u64 = 64 << 20;
-    let now = file.len().next_multiple_of(header.cluster_size());
-    let disk = header.size.saturating_add(header.size / 16);
+    let disk = size.saturating_add(size / 16);
     // What a file's offset can tell.
     now.saturating_add(disk).saturating_add(ROOM).min(i64::MAX as u64)
 }

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-const WRITE: Access = Access { read_only: false, direct: false, backing: false };
+const WRITE: Access = Access { read_only: false, direct: false, backing: false, forked: 0 };
 const READ: Access = Access { read_only: true, ..WRITE };
 
 /// What a cluster of the disk has.
@@ -775,6 +775,9 @@ proptest! {
         follows_the_model(version, bits, direct, backing, &ops);
     }
 }
+
+#[path = "tests/forks.rs"]
+mod forks;
 
 /// Uses an image as a hostile guest would, whatever it is.
 fn abuse(path: &Path) {

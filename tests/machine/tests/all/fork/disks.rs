@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use machine_tests::{Family, Outcome, Running, eventually};
+use machine_tests::{Family, Outcome, Running, eventually, qcow2};
 use serde_json::Value;
 
 use super::{children, fork, fork_at_work, goes_on, is_intact, kill, names, verb};
@@ -19,8 +19,28 @@ pub(super) fn parent(family: &Family, name: &str, disk: &Path) -> Running {
     if !disk.exists() {
         fs::File::create_new(disk).unwrap().set_len(SIZE).unwrap();
     }
+    at_work(family, name, disk, "")
+}
+
+fn at_work(family: &Family, name: &str, disk: &Path, more: &str) -> Running {
     let scenario = format!("work dirty=2M size={LENGTH} every=100M disk={BLOCKS}");
-    Family::at_work(family.guest(name, &scenario).disk(disk, "").start())
+    Family::at_work(family.guest(name, &scenario).disk(disk, more).start())
+}
+
+/// A machine whose disk is an image.
+fn parent_of_image(family: &Family, name: &str, more: &str) -> Running {
+    let disk = family.at("d.qcow2");
+    if !disk.exists() {
+        fs::write(&disk, qcow2::image(SIZE, None)).unwrap();
+    }
+    at_work(family, name, &disk, &format!(",format=qcow2{more}"))
+}
+
+/// As [`has_what_was_flushed`], of an image and what it stands on.
+fn image_has_what_was_flushed(family: &Family, path: &Path, text: &str) {
+    let raw = family.at("raw");
+    fs::write(&raw, qcow2::disk(path).unwrap()).unwrap();
+    raw_has_what_was_flushed(&raw, text);
 }
 
 /// The file of a child's only disk.
@@ -80,7 +100,9 @@ pub(super) fn text(family: &Family, name: &str) -> String {
 fn copies(family: &Family) -> Vec<String> {
     let all = fs::read_dir(family.at("")).unwrap().flatten();
     let name = |entry: fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
-    let is_copy = |name: &String| name.starts_with("d.img.") || name.starts_with(".d.img");
+    let is_copy = |name: &String| {
+        ["d.img.", ".d.img", "d.qcow2.", ".d.qcow2"].iter().any(|start| name.starts_with(start))
+    };
     let mut copies: Vec<_> = all.map(name).filter(is_copy).collect();
     copies.sort();
     copies
@@ -307,4 +329,46 @@ fn a_template_has_disks_for_all_that_stand_on_them() {
     assert_eq!(verb(&family, &["resume", "t"]).code(), 0);
     goes_on(&parent);
     super::fork_to_work(&family, "t", "late", 1, &[]);
+}
+
+#[test]
+fn each_has_an_image_of_its_own() {
+    let family = Family::default();
+    for more in ["", ",direct", ",queues=2"] {
+        let mut parent = parent_of_image(&family, "web", more);
+        let first = fork_at_work(&family, "web", 3, &[]);
+        let second = fork_at_work(&family, "web-2", 2, &[]);
+        goes_on(&parent);
+        let all: Vec<_> = first.iter().chain(&second).collect();
+        let mut files: Vec<_> = all.iter().map(|child| disk(child)).collect();
+        files.sort();
+        files.dedup();
+        assert_eq!(files.len(), 5);
+        assert!(files.iter().all(|file| file.extension().unwrap() == "qcow2"), "{files:?}");
+        // Whoever dies harms no other, and loses nothing that it flushed.
+        for (n, child) in all.iter().enumerate() {
+            kill(child);
+            let name = child["name"].as_str().unwrap();
+            // That of one that was forked since is another.
+            if n != 1 {
+                image_has_what_was_flushed(&family, &disk(child), &text(&family, name));
+            }
+            for other in &all[n + 1..] {
+                is_intact(&family, other["name"].as_str().unwrap());
+            }
+            goes_on(&parent);
+        }
+        let forked = fork(&family, &["web", "--json", "--rm"]);
+        let forked: Value = serde_json::from_str(forked.ok()).unwrap();
+        let own: PathBuf = forked["drives"][0]["path_on_host"].as_str().unwrap().into();
+        assert_eq!(qcow2::chain(&own).unwrap().len(), 3);
+        goes_on(&parent);
+        parent.write("q");
+        let outcome = parent.finish();
+        image_has_what_was_flushed(&family, &own, outcome.ok());
+        kill(&forked["children"][0]);
+        for file in copies(&family).into_iter().chain(["d.qcow2".to_owned()]) {
+            fs::remove_file(family.at(&file)).unwrap();
+        }
+    }
 }

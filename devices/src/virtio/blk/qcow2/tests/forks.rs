@@ -396,3 +396,175 @@ fn an_empty_image_is_in_order() {
     assert!(matches!(refused, OverlayError::File { .. }), "{refused}");
     assert!(entries(&folder).is_empty());
 }
+
+/// What a machine of a family does.
+#[derive(Clone, Debug)]
+enum Deed {
+    Write { sector: u64, sectors: u64, byte: u8 },
+    Range { sector: u64, sectors: u64, zero: bool, unmap: bool },
+    Flush,
+    Fork,
+    Undo,
+    Kill,
+    Reopen,
+    End,
+}
+
+/// Sectors of its disk.
+const FEW: u64 = 640;
+
+fn deed() -> impl Strategy<Value = Deed> {
+    let span = || (0..FEW, 1..=200_u64).prop_map(|(sector, len)| (sector, len.min(FEW - sector)));
+    prop_oneof![
+        8 => (span(), 1..=255_u8)
+            .prop_map(|((sector, sectors), byte)| Deed::Write { sector, sectors, byte }),
+        3 => (span(), any::<bool>(), any::<bool>()).prop_map(|((sector, sectors), zero, unmap)| {
+            Deed::Range { sector, sectors, zero, unmap: unmap || !zero }
+        }),
+        2 => Just(Deed::Flush),
+        5 => Just(Deed::Fork),
+        1 => Just(Deed::Undo),
+        2 => Just(Deed::Kill),
+        1 => Just(Deed::Reopen),
+        1 => Just(Deed::End),
+    ]
+}
+
+/// A machine's disk, what is on it, and how many images of forks are below.
+struct Member {
+    disk: Backing,
+    model: Model,
+    forked: u32,
+}
+
+impl Member {
+    fn path(&self) -> PathBuf {
+        image(&self.disk).disk().path().to_owned()
+    }
+
+    fn check(&self) {
+        assert!(sectors(&whole(image(&self.disk))) == self.model.now, "{}", self.path().display());
+    }
+
+    fn act(&mut self, deed: &Deed) {
+        match *deed {
+            Deed::Write { sector, sectors, byte } => {
+                let bytes = vec![byte; sectors as usize * 512];
+                try_write(image(&self.disk), sector * 512, &bytes).unwrap();
+                (sector..sector + sectors).for_each(|sector| self.model.set(sector, byte));
+            }
+            Deed::Range { sector, sectors: count, zero, unmap } => {
+                let range = ByteRange { offset: sector * 512, len: count * 512, zero, unmap };
+                image(&self.disk).range(range, false).unwrap();
+                let found = sectors(&read(image(&self.disk), range.offset, range.len as usize));
+                for (sector, byte) in (sector..).zip(found) {
+                    let stays = !zero && byte == self.model.now[sector as usize];
+                    assert!(byte == 0 || stays, "{deed:?} {sector}");
+                    self.model.set(sector, byte);
+                }
+            }
+            _ => {
+                image(&self.disk).save().unwrap();
+                self.model.saved();
+            }
+        }
+    }
+
+    fn fork(&mut self, folder: &Folder, number: usize) -> Member {
+        let frozen = frozen(&self.disk, &folder.path(&format!("p{number}")));
+        self.model.saved();
+        assert!(frozen.base.files.len() <= MOST_LAYERS, "{} files", frozen.base.files.len());
+        let Way::Image { forked } = frozen.base.way else { panic!("{frozen:?}") };
+        let disk = frozen.base.copy(&folder.path(&format!("c{number}")), false).unwrap();
+        if let Some(disk) = frozen.disk {
+            (self.disk, self.forked) = (disk, forked);
+        }
+        let may = vec![Vec::new(); FEW as usize];
+        Member { disk, model: Model { now: self.model.now.clone(), may }, forked }
+    }
+
+    /// Goes on as a machine that finds its file as it is now, by its name, in the place of this one.
+    fn killed(self, folder: &Folder, number: usize) -> Member {
+        let Member { disk, mut model, forked } = self;
+        let path = folder.path(&format!("k{number}"));
+        fs::copy(image(&disk).disk().path(), &path).unwrap();
+        drop(disk);
+        let disk = open(&path, Access { forked, ..WRITE });
+        for (sector, byte) in sectors(&whole(image(&disk))).into_iter().enumerate() {
+            let may = byte == model.now[sector] || model.may[sector].contains(&byte);
+            assert!(may, "sector {sector} of {} has {byte:#x}", path.display());
+            model.now[sector] = byte;
+        }
+        model.saved();
+        Member { disk, model, forked }
+    }
+}
+
+fn a_family_follows_its_model(version: u32, bits: u32, direct: bool, deeds: &[(u8, Deed)]) {
+    let folder = Folder::new();
+    let mut builder = Builder::new(version, bits, FEW * 512);
+    let mut now = vec![0; FEW as usize];
+    for index in (0..builder.size >> bits).step_by(3).take(40) {
+        builder.clusters.insert(index, Content::Compressed(vec![0xc3; builder.cluster()]));
+        let per_cluster = builder.cluster() / 512;
+        now[index as usize * per_cluster..][..per_cluster].fill(0xc3);
+    }
+    builder.write(&folder.path("a"));
+    let model = Model { now, may: vec![Vec::new(); FEW as usize] };
+    let disk = open(&folder.path("a"), Access { direct, ..WRITE });
+    let mut family = vec![Member { disk, model, forked: 0 }];
+    for (number, (who, deed)) in deeds.iter().enumerate() {
+        let who = *who as usize % family.len();
+        match deed {
+            Deed::Fork => {
+                let child = family[who].fork(&folder, number);
+                family.push(child);
+            }
+            Deed::Undo => {
+                let (before, member) = (entries(&folder), &mut family[who]);
+                frozen(&member.disk, &folder.path("undone")).undo();
+                member.model.saved();
+                assert_eq!(entries(&folder), before);
+                is_locked(&member.path());
+            }
+            Deed::Kill => {
+                let killed = family.swap_remove(who).killed(&folder, number);
+                family.push(killed);
+            }
+            Deed::Reopen => {
+                let Member { disk, mut model, forked } = family.swap_remove(who);
+                let path = image(&disk).disk().path().to_owned();
+                drop(disk);
+                model.saved();
+                assert!(!is_dirty(&path));
+                let disk = open(&path, Access { forked, ..WRITE });
+                family.push(Member { disk, model, forked });
+            }
+            Deed::End if family.len() > 1 => drop(family.swap_remove(who)),
+            deed => family[who].act(deed),
+        }
+        if number % 8 == 0 {
+            family.iter().for_each(Member::check);
+        }
+    }
+    for member in family {
+        member.check();
+        let path = member.path();
+        drop(member);
+        describe(&path).unwrap().found.unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_tree_of_forks_is_as_plain_bytes(
+        version in 2..=3_u32,
+        bits in prop_oneof![Just(9_u32), Just(12), Just(16)],
+        direct in prop::bool::weighted(0.2),
+        deeds in prop::collection::vec((any::<u8>(), deed()), 1..60),
+    ) {
+        a_family_follows_its_model(version, bits, direct, &deeds);
+    }
+}

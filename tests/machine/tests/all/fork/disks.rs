@@ -372,3 +372,132 @@ fn each_has_an_image_of_its_own() {
         }
     }
 }
+
+#[test]
+fn images_are_made_where_they_are_wanted_and_removed_if_that_is_wanted() {
+    let family = Family::default();
+    let parent = parent_of_image(&family, "web", "");
+    let image = family.at("d.qcow2");
+    let in_use = || {
+        let reader = family.guest("reader", "blk op=info").disk(&image, ",format=qcow2,ro").run();
+        reader.refused(&["d.qcow2", "in use"]);
+    };
+    // What cannot be leaves it as it is.
+    let nowhere = family.at("nowhere").display().to_string();
+    let outcome = fork(&family, &["web", "--disks-in", &nowhere]);
+    outcome.failed(&["disk0", "nowhere", "No such file"]);
+    goes_on(&parent);
+    assert_eq!(copies(&family), [""; 0]);
+    in_use();
+    // One that is there is used as it is, and what it names is not opened.
+    let known = family.at("known.qcow2");
+    fs::write(&known, qcow2::image(SIZE, None)).unwrap();
+    let over = family.at("over.qcow2");
+    fs::write(&over, qcow2::image(SIZE, Some(("known.qcow2", "qcow2")))).unwrap();
+    let using = |file: &Path| {
+        let option = format!("disk0={}", file.display());
+        let outcome = fork(&family, &["web", "--json", "--disk", &option]);
+        children(&outcome).remove(0)
+    };
+    let child = using(&known);
+    assert!(child["drives"].is_null(), "{child}");
+    let written = || qcow2::disk(&known).unwrap().iter().any(|byte| *byte != 0);
+    eventually(written, || "it does not write to its disk".to_owned());
+    kill(&child);
+    assert_eq!(copies(&family), [""; 0]);
+    in_use();
+    let refused = |child: &Value| child["fault_message"].as_str().unwrap().contains("stands on");
+    assert!(refused(&using(&over)));
+    let folder = family.at("copies");
+    fs::create_dir(&folder).unwrap();
+    let folder = folder.to_str().unwrap();
+    let option = format!("disk0={}", family.at("own-{n}").display());
+    let mine = fork_at_work(&family, "web", 2, &["--disk", &option, "--disks-in", folder]);
+    assert_eq!(mine.iter().map(disk).collect::<Vec<_>>(), [family.at("own-1"), family.at("own-2")]);
+    let all = || fs::read_dir(folder).unwrap().count();
+    assert_eq!((all(), copies(&family).len()), (1, 0));
+    assert_eq!(qcow2::chain(&family.at("own-1")).unwrap()[1..], [image]);
+    mine.iter().for_each(kill);
+    // Nor is it after a fork, of whose images names are followed.
+    assert!(refused(&using(&over)));
+    let before = all();
+    let rest = fork(&family, &["web", "--json", "-n", "2", "--disks-in", folder, "--rm"]);
+    let rest = children(&rest);
+    assert_eq!(all(), before + 3);
+    for child in names(&rest) {
+        assert_eq!(verb(&family, &["stop", "--now", child]).code(), 0);
+    }
+    eventually(
+        || all() == before + 1,
+        || format!("{:?}", fs::read_dir(folder).unwrap().collect::<Vec<_>>()),
+    );
+    goes_on(&parent);
+    drop(parent);
+}
+
+#[test]
+fn a_machine_with_images_of_forks_is_saved_and_forked_again() {
+    let family = Family::default();
+    let parent = parent_of_image(&family, "web", "");
+    let first = fork_at_work(&family, "web", 1, &["--rm"]);
+    goes_on(&parent);
+    let folder = family.at("saved");
+    let folder = folder.to_str().unwrap();
+    assert_eq!(verb(&family, &["snapshot", "web-1", folder, "--stop"]).code(), 0);
+    // One that was saved still needs its disk.
+    let file = disk(&first[0]);
+    let chain = qcow2::chain(&file).unwrap();
+    assert_eq!(chain[1..], [family.at("d.qcow2")]);
+    // It opens what its own fork put below, and nobody else does without being told.
+    let run = |more: &str| {
+        let more = format!(",format=qcow2{more}");
+        family.guest("again", "blk op=info").disk(&file, &more).run()
+    };
+    eventually(|| !run("").stderr.contains("in use"), || "it is still there".to_owned());
+    run("").failed(&["stands on", ",backing"]);
+    assert_eq!(run(",backing").code(), 0);
+    parent.signal(libc::SIGKILL);
+    drop(parent);
+    let restored = family.hull("restore").flag(folder).option("--name", "b").start();
+    goes_on(&restored);
+    let again = fork_at_work(&family, "b", 2, &[]);
+    restored.signal(libc::SIGKILL);
+    let outcome = restored.finish();
+    assert!(!outcome.stderr.contains("changed"), "{}", outcome.stderr);
+    for child in &again {
+        let chain = qcow2::chain(&disk(child)).unwrap();
+        assert_eq!(chain[1..], [file.clone(), family.at("d.qcow2")]);
+        is_intact(&family, child["name"].as_str().unwrap());
+        kill(child);
+        let name = child["name"].as_str().unwrap();
+        image_has_what_was_flushed(&family, &disk(child), &text(&family, name));
+    }
+}
+
+#[test]
+fn a_machine_with_an_image_is_forked_as_often_as_it_wants() {
+    let family = Family::default();
+    let mut parent = parent_of_image(&family, "web", "");
+    let mut own = PathBuf::new();
+    for round in 0..40 {
+        let forked = fork(&family, &["web", "--json", "--rm"]);
+        let forked: Value = serde_json::from_str(forked.ok()).unwrap();
+        let child = &forked["children"][0];
+        assert!(child["pid"].is_u64(), "round {round}: {child}");
+        if let Some(path) = forked["drives"][0]["path_on_host"].as_str() {
+            own = path.into();
+        }
+        let chain = qcow2::chain(&own).unwrap();
+        assert!(chain.len() <= 16, "round {round}: {chain:?}");
+        kill(child);
+        let laps = parent.printed().matches("lap=").count();
+        eventually(
+            || parent.printed().matches("lap=").count() > laps,
+            || format!("it does not go on: {}", parent.printed()),
+        );
+    }
+    goes_on(&parent);
+    parent.write("q");
+    let outcome = parent.finish();
+    image_has_what_was_flushed(&family, &own, outcome.ok());
+}

@@ -1,6 +1,6 @@
 //! `hull disk create|show|commit`: what is done with the files of disks, without a machine.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use vmm::config::ByteSize;
@@ -15,6 +15,13 @@ use crate::spinner::watched;
 use crate::streams::{self, printable};
 use crate::table::Table;
 
+#[derive(Debug, thiserror::Error)]
+#[error("{} is a qcow2 image, not an overlay: `{with}` does that with images", path.display())]
+struct IsImage {
+    path: PathBuf,
+    with: &'static str,
+}
+
 /// Does something with the files of disks.
 pub fn disk(args: &DiskArgs) -> Result {
     match &args.command {
@@ -23,6 +30,12 @@ pub fn disk(args: &DiskArgs) -> Result {
             overlay::create(overlay, base, format)?;
         }
         DiskCommand::Show { file, json } => show(file, *json)?,
+        DiskCommand::Commit { overlay, output, .. }
+            if qcow2::looks_like_qcow2(overlay).unwrap_or(false) =>
+        {
+            let with = if output.is_some() { "qemu-img convert -O raw" } else { "qemu-img commit" };
+            return Err(IsImage { path: overlay.clone(), with }.into());
+        }
         DiskCommand::Commit { overlay, into, output } => match output {
             Some(output) => {
                 watched("copying", |progress| overlay::flatten(overlay, output, progress))?;

@@ -165,6 +165,12 @@ fn what_an_image_names_is_opened_if_asked_for() {
     for words in ["qcow2, version 3", "8M", "of 128 clusters", "\"base.img\", format \"raw\""] {
         assert!(text.ok().contains(words), "{words}: {}", text.stdout);
     }
+    let commit =
+        || Guest::hull("disk").flag("commit").flag(disks.path("disk.qcow2").to_str().unwrap());
+    commit().run().failed(&["is a qcow2 image", "`qemu-img commit`"]);
+    let output = disks.path("raw").display().to_string();
+    commit().flag("--output").flag(&output).run().failed(&["`qemu-img convert -O raw`"]);
+    assert!(!disks.path("raw").exists());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -200,7 +201,8 @@ impl Layer {
 /// It cannot be read.
 pub fn looks_like_qcow2(path: &Path) -> io::Result<bool> {
     let mut start = [0; header::MAGIC.len()];
-    match io::Read::read_exact(&mut File::open(path)?, &mut start) {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    match io::Read::read_exact(&mut file?, &mut start) {
         Ok(()) => Ok(start == header::MAGIC),
         Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
         Err(err) => Err(err),

@@ -60,8 +60,8 @@ pub(in crate::virtio::blk) fn over(
 pub(in crate::virtio::blk) fn freeze(image: &Qcow2, fresh: &Path) -> Result<Frozen, OverlayError> {
     let path = image.disk().path();
     let failed = |source| OverlayError::File { verb: "write", path: path.to_owned(), source };
-    // What others read is in the file. Version 2 has no mark that it would be synced for.
-    image.close().and_then(|()| image.file.sync_data()).map_err(failed)?;
+    // What others read is in the file.
+    image.close().map_err(failed)?;
     if let Some((below, Some(size))) = image.below.last()
         && *size == image.len()
         && image.has_nothing()
@@ -71,6 +71,8 @@ pub(in crate::virtio::blk) fn freeze(image: &Qcow2, fresh: &Path) -> Result<Froz
         let base = Base::of_images(path, files, image.forked.max(1));
         return Ok(Frozen { disk: None, made: Vec::new(), base, before: None });
     }
+    // It may have been on its way to the disk when it was opened, and version 2 has no mark that it is synced for.
+    image.file.sync_data().map_err(failed)?;
     let before = Arc::new(image.disk().file().try_clone().map_err(failed)?);
     let mut made = Vec::new();
     let frozen = (|| {

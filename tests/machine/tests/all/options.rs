@@ -281,13 +281,15 @@ fn keys_that_only_files_have() {
     let text = "cpus = 2\n[kernel]\npath = \"k\"\n[memory]\ntrack-dirty-pages = true\n\
                 [[cpu.modifiers.cpuid_modifiers]]\nleaf = \"0x7\"\nsubleaf = \"0\"\nflags = 1\n\
                 modifiers = [{ register = \"ebx\", bitmap = \"0b10x\" }]\n\
-                [[disk]]\npath = \"d\"\npartuuid = \"0a-1b\"\n[[net]]\nid = \"card\"\n";
+                [[disk]]\npath = \"d\"\npartuuid = \"0a-1b\"\n\
+                format = \"qcow2\"\nforked = 2\n[[net]]\nid = \"card\"\n";
     let printed = again(&folder, text);
     for key in [
         "leaf = \"0x7\"",
         "bitmap = \"0bxxxxxxxxxxxxxxxxxxxxxxxxxxxxx10x\"",
         "track-dirty-pages = true",
         "partuuid = \"0a-1b\"",
+        "forked = 2",
         "id = \"card\"",
         "cpus = 2",
     ] {

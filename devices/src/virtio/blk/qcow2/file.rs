@@ -105,6 +105,11 @@ impl ImageFile {
         *self.folder() = Some(folder);
     }
 
+    /// It has a name that may not be on the disk.
+    pub(super) fn is_new(&self) -> bool {
+        self.folder().is_some()
+    }
+
     fn folder(&self) -> MutexGuard<'_, Option<File>> {
         self.0.folder.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -187,6 +192,9 @@ impl ImageFile {
             self.write_dirty_bit(false)?;
             self.sync_data()?;
             *dirty = false;
+        } else if self.is_new() {
+            // A snapshot of a machine that wrote nothing names it as well.
+            self.sync_data()?;
         }
         Ok(())
     }

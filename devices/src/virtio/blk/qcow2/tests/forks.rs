@@ -228,6 +228,25 @@ fn a_kill_loses_nothing_that_was_flushed() {
 }
 
 #[test]
+fn the_name_of_a_new_image_is_on_the_disk_before_anything_counts() {
+    let folder = Folder::new();
+    mixed(3, 12).write(&folder.path("a"));
+    let parent = open(&folder.path("a"), WRITE);
+    let frozen = frozen(&parent, &folder.path("p"));
+    let uses: [fn(&Qcow2); 3] = [
+        |image| image.save().unwrap(),
+        |image| image.close().unwrap(),
+        |image| assert_eq!(image.write(&[iov(&[1; 512])], 0, true).unwrap(), 512),
+    ];
+    for (n, counts) in uses.into_iter().enumerate() {
+        let child = frozen.base.copy(&folder.path(&format!("c{n}")), false).unwrap();
+        assert!(image(&child).file.is_new());
+        counts(image(&child));
+        assert!(!image(&child).file.is_new());
+    }
+}
+
+#[test]
 fn a_chain_of_forks_does_not_grow_without_end() {
     let folder = Folder::new();
     let mut builder = Builder::new(3, 16, 64 << 16);

@@ -28,7 +28,7 @@ fn at_work(family: &Family, name: &str, disk: &Path, more: &str) -> Running {
 }
 
 /// A machine whose disk is an image.
-fn parent_of_image(family: &Family, name: &str, more: &str) -> Running {
+pub(super) fn parent_of_image(family: &Family, name: &str, more: &str) -> Running {
     let disk = family.at("d.qcow2");
     if !disk.exists() {
         fs::write(&disk, qcow2::image(SIZE, None)).unwrap();
@@ -37,7 +37,7 @@ fn parent_of_image(family: &Family, name: &str, more: &str) -> Running {
 }
 
 /// As [`has_what_was_flushed`], of an image and what it stands on.
-fn image_has_what_was_flushed(family: &Family, path: &Path, text: &str) {
+pub(super) fn image_has_what_was_flushed(family: &Family, path: &Path, text: &str) {
     let raw = family.at("raw");
     fs::write(&raw, qcow2::disk(path).unwrap()).unwrap();
     raw_has_what_was_flushed(&raw, text);

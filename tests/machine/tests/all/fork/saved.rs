@@ -108,6 +108,25 @@ fn disks_of_a_snapshot_are_what_copies_stand_on() {
 }
 
 #[test]
+fn an_image_of_a_snapshot_is_what_copies_stand_on() {
+    let family = Family::default();
+    let parent = disks::parent_of_image(&family, "web", "");
+    let folder = family.at("warm");
+    let warm = folder.to_str().unwrap();
+    // What is saved stands on an image that a fork left behind.
+    let other = fork_at_work(&family, "web", 1, &[]);
+    verb(&family, &["snapshot", "--stop", "web", warm]).ok();
+    assert_eq!(parent.finish().code(), 0);
+    let copies = fork_to_work(&family, warm, "job", 2, &[]);
+    for child in copies.iter().chain(&other) {
+        is_intact(&family, child["name"].as_str().unwrap());
+        kill(child);
+        let text = text(&family, child["name"].as_str().unwrap());
+        disks::image_has_what_was_flushed(&family, &disk(child), &text);
+    }
+}
+
+#[test]
 fn what_is_no_snapshot_is_named() {
     let family = Family::default();
     let folder = family.at("empty");

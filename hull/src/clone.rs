@@ -64,6 +64,7 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
                 nursery::apologize(&stream, &report::line(err.as_ref()));
             })?;
             entry::populate_code();
+            entry::populate_stack();
             // Asked for once.
             snapshot::this_host();
             let served = nursery::wait(&stream)?;
@@ -109,8 +110,12 @@ impl Parent {
             Some(stream) => fork::receive(stream)?,
             None => return Err(CloneError::NoSocket.into()),
         };
-        self.pool.take();
         Ok(handed)
+    }
+
+    /// This process has its machine: whoever made it may make another.
+    fn is_served(&self) {
+        self.pool.take();
     }
 
     /// Nobody waits for an answer.
@@ -230,6 +235,8 @@ fn serve(
     if services.is_empty() && !parent.answer(&Ok(born)) {
         return Err(CloneError::Unheard.into());
     }
+    // Not before, for it wakes somebody who wants a processor.
+    parent.is_served();
     // From here on there may be writes that were acknowledged.
     copies.keep();
     if child.resume {

@@ -49,6 +49,20 @@ pub fn populate_heap() {
     }
 }
 
+/// Pages of stack that a copy needs below where it waits for its machine.
+const STACK_PAGES: usize = 8;
+
+/// Has some pages of stack there, below what is in use.
+pub fn populate_stack() {
+    let here = black_box(0u8);
+    let start = (std::ptr::from_ref(&here).addr() & !(PAGE - 1)) - STACK_PAGES * PAGE;
+    // SAFETY: pages below what the stack has in use mean nothing. What it has not grown to yet is refused.
+    unsafe {
+        let start = std::ptr::without_provenance_mut(start);
+        libc::madvise(start, STACK_PAGES * PAGE, libc::MADV_POPULATE_WRITE);
+    }
+}
+
 // Where the program and its code lie; the linker says, and only the addresses mean something.
 unsafe extern "C" {
     static __executable_start: u8;

@@ -192,8 +192,7 @@ impl Machine {
         let mut manager = EventManager::new_with_capacity(READY_EVENTS)
             .map_err(|err| host("cannot wait for events")(system_error(err)))?;
         let timer = TimerFd::new().map_err(|err| host("cannot make a timer")(err.into()))?;
-        seccomp::apply(options.thread, self.seccomp)
-            .map_err(host("cannot filter the main thread"))?;
+        let filter = self.seccomp;
         self.control.output.set_sink(options.console.sink);
         let id = manager.add_subscriber(Control {
             machine: self,
@@ -214,6 +213,8 @@ impl Machine {
         if let Ok(control) = manager.subscriber_mut(id) {
             control.start();
         }
+        // The guest does not wait for it, and nothing of what it does is looked at before.
+        seccomp::apply(options.thread, filter).map_err(host("cannot filter the main thread"))?;
         // The guest does not wait for it.
         let mut heap_given_back = false;
         loop {
@@ -324,6 +325,12 @@ impl Control {
         if self.machine.restored {
             // Whoever restored it says when it goes on.
             self.state = State::Paused;
+            while self.state == State::Paused
+                && self.end.is_none()
+                && let Ok(event) = self.machine.control.events.try_recv()
+            {
+                self.take_event(event);
+            }
         } else if lifecycle::check(&self.state, Step::Start).is_ok() {
             self.state = State::Running;
             self.note(Happening::Started);
@@ -339,22 +346,26 @@ impl Control {
 
     fn take_events(&mut self) {
         while let Ok(event) = self.machine.control.events.try_recv() {
-            self.machine.control.counted.control.device_events.count();
-            match event {
-                Event::Command(command, reply) => self.execute(command, reply),
-                Event::Activate { device } => self.activate(device),
-                Event::Reset { device, done } => self.reset(device, done),
-                Event::ConfigWrite { device, offset, data, done } => {
-                    if let Some(slot) = self.machine.slots.get_mut(device)
-                        && let Some(config) = slot.device.write_config(offset, &data)
-                    {
-                        slot.transport.publish_config(config);
-                    }
-                    let _ = done.send(());
+            self.take_event(event);
+        }
+    }
+
+    fn take_event(&mut self, event: Event) {
+        self.machine.control.counted.control.device_events.count();
+        match event {
+            Event::Command(command, reply) => self.execute(command, reply),
+            Event::Activate { device } => self.activate(device),
+            Event::Reset { device, done } => self.reset(device, done),
+            Event::ConfigWrite { device, offset, data, done } => {
+                if let Some(slot) = self.machine.slots.get_mut(device)
+                    && let Some(config) = slot.device.write_config(offset, &data)
+                {
+                    slot.transport.publish_config(config);
                 }
-                Event::Io(report) => self.take_report(report),
-                Event::Vcpu { index, event } => self.take_vcpu_event(index, event),
+                let _ = done.send(());
             }
+            Event::Io(report) => self.take_report(report),
+            Event::Vcpu { index, event } => self.take_vcpu_event(index, event),
         }
     }
 

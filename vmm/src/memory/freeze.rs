@@ -29,6 +29,9 @@ const MOST_LAYERS: usize = 32;
 const LOOK: u64 = (64 << 20) / PAGE_SIZE;
 /// Most pieces that freezing makes of memory at once; with more, pages between are copied as well.
 const MOST_MAPPINGS: usize = 4096;
+/// Pages without anything in them that may lie between others which are mapped at once: a mapping costs each machine
+/// some 10 us, and such a page nothing, unless somebody reads it.
+const BRIDGE: u64 = 64;
 /// Most pieces that memory is left in; with more, all layers but the lowest become one. Each is a mapping and what
 /// lies between may be another, of which the kernel allows a process 65,530.
 const MOST_PIECES: usize = 16_384;
@@ -266,13 +269,13 @@ impl Image {
         // What lies between need not be here yet, and must not be waited for.
         let most = if self.is_lazy() { MOST_PIECES } else { MOST_MAPPINGS };
         let private = private.coalesced(most);
-        let pieces = private.pieces(PIECE);
+        let pieces = private.bridged(BRIDGE, &covered).pieces(PIECE);
         let done = Mutex::new(Vec::with_capacity(pieces.len()));
         let moved = shared_out(
             &pieces,
             || (),
             |(), piece| {
-                self.replace(piece.clone(), &file)?;
+                self.replace(piece.clone(), &private, &file)?;
                 done.lock().unwrap_or_else(PoisonError::into_inner).push(piece.clone());
                 Ok(())
             },
@@ -282,7 +285,8 @@ impl Image {
         let done = Runs::new(done);
         let before = stack.own.take().map(|own| own.pages).unwrap_or_default();
         stack.own = Some(Own { file, pages: before.union(&done) });
-        stack.changed = stack.changed.union(&done);
+        let copied = done.iter().flat_map(|piece| private.within(piece).collect::<Vec<_>>());
+        stack.changed = stack.changed.union(&Runs::new(copied));
         moved?;
         stack.layers.retain(|layer| !layer.leased);
         if too_many {
@@ -432,15 +436,20 @@ impl Image {
         })
     }
 
-    /// Copies pages into `file` and maps them there.
-    fn replace(&self, piece: Range<u64>, file: &File) -> io::Result<()> {
+    /// Copies those of pages that are `private` into `file`, and maps them all there: the others hold nothing.
+    fn replace(&self, piece: Range<u64>, private: &Runs, file: &File) -> io::Result<()> {
         let mut at = piece.start;
         while at < piece.end {
             let Some((host, len)) = self.host(at) else { break };
             let len = len.min(piece.end - at);
             let (bytes, offset) = ((len * PAGE_SIZE) as usize, at * PAGE_SIZE);
-            // SAFETY: pages of the mapping, and the guest is halted.
-            file.write_all_at(unsafe { std::slice::from_raw_parts(host, bytes) }, offset)?;
+            for run in private.within(at..at + len) {
+                let start = ((run.start - at) * PAGE_SIZE) as usize;
+                let size = ((run.end - run.start) * PAGE_SIZE) as usize;
+                // SAFETY: pages of the mapping, and the guest is halted.
+                let written = unsafe { std::slice::from_raw_parts(host.add(start), size) };
+                file.write_all_at(written, run.start * PAGE_SIZE)?;
+            }
             if !self.huge_pages {
                 let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
                 let prot = libc::PROT_READ | libc::PROT_WRITE;

@@ -144,6 +144,20 @@ impl Runs {
         Runs(runs)
     }
 
+    /// The same and what lies between ranges that are at most `most` pages apart, if none of that is in `other`.
+    pub fn bridged(&self, most: u64, other: &Runs) -> Runs {
+        let mut bridged = Runs::default();
+        for range in &self.0 {
+            let end = bridged.end();
+            let gap = end..range.start;
+            let is_bridge = range.start - end <= most && !bridged.is_empty();
+            let start =
+                if is_bridge && other.within(gap).next().is_none() { end } else { range.start };
+            bridged.push(start..range.end);
+        }
+        bridged
+    }
+
     /// As bytes: pages up to a run and pages in it, in turn; each number in groups of seven bits, lowest
     /// first, all but the last with the highest bit set (LEB128).
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -245,6 +259,21 @@ mod tests {
             if let Some(runs) = Runs::from_bytes(&bytes) {
                 prop_assert!(runs.iter().all(|range| !range.is_empty()));
                 prop_assert_eq!(Runs::new(runs.iter()), runs);
+            }
+        }
+
+        #[test]
+        fn bridges_are_short_and_touch_nothing(a in pages(), b in pages(), most in 0u64..20) {
+            let (x, y) = (runs(&a), runs(&b));
+            let bridged = x.bridged(most, &y);
+            prop_assert!(set(&bridged).is_superset(&a));
+            let added = bridged.without(&x);
+            prop_assert!(added.iter().all(|gap| gap.end - gap.start <= most));
+            prop_assert!(added.iter().all(|gap| y.within(gap).next().is_none()));
+            let ranges: Vec<_> = bridged.iter().collect();
+            for pair in ranges.windows(2) {
+                let gap = pair[0].end..pair[1].start;
+                prop_assert!(gap.end - gap.start > most || y.within(gap).next().is_some());
             }
         }
 

@@ -40,7 +40,7 @@ use std::time::Instant;
 
 use clap::Parser;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, CloneArgs, Command};
 use crate::exit::Code;
 
 /// The entry point as C knows it. Before a Rust `main`, std would read `/proc/self/maps` for the place
@@ -69,12 +69,17 @@ fn run_command(start: Instant) -> Code {
     }
     // Not through all of our own options, whose descriptions alone take longer than what is to be done.
     let mut arguments = std::env::args_os().skip(1);
-    if arguments.next().is_some_and(|verb| verb == "firecracker") {
+    let verb = arguments.next().unwrap_or_default();
+    if verb == "firecracker" {
         let name = std::iter::once(OsString::from("firecracker"));
         return firecracker::firecracker(name.chain(arguments), start);
     }
+    if verb == nursery::CLONE {
+        let args = CloneArgs::parse_from(std::iter::once(verb).chain(arguments));
+        return end(clone::clone(&args, start));
+    }
     let cli = Cli::parse();
-    let result = match cli.command {
+    end(match cli.command {
         Command::Run(args) => run::run(*args, start),
         Command::Api(args) => api::api(&args),
         Command::Firecracker(args) => {
@@ -100,7 +105,11 @@ fn run_command(start: Instant) -> Code {
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Completions(args) => cli::completions(&args),
         Command::Man => cli::man(),
-    };
+    })
+}
+
+/// What the process ends with; what is wrong is printed.
+fn end(result: cli::Result) -> Code {
     result.unwrap_or_else(|err| {
         report::print(err.as_ref());
         report::exit_code(err.as_ref())

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, Parser};
 use serde::Deserialize;
 use vmm::config::ByteSize;
 use vmm::machine::Shape;
@@ -95,7 +95,8 @@ pub struct ForkArgs {
 }
 
 // Options of `hull clone`.
-#[derive(Debug, Args)]
+#[derive(Debug, Parser)]
+#[command(name = "clone")]
 pub struct CloneArgs {
     #[arg(long, value_name = "MODE", default_value = "on")]
     pub seccomp: Seccomp,

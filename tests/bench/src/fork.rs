@@ -9,6 +9,8 @@ use crate::system::{Guest, Programs, System};
 use crate::{Result, RunOptions};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -360,7 +362,37 @@ fn pauses(programs: &Programs, touched: u32, runs: usize, report: &mut Report) -
     }
     let unmapped = (0..runs.max(3)).map(|_| unmapping(touched)).collect::<Result<Vec<_>>>()?;
     report.add(&row("unmapped without a guest"), "floor", "ms", unmapped);
+    let copied = (0..runs.max(3)).map(|_| copying(touched)).collect::<Result<Vec<_>>>()?;
+    report.add(&row("copied without a guest"), "floor", "ms", copied);
     Ok(())
+}
+
+/// Threads that copy, as many as Hull has for it.
+const COPIERS: usize = 2;
+
+/// Milliseconds that it takes to copy so many MiB, all of them there, into a new file in memory, with no guest in them.
+fn copying(mib: u32) -> Result<f64> {
+    let mut bytes = vec![0u8; (mib as usize) << 20];
+    bytes.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+    // SAFETY: the name is a C string, and the descriptor is fresh.
+    let file = unsafe {
+        let fd = libc::memfd_create(c"bench".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        std::fs::File::from_raw_fd(fd)
+    };
+    file.set_len(bytes.len() as u64)?;
+    let part = bytes.len().div_ceil(COPIERS);
+    let begun = Instant::now();
+    let copied = std::thread::scope(|scope| {
+        let copy = |(n, part_of): (usize, &[u8])| file.write_all_at(part_of, (n * part) as u64);
+        let start = |one| scope.spawn(move || copy(one));
+        let threads: Vec<_> = bytes.chunks(part).enumerate().map(start).collect();
+        threads.into_iter().all(|thread| matches!(thread.join(), Ok(Ok(()))))
+    });
+    let taken = begun.elapsed();
+    if copied { Ok(taken.as_secs_f64() * 1e3) } else { Err("cannot copy".into()) }
 }
 
 /// Milliseconds that the kernel takes to map a file in the place of itself that so many MiB of a process are, with no

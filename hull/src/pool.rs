@@ -1,6 +1,10 @@
 //! `hull pool`: keeps processes ready for machines that are forked.
+//!
+//! There is a shelf for each shape of machine, which is filled one process at a time. Whoever connects says
+//! which shape it wants, and gets a process from that shelf, or a new one where none is ready. How many may be
+//! about to speak, and how many processes may have no machine yet, is limited: others wait at the socket.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
@@ -70,8 +74,24 @@ struct Shelf {
 }
 
 impl Shelf {
+    fn new(keep: &Keep, now: Instant) -> Shelf {
+        Shelf {
+            shape: keep.shape(),
+            number: keep.number as usize,
+            ready: Vec::new(),
+            coming: None,
+            not_before: now,
+            trouble: None,
+        }
+    }
+
+    /// When the next one is made, unless all are there or one is being made.
+    fn next(&self) -> Option<Instant> {
+        (self.coming.is_none() && self.ready.len() < self.number).then_some(self.not_before)
+    }
+
     fn fill(&mut self, filter: Seccomp, now: Instant) {
-        if self.coming.is_some() || self.ready.len() >= self.number || now < self.not_before {
+        if self.next().is_none_or(|time| now < time) {
             return;
         }
         match Zygote::start(self.shape, filter) {
@@ -90,6 +110,18 @@ impl Shelf {
             }
             Err(why) => self.sulk(why, now),
         }
+    }
+
+    /// Has one that is ready serve whoever is at the other end of `stream`, if there is one.
+    fn give(&mut self, stream: &UnixStream, now: Instant) -> Option<UnixStream> {
+        self.not_before = now + REST;
+        // One that is gone is none.
+        while let Some(zygote) = self.ready.pop() {
+            if let Ok(asked) = zygote.give(stream) {
+                return Some(asked);
+            }
+        }
+        None
     }
 
     /// There is none for now.
@@ -119,140 +151,180 @@ pub fn pool(args: &PoolArgs) -> Result {
     keep.iter().try_for_each(|keep| keep.shape().validate()).map_err(PoolError::Shape)?;
     let path = args.socket.clone().unwrap_or_else(nursery::default_socket);
     let (listener, _socket) = nursery::listen(&path)?;
+    let signals = Signals::block()?.with_hooks(Hooks::default());
     let now = Instant::now();
-    let shelf = |keep: &Keep| Shelf {
-        shape: keep.shape(),
-        number: keep.number as usize,
-        ready: Vec::new(),
-        coming: None,
-        not_before: now,
-        trouble: None,
+    let pool = Pool {
+        listener: &listener,
+        filter: args.seccomp,
+        shelves: keep.iter().map(|keep| Shelf::new(keep, now)).collect(),
+        asking: Vec::new(),
+        asked: Asked::default(),
+        deaf: now,
     };
-    serve(&listener, keep.iter().map(shelf).collect(), args.seccomp)
+    pool.serve(&signals)
 }
 
-fn serve(listener: &UnixListener, mut shelves: Vec<Shelf>, filter: Seccomp) -> Result {
-    let signals = Signals::block()?.with_hooks(Hooks::default());
-    // Who connected, and until when they may say what they want.
-    let mut asking: Vec<(UnixStream, Instant)> = Vec::new();
-    // Nobody is let in before.
-    let mut deaf = Instant::now();
-    // With as many as there may be nobody else is let in, or given one: they wait.
-    let mut asked = Asked::default();
-    loop {
-        let now = Instant::now();
-        asked.look();
-        let has_room = !asked.is_full();
-        // Who has just begun to speak is heard.
-        asking.retain(|(stream, until)| *until > now || fork::has_begun(stream));
-        for shelf in &mut shelves {
-            shelf.fill(filter, now);
+struct Pool<'a> {
+    listener: &'a UnixListener,
+    filter: Seccomp,
+    shelves: Vec<Shelf>,
+    /// Who connected, and until when they may say what they want.
+    asking: Vec<(UnixStream, Instant)>,
+    /// With as many as there may be nobody else is let in, or given one: they wait.
+    asked: Asked,
+    /// Nobody is let in before.
+    deaf: Instant,
+}
+
+/// What happened.
+#[derive(Default)]
+struct Ready {
+    signal: bool,
+    connecting: bool,
+    /// Of each shelf, whether the process that is being made has something to say.
+    arrived: Vec<bool>,
+    /// Of each who is asking, whether they said something.
+    speaking: Vec<bool>,
+}
+
+impl Pool<'_> {
+    fn serve(mut self, signals: &Signals) -> Result {
+        loop {
+            let now = Instant::now();
+            self.forget(now);
+            self.fill(now);
+            let ready = self.wait(signals, now)?;
+            if ready.signal && matches!(signals.take(), Some(Meaning::End(_))) {
+                return Ok(Code::SUCCESS);
+            }
+            let now = Instant::now();
+            self.stock(&ready.arrived, now);
+            self.hear(&ready.speaking, now);
+            if ready.connecting {
+                self.let_in(now);
+            }
         }
-        let listens = if deaf > now || !has_room { PollFlags::empty() } else { PollFlags::IN };
-        let mut fds = vec![PollFd::new(listener, listens)];
-        // SAFETY: it lives as long as `signals`, which outlives the loop.
-        let signal = unsafe { std::os::fd::BorrowedFd::borrow_raw(signals.fd()) };
+    }
+
+    /// Forgets who has a machine, and who did not say in time what they want.
+    fn forget(&mut self, now: Instant) {
+        self.asked.look();
+        // Who has just begun to speak is heard.
+        self.asking.retain(|(stream, until)| *until > now || fork::has_begun(stream));
+    }
+
+    fn fill(&mut self, now: Instant) {
+        for shelf in &mut self.shelves {
+            shelf.fill(self.filter, now);
+        }
+    }
+
+    /// Waits until something happens, or there is something to do.
+    fn wait(&self, signals: &Signals, now: Instant) -> rustix::io::Result<Ready> {
+        let when = |wanted| if wanted { PollFlags::IN } else { PollFlags::empty() };
+        let has_room = !self.asked.is_full();
+        let mut fds = vec![PollFd::new(self.listener, when(has_room && self.deaf <= now))];
+        // SAFETY: it lives as long as `signals`, which outlives the call.
+        let signal = unsafe { BorrowedFd::borrow_raw(signals.fd()) };
         fds.push(PollFd::from_borrowed_fd(signal, PollFlags::IN));
-        let speaks = if has_room { PollFlags::IN } else { PollFlags::empty() };
-        fds.extend(asking.iter().map(|(stream, _)| PollFd::new(stream, speaks)));
-        fds.extend(asked.fds());
-        let coming = shelves.iter().filter_map(|shelf| shelf.coming.as_ref());
+        fds.extend(self.asking.iter().map(|(stream, _)| PollFd::new(stream, when(has_room))));
+        fds.extend(self.asked.fds());
+        let coming = self.shelves.iter().filter_map(|shelf| shelf.coming.as_ref());
         fds.extend(coming.map(|zygote| PollFd::from_borrowed_fd(zygote.as_fd(), PollFlags::IN)));
-        let waits = shelves
-            .iter()
-            .filter(|shelf| shelf.ready.len() < shelf.number && shelf.coming.is_none());
-        let next = waits
-            .map(|shelf| shelf.not_before)
-            .chain(asking.iter().map(|(_, until)| *until).filter(|_| has_room))
-            .chain((deaf > now).then_some(deaf))
-            .min();
-        let left = next.map(|next| next.saturating_duration_since(now));
+        let left = self.next(now).map(|next| next.saturating_duration_since(now));
         let left = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut fds, left.as_ref()) {
-            Err(rustix::io::Errno::INTR) => continue,
+            Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
             polled => polled?,
         };
-        let is_ready = |fd: std::os::fd::RawFd| {
+        let is_ready = |fd: RawFd| {
             fds.iter().any(|one| one.as_fd().as_raw_fd() == fd && !one.revents().is_empty())
         };
-        let ended = is_ready(signals.fd());
-        let connecting = is_ready(listener.as_raw_fd());
-        let arrived: Vec<bool> = shelves
-            .iter()
-            .map(|shelf| shelf.coming.as_ref().is_some_and(|z| is_ready(z.as_fd().as_raw_fd())))
-            .collect();
-        let speaking: Vec<bool> =
-            asking.iter().map(|(stream, _)| is_ready(stream.as_raw_fd())).collect();
-        drop(fds);
-        if ended && matches!(signals.take(), Some(Meaning::End(_))) {
-            return Ok(Code::SUCCESS);
+        let has_arrived = |shelf: &Shelf| {
+            shelf.coming.as_ref().is_some_and(|zygote| is_ready(zygote.as_fd().as_raw_fd()))
+        };
+        Ok(Ready {
+            signal: is_ready(signals.fd()),
+            connecting: is_ready(self.listener.as_raw_fd()),
+            arrived: self.shelves.iter().map(has_arrived).collect(),
+            speaking: self.asking.iter().map(|(stream, _)| is_ready(stream.as_raw_fd())).collect(),
+        })
+    }
+
+    /// When there is something to do though nothing happens.
+    fn next(&self, now: Instant) -> Option<Instant> {
+        // Without room nobody is served, also who has spoken and is past their time.
+        let asking = self.asking.iter().filter(|_| !self.asked.is_full());
+        let shelves = self.shelves.iter().filter_map(Shelf::next);
+        let deaf = (self.deaf > now).then_some(self.deaf);
+        shelves.chain(asking.map(|(_, until)| *until)).chain(deaf).min()
+    }
+
+    /// Puts processes that are ready on their shelves.
+    fn stock(&mut self, arrived: &[bool], now: Instant) {
+        for (shelf, _) in self.shelves.iter_mut().zip(arrived).filter(|(_, arrived)| **arrived) {
+            shelf.arrived(now);
         }
-        let now = Instant::now();
-        for (shelf, arrived) in shelves.iter_mut().zip(arrived) {
-            if arrived {
-                shelf.arrived(now);
-            }
-        }
-        let mut speaking = speaking.into_iter();
+    }
+
+    /// Serves those who said what they want. Who finds no room keeps their place.
+    fn hear(&mut self, speaking: &[bool], now: Instant) {
+        let mut speaking = speaking.iter().copied();
         let speaks = |_: &mut (UnixStream, Instant)| speaking.next().unwrap_or_default();
-        let spoke: Vec<_> = asking.extract_if(.., speaks).collect();
+        let spoke: Vec<_> = self.asking.extract_if(.., speaks).collect();
         for (n, (stream, until)) in spoke.into_iter().enumerate() {
-            if !asked.is_full() {
-                asked.extend(hand_over(stream, &mut shelves, filter, now));
+            if !self.asked.is_full() {
+                self.hand_over(stream, now);
             } else if !fork::is_over(&stream) {
-                asking.insert(n.min(asking.len()), (stream, until));
+                self.asking.insert(n.min(self.asking.len()), (stream, until));
             }
         }
-        // No more than can wait at the listener: who waits for a process has one soon, however many come.
-        for _ in 0..if connecting { MOST_ASKING } else { 0 } {
-            if asked.is_full() {
-                break;
+    }
+
+    /// Lets in who waits at the listener, but no more than can wait there: who waits for a process has one soon,
+    /// however many come.
+    fn let_in(&mut self, now: Instant) {
+        for _ in 0..MOST_ASKING {
+            if self.asked.is_full() {
+                return;
             }
-            match listener.accept() {
+            match self.listener.accept() {
                 Ok((stream, _)) if !nursery::admits(&stream) => {}
                 // Who hands a machine over speaks at once.
-                Ok((stream, _)) if fork::peek(&stream).is_some() => {
-                    asked.extend(hand_over(stream, &mut shelves, filter, now));
-                }
-                Ok((stream, _)) => {
-                    if asking.len() >= MOST_ASKING {
-                        asking.remove(0);
-                    }
-                    asking.push((stream, now + fork::PAUSE));
-                }
-                Err(err) if err.kind() == std::io::ErrorKind::WouldBlock => break,
+                Ok((stream, _)) if fork::peek(&stream).is_some() => self.hand_over(stream, now),
+                Ok((stream, _)) => self.listen_to(stream, now),
+                Err(err) if err.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(error) => {
                     // There may be descriptors when some of those that wait are gone.
                     tracing::warn!(%error, "nobody is let in");
-                    deaf = now + REST;
-                    break;
+                    self.deaf = now + REST;
+                    return;
                 }
             }
         }
     }
-}
 
-/// Gives who connected a process that is ready for it, or else a new one, which is closed when it has a machine.
-fn hand_over(
-    stream: UnixStream,
-    shelves: &mut [Shelf],
-    filter: Seccomp,
-    now: Instant,
-) -> Option<UnixStream> {
-    if fork::is_over(&stream) {
-        // Somebody looked whether there is a pool, or has not waited for it.
-        return None;
+    /// Waits for who connected to say what they want.
+    fn listen_to(&mut self, stream: UnixStream, now: Instant) {
+        if self.asking.len() >= MOST_ASKING {
+            self.asking.remove(0);
+        }
+        self.asking.push((stream, now + fork::PAUSE));
     }
-    let shape = fork::peek(&stream);
-    let shelf = shelves.iter_mut().find(|shelf| Some(shelf.shape) == shape);
-    if let Some(shelf) = shelf {
-        shelf.not_before = now + REST;
-        while let Some(zygote) = shelf.ready.pop() {
-            if let Ok(asked) = zygote.give(&stream) {
-                return Some(asked);
-            }
+
+    /// Gives who connected a process that is ready for it, or else a new one, which is closed when it has a machine.
+    fn hand_over(&mut self, stream: UnixStream, now: Instant) {
+        if fork::is_over(&stream) {
+            // Somebody looked whether there is a pool, or has not waited for it.
+            return;
+        }
+        let shape = fork::peek(&stream);
+        let shelf = self.shelves.iter_mut().find(|shelf| Some(shelf.shape) == shape);
+        let given = shelf.and_then(|shelf| shelf.give(&stream, now));
+        let asked = given.map_or_else(|| nursery::spawn(&stream, self.filter), Ok);
+        match asked {
+            Ok(asked) => self.asked.extend([asked]),
+            Err(error) => tracing::warn!(%error, "no process can be made"),
         }
     }
-    let spawned = nursery::spawn(&stream, filter);
-    spawned.inspect_err(|error| tracing::warn!(%error, "no process can be made")).ok()
 }

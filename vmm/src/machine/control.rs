@@ -5,6 +5,7 @@
 //! exception: when somebody wants to write the kernel file that the guest maps, the machine is
 //! paused and the mapped pages are copied.
 
+mod change;
 mod console;
 mod freeze;
 mod of_device;
@@ -17,12 +18,12 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use devices::acpi::Event as AcpiEvent;
-use devices::virtio::device::BackEnd;
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
+use self::change::{Change, STOP_DEADLINE, Then};
 use self::console::ConsoleIo;
 use self::freeze::Wish;
 use super::bus::{AcpiPort, KeyboardPort, SerialPort};
@@ -38,9 +39,6 @@ use crate::metrics::{ControlMetrics, LatencyMetrics};
 use crate::seccomp;
 use crate::signals::Meaning;
 use crate::timings::Milestone;
-
-/// How long a device may take to finish what is in flight when it is stopped.
-const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What others do to a machine that is frozen, whatever they do.
 const SAVE: &str = "write a snapshot";
@@ -118,36 +116,6 @@ impl Source {
             n => Source::Service(n - 9),
         }
     }
-}
-
-/// A change of state under way.
-enum Change {
-    /// vCPUs are on their way out of the guest.
-    ParkVcpus { parked: usize, then: Then },
-    /// vCPUs are out; queues are draining.
-    StopQueues { then: Then },
-    /// The queues of a device are draining, for it to get another back-end. Once it was waited for
-    /// long enough there is neither that nor somebody to be told.
-    Replace { device: usize, deadline: Instant, wish: Option<(BackEnd, ReplyTo)> },
-}
-
-impl Change {
-    fn name(&self) -> &'static str {
-        match self {
-            Change::ParkVcpus { .. } | Change::StopQueues { .. } => "pause",
-            Change::Replace { .. } => "replace a device's back-end",
-        }
-    }
-}
-
-/// What a pause is for.
-enum Then {
-    /// Somebody asked for it at that time.
-    Reply(ReplyTo, Instant),
-    /// Somebody wants the machine's state.
-    Freeze(Wish),
-    /// The kernel file is given up; the machine goes on afterwards.
-    ReleaseKernelFile,
 }
 
 struct Control {
@@ -313,10 +281,6 @@ impl MutEventSubscriber for Control {
     }
 }
 
-fn micros_since(start: Instant) -> u64 {
-    u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
-}
-
 /// Event descriptors are never read: each signal is an edge.
 const EDGE: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
@@ -436,36 +400,6 @@ impl Control {
         }
     }
 
-    fn pause(&mut self, then: Then) {
-        for vcpu in &self.machine.vcpus {
-            vcpu.park();
-        }
-        self.change = Some(Change::ParkVcpus { parked: 0, then });
-    }
-
-    /// Somebody wants the machine to go on.
-    fn go_on(&mut self) {
-        let start = Instant::now();
-        self.resume();
-        self.machine.control.counted.latencies.resume_vm.set(micros_since(start));
-        self.note(Happening::Resumed);
-    }
-
-    fn resume(&mut self) {
-        let machine = &mut self.machine;
-        for (index, slot) in machine.slots.iter_mut().enumerate() {
-            let broken = slot.transport.registers().is_broken();
-            if slot.active && !broken {
-                slot.start(index, machine.ram.memory(), &machine.io);
-            }
-            slot.transport.interrupt().refresh();
-        }
-        self.state = State::Running;
-        for vcpu in &self.machine.vcpus {
-            vcpu.run();
-        }
-    }
-
     fn activate(&mut self, device: usize) {
         let machine = &mut self.machine;
         if let Some(slot) = machine.slots.get_mut(device) {
@@ -527,50 +461,6 @@ impl Control {
             VcpuEvent::Parked => return self.parked(),
         };
         self.end.get_or_insert(end);
-    }
-
-    fn parked(&mut self) {
-        let Some(Change::ParkVcpus { parked, then }) = self.change.take() else { return };
-        if parked + 1 < self.machine.vcpus.len() {
-            self.change = Some(Change::ParkVcpus { parked: parked + 1, then });
-            return;
-        }
-        let deadline = Instant::now() + STOP_DEADLINE;
-        let machine = &mut self.machine;
-        for (index, slot) in machine.slots.iter_mut().enumerate() {
-            if slot.stop(index, &machine.io) {
-                slot.stopping = Some(Stopping::Pause { deadline });
-            }
-        }
-        self.change = Some(Change::StopQueues { then });
-        self.arm_timer();
-        self.finish_pause_if_drained();
-    }
-
-    fn finish_pause_if_drained(&mut self) {
-        if self.machine.slots.iter().any(|slot| !slot.running.is_empty()) {
-            return;
-        }
-        match self.change.take() {
-            Some(Change::StopQueues { then: Then::Reply(reply, since) }) => {
-                self.state = State::Paused;
-                self.machine.control.counted.latencies.pause_vm.set(micros_since(since));
-                self.note(Happening::Paused);
-                reply(Ok(State::Paused));
-                self.release_kernel_file_if_wanted();
-            }
-            Some(Change::StopQueues { then: Then::Freeze(wish) }) => {
-                self.state = State::Paused;
-                self.note(Happening::Paused);
-                self.freeze(wish, true);
-                self.release_kernel_file_if_wanted();
-            }
-            Some(Change::StopQueues { then: Then::ReleaseKernelFile }) => {
-                self.release_kernel_file();
-                self.resume();
-            }
-            other => self.change = other,
-        }
     }
 
     fn arm_timer(&mut self) {

@@ -7,7 +7,8 @@ use devices::virtio::device::{BackEnd, Message, Status, Traffic};
 
 use super::super::event::{Reply, ReplyTo};
 use super::super::lifecycle::{Refusal, State};
-use super::{CONSOLE, Change, Control, SAVE, STOP_DEADLINE};
+use super::change::{Change, STOP_DEADLINE};
+use super::{CONSOLE, Control, SAVE};
 
 impl Control {
     /// Gives the device called `name` another back-end when what is in flight on its own is done.

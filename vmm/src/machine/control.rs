@@ -25,7 +25,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use self::change::{Change, STOP_DEADLINE, Then};
+use self::change::{Change, Then};
 use self::console::ConsoleIo;
 use self::freeze::Wish;
 use super::bus::{AcpiPort, KeyboardPort, SerialPort};
@@ -399,29 +399,6 @@ impl Control {
     fn end_by_will(&mut self, ending: Ending) {
         if matches!(self.end, None | Some(Ok(Ending::Reset))) {
             self.end = Some(Ok(ending));
-        }
-    }
-
-    fn activate(&mut self, device: usize) {
-        let machine = &mut self.machine;
-        if let Some(slot) = machine.slots.get_mut(device) {
-            slot.start(device, machine.ram.memory(), &machine.io);
-        }
-    }
-
-    fn reset(&mut self, device: usize, done: mpsc::SyncSender<()>) {
-        if self.machine.control.console == Some(device) {
-            self.console.reset();
-        }
-        let Some(slot) = self.machine.slots.get_mut(device) else { return };
-        slot.active = false;
-        if slot.stop(device, &self.machine.io) {
-            let deadline = Instant::now() + STOP_DEADLINE;
-            slot.stopping = Some(Stopping::Reset { done, deadline });
-            self.arm_timer();
-        } else {
-            slot.finish_reset();
-            let _ = done.send(());
         }
     }
 

@@ -1,4 +1,5 @@
-//! What is asked of one device while the machine lives: another back-end, another setting, how it stands.
+//! What is asked of one device while the machine lives: by its driver to start and to be reset, by people another
+//! back-end, another setting, and how it stands.
 
 use std::sync::mpsc;
 use std::time::Instant;
@@ -7,10 +8,34 @@ use devices::virtio::device::{BackEnd, Message, Status, Traffic};
 
 use super::super::event::{Reply, ReplyTo};
 use super::super::lifecycle::{Refusal, State};
+use super::super::slot::Stopping;
 use super::change::{Change, STOP_DEADLINE};
 use super::{CONSOLE, Control, SAVE};
 
 impl Control {
+    pub(super) fn activate(&mut self, device: usize) {
+        let machine = &mut self.machine;
+        if let Some(slot) = machine.slots.get_mut(device) {
+            slot.start(device, machine.ram.memory(), &machine.io);
+        }
+    }
+
+    pub(super) fn reset(&mut self, device: usize, done: mpsc::SyncSender<()>) {
+        if self.machine.control.console == Some(device) {
+            self.console.reset();
+        }
+        let Some(slot) = self.machine.slots.get_mut(device) else { return };
+        slot.active = false;
+        if slot.stop(device, &self.machine.io) {
+            let deadline = Instant::now() + STOP_DEADLINE;
+            slot.stopping = Some(Stopping::Reset { done, deadline });
+            self.arm_timer();
+        } else {
+            slot.finish_reset();
+            let _ = done.send(());
+        }
+    }
+
     /// Gives the device called `name` another back-end when what is in flight on its own is done.
     pub(super) fn replace(&mut self, name: String, back_end: BackEnd, reply: ReplyTo) {
         let under_way = self.change.as_ref().map(Change::name);

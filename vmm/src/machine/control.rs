@@ -41,12 +41,6 @@ use crate::seccomp;
 use crate::signals::Meaning;
 use crate::timings::Milestone;
 
-/// What others do to a machine that is frozen, whatever they do.
-const SAVE: &str = "write a snapshot";
-
-/// Name of the guest's console, for [`Command::Update`].
-const CONSOLE: &str = "console";
-
 /// Events taken from the kernel at a time; the rest comes with the next look.
 const READY_EVENTS: usize = 16;
 

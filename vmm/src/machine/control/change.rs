@@ -16,6 +16,9 @@ use crate::journal::Happening;
 /// How long a device may take to finish what is in flight when it is stopped.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
+/// What others do to a machine that is frozen, whatever they do.
+pub(super) const SAVE: &str = "write a snapshot";
+
 /// A change of state under way.
 pub(super) enum Change {
     /// vCPUs are on their way out of the guest.

@@ -6,9 +6,9 @@ use devices::acpi::Event as AcpiEvent;
 
 use super::super::event::{Command, ReplyTo};
 use super::super::lifecycle::{self, Ending, Refusal, State, Step};
-use super::change::{Change, Then};
+use super::Control;
+use super::change::{Change, SAVE, Then};
 use super::freeze::Wish;
-use super::{Control, SAVE};
 
 impl Control {
     pub(super) fn execute(&mut self, command: Command, reply: ReplyTo) {

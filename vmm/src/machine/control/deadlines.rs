@@ -60,7 +60,7 @@ impl Control {
         self.arm_timer();
     }
 
-    pub(super) fn look_at_pager(&mut self, now: Instant) {
+    fn look_at_pager(&mut self, now: Instant) {
         let health = self.machine.ram.look_at_pager();
         self.pager_look = health.map(|_| now + LOOK_EVERY);
         match health {

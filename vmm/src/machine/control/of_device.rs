@@ -9,8 +9,11 @@ use devices::virtio::device::{BackEnd, Message, Status, Traffic};
 use super::super::event::{Reply, ReplyTo};
 use super::super::lifecycle::{Refusal, State};
 use super::super::slot::Stopping;
-use super::change::{Change, STOP_DEADLINE};
-use super::{CONSOLE, Control, SAVE};
+use super::Control;
+use super::change::{Change, SAVE, STOP_DEADLINE};
+
+/// Name of the guest's console, for [`Command::Update`](super::super::event::Command::Update).
+const CONSOLE: &str = "console";
 
 impl Control {
     pub(super) fn activate(&mut self, device: usize) {

@@ -9,6 +9,7 @@ mod balloon;
 mod cpu;
 mod disk;
 mod mmds;
+mod net;
 mod rate;
 mod values;
 mod vsock;
@@ -26,6 +27,7 @@ pub use balloon::BalloonConfig;
 pub use cpu::CpuConfig;
 pub use disk::{CacheMode, DiskConfig, DiskFormat};
 pub use mmds::{MmdsConfig, MmdsVersion};
+pub use net::NetConfig;
 pub use rate::{RateLimit, TokenBucket};
 pub use values::{ByteSize, HostAddress, MacAddress};
 pub use vsock::VsockConfig;
@@ -37,9 +39,6 @@ use crate::seccomp;
 pub const MAX_CPUS: u32 = 64;
 /// Most queues of a disk, and queue pairs of a network card.
 pub const MAX_QUEUES: u16 = 16;
-/// Largest packets of a network card: what IPv4 needs at least (RFC 791 § 3.2), and 64 KiB less an
-/// Ethernet header, which is what Linux allows a TAP.
-const MTU: std::ops::RangeInclusive<u16> = 68..=65_521;
 
 /// A whole machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -250,40 +249,6 @@ pub enum ConsoleDevice {
     Virtio,
 }
 
-/// A network card.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
-pub struct NetConfig {
-    /// Name in messages; `net` and its number if there is none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// An existing TAP interface; without a name one is made for the life of the machine.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tap: Option<String>,
-    /// Open descriptor of a TAP queue, instead of `tap`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub fd: Option<i32>,
-    /// The guest's MAC address; made up from the machine's name if there is none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mac: Option<MacAddress>,
-    /// Largest packet in bytes, 68 to 65521, told to the guest.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mtu: Option<u16>,
-    /// Queue pairs, 1 to [`MAX_QUEUES`].
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub queues: Option<u16>,
-    /// Address and prefix that the host's side of a TAP made for this run gets, e.g.
-    /// `172.30.0.1/30`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub host: Option<HostAddress>,
-    /// Limit of what the guest receives, in bytes of frames and in frames.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rx_rate: Option<RateLimit>,
-    /// Limit of what the guest sends.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tx_rate: Option<RateLimit>,
-}
-
 /// A configuration that no machine can be made from: the field, its value, what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {problem}")]
@@ -344,65 +309,6 @@ impl VmConfig {
         self.validate_device_count()
     }
 
-    fn validate_nets(&self) -> Result<(), ConfigError> {
-        for (n, net) in self.net.iter().enumerate() {
-            let name = self.net_name(n);
-            if (0..n).any(|other| self.net_name(other) == name) {
-                return error(format!("net[{n}].id"), format!("two cards are called {name}"));
-            }
-            if let Some(id) = net.id.as_ref().filter(|id| validate_name(id).is_err()) {
-                let problem = format!(
-                    "{id:?} is not 1 to 64 letters, digits, '-', '_' or '.', starting with a letter \
-                     or digit"
-                );
-                return error(format!("net[{n}].id"), problem);
-            }
-            if let Some(tap) = &net.tap {
-                let valid = !tap.is_empty()
-                    && tap.len() < libc::IFNAMSIZ
-                    && !tap.contains(['/', '%'])
-                    && tap.bytes().all(|b| b.is_ascii_graphic());
-                if !valid {
-                    let problem = format!("{tap:?} is not an interface name (1 to 15 characters)");
-                    return error(format!("net[{n}].tap"), problem);
-                }
-                if net.fd.is_some() {
-                    return error(format!("net[{n}].fd"), "cannot be given together with a name");
-                }
-            }
-            let earlier = |same: &dyn Fn(&NetConfig) -> bool| {
-                self.net.iter().take(n).position(same).map(|other| self.net_name(other))
-            };
-            if let Some(other) = earlier(&|other| net.fd.is_some() && other.fd == net.fd) {
-                return error(format!("net[{n}].fd"), format!("is {other}'s already"));
-            }
-            if let Some(other) = earlier(&|other| net.tap.is_some() && other.tap == net.tap) {
-                return error(format!("net[{n}].tap"), format!("is {other}'s already"));
-            }
-            if let Some(other) = earlier(&|other| net.mac.is_some() && other.mac == net.mac) {
-                return error(format!("net[{n}].mac"), format!("is {other}'s already"));
-            }
-            if net.fd.is_some_and(|fd| fd < 0) {
-                return error(format!("net[{n}].fd"), "a descriptor is not negative");
-            }
-            if net.fd.is_some() && net.queues.unwrap_or(1) > 1 {
-                return error(format!("net[{n}].queues"), "one descriptor is one queue pair");
-            }
-            if net.host.is_some() && (net.tap.is_some() || net.fd.is_some()) {
-                let problem =
-                    "is for an interface that Hull makes; give yours its address by `ip addr`";
-                return error(format!("net[{n}].host"), problem);
-            }
-            if let Some(mtu) = net.mtu.filter(|mtu| !MTU.contains(mtu)) {
-                let (least, most) = (MTU.start(), MTU.end());
-                let problem = format!("{mtu} is not between {least} and {most}");
-                return error(format!("net[{n}].mtu"), problem);
-            }
-            validate_queues(net.queues, || format!("net[{n}].queues"))?;
-        }
-        Ok(())
-    }
-
     fn validate_device_count(&self) -> Result<(), ConfigError> {
         let disks = (0..self.disk.len()).map(|n| self.disk_name(n));
         let nets = (0..self.net.len()).map(|n| self.net_name(n));
@@ -428,12 +334,6 @@ impl VmConfig {
             self.disk.iter().flat_map(|disk| std::iter::once(&disk.path).chain(&disk.overlay));
         let files = std::iter::once(&self.kernel.path).chain(&self.kernel.initrd);
         files.chain(&self.cpu.config).chain(disks).map(PathBuf::as_path)
-    }
-
-    /// Name of the `n`th network card in messages: its id, or `net` and its number.
-    pub fn net_name(&self, n: usize) -> String {
-        let id = self.net.get(n).and_then(|net| net.id.clone());
-        id.unwrap_or_else(|| format!("net{n}"))
     }
 }
 

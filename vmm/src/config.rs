@@ -9,6 +9,7 @@ mod balloon;
 mod console;
 mod cpu;
 mod disk;
+mod memory;
 mod mmds;
 mod net;
 mod rate;
@@ -18,7 +19,6 @@ mod vsock;
 use std::path::{Path, PathBuf};
 
 use arch::interrupts::MAX_VIRTIO_DEVICES;
-use arch::layout;
 use serde::{Deserialize, Serialize};
 
 pub use arch::template::{
@@ -28,13 +28,13 @@ pub use balloon::BalloonConfig;
 pub use console::{ConsoleConfig, ConsoleDevice, ConsoleMode};
 pub use cpu::CpuConfig;
 pub use disk::{CacheMode, DiskConfig, DiskFormat};
+pub use memory::MemoryConfig;
 pub use mmds::{MmdsConfig, MmdsVersion};
 pub use net::NetConfig;
 pub use rate::{RateLimit, TokenBucket};
 pub use values::{ByteSize, HostAddress, MacAddress};
 pub use vsock::VsockConfig;
 
-use crate::memory::PAGE_SIZE;
 use crate::seccomp;
 
 /// Most vCPUs of a machine.
@@ -143,33 +143,6 @@ pub enum BootMode {
     Bzimage,
 }
 
-/// RAM.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
-pub struct MemoryConfig {
-    /// Bytes, a multiple of 4096 (of 2 MiB with `huge-pages`).
-    pub size: ByteSize,
-    /// Take RAM from the host's pool of 2 MiB pages.
-    pub huge_pages: bool,
-    /// Keep RAM in a file of its own, so that the machine is halted for shorter when it is forked first: nothing
-    /// is copied then. The host has no huge pages for it.
-    pub forkable: bool,
-    /// Firecracker's clients ask for it where they want diff snapshots. It changes nothing here, and
-    /// is remembered for them.
-    pub track_dirty_pages: bool,
-}
-
-impl Default for MemoryConfig {
-    fn default() -> Self {
-        MemoryConfig {
-            size: ByteSize(512 << 20),
-            huge_pages: false,
-            forkable: false,
-            track_dirty_pages: false,
-        }
-    }
-}
-
 /// What a guest reset leads to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -266,30 +239,6 @@ impl VmConfig {
             self.disk.iter().flat_map(|disk| std::iter::once(&disk.path).chain(&disk.overlay));
         let files = std::iter::once(&self.kernel.path).chain(&self.kernel.initrd);
         files.chain(&self.cpu.config).chain(disks).map(PathBuf::as_path)
-    }
-}
-
-impl MemoryConfig {
-    fn validate(&self) -> Result<(), ConfigError> {
-        let (size, text) = (self.size.0, self.size);
-        let unit = if self.huge_pages { 2 << 20 } else { PAGE_SIZE };
-        if self.forkable && self.huge_pages {
-            let problem = "huge pages are copied when the machine is forked: take one of the two";
-            return error("memory.forkable", problem.to_owned());
-        }
-        if size < layout::MIN_RAM {
-            let least = ByteSize(layout::MIN_RAM);
-            return error("memory.size", format!("{text} is less than {least}"));
-        }
-        if !size.is_multiple_of(unit) {
-            let unit = ByteSize(unit);
-            return error("memory.size", format!("{text} is not a multiple of {unit}"));
-        }
-        if size > layout::MAX_RAM {
-            let most = ByteSize(layout::MAX_RAM);
-            return error("memory.size", format!("{text} is more than the {most} of a machine"));
-        }
-        Ok(())
     }
 }
 

@@ -108,41 +108,54 @@ fn copies(family: &Family) -> Vec<String> {
     copies
 }
 
-#[test]
-fn each_has_a_disk_of_its_own_and_keeps_what_it_flushed() {
-    let family = Family::default();
-    let base = family.at("d.img");
-    let mut parent = parent(&family, "web", &base);
-    let first = fork_at_work(&family, "web", 3, &[]);
-    let second = fork_at_work(&family, "web-2", 2, &[]);
+/// Forks `parent`, whose name is `web`, and one of its copies, and kills all of these: whoever dies harms no other, and
+/// loses nothing that it flushed, as `check` says of a disk and a guest's words. Returns the parent's own disk, of
+/// which a copy was made and killed at last.
+fn forks_keep_what_they_flushed(
+    family: &Family,
+    mut parent: Running,
+    extension: &str,
+    check: impl Fn(&Path, &str),
+) -> PathBuf {
+    let first = fork_at_work(family, "web", 3, &[]);
+    let second = fork_at_work(family, "web-2", 2, &[]);
     goes_on(&parent);
     let all: Vec<_> = first.iter().chain(&second).collect();
     let mut files: Vec<_> = all.iter().map(|child| disk(child)).collect();
     files.sort();
     files.dedup();
     assert_eq!(files.len(), 5);
-    // Whoever dies harms no other, and loses nothing that it flushed.
+    assert!(files.iter().all(|file| file.extension().unwrap() == extension), "{files:?}");
     for (n, child) in all.iter().enumerate() {
         kill(child);
         let name = child["name"].as_str().unwrap();
         // That of one that was forked since is another.
         if n != 1 {
-            has_what_was_flushed(&family, &disk(child), &text(&family, name));
+            check(&disk(child), &text(family, name));
         }
         for other in &all[n + 1..] {
-            is_intact(&family, other["name"].as_str().unwrap());
+            is_intact(family, other["name"].as_str().unwrap());
         }
         goes_on(&parent);
     }
-    let forked: Value =
-        serde_json::from_str(fork(&family, &["web", "--json", "--rm"]).ok()).unwrap();
+    let forked = fork(family, &["web", "--json", "--rm"]);
+    let forked: Value = serde_json::from_str(forked.ok()).unwrap();
     let own: PathBuf = forked["drives"][0]["path_on_host"].as_str().unwrap().into();
     assert_eq!(forked["drives"][0]["drive_id"], "disk0");
     goes_on(&parent);
     parent.write("q");
     let outcome = parent.finish();
-    has_what_was_flushed(&family, &own, outcome.ok());
+    check(&own, outcome.ok());
     kill(&forked["children"][0]);
+    own
+}
+
+#[test]
+fn each_has_a_disk_of_its_own_and_keeps_what_it_flushed() {
+    let family = Family::default();
+    let parent = parent(&family, "web", &family.at("d.img"));
+    let check = |disk: &Path, text: &str| has_what_was_flushed(&family, disk, text);
+    forks_keep_what_they_flushed(&family, parent, "ovl", check);
 }
 
 #[test]
@@ -335,38 +348,10 @@ fn a_template_has_disks_for_all_that_stand_on_them() {
 fn each_has_an_image_of_its_own() {
     let family = Family::default();
     for more in ["", ",direct", ",queues=2"] {
-        let mut parent = parent_of_image(&family, "web", more);
-        let first = fork_at_work(&family, "web", 3, &[]);
-        let second = fork_at_work(&family, "web-2", 2, &[]);
-        goes_on(&parent);
-        let all: Vec<_> = first.iter().chain(&second).collect();
-        let mut files: Vec<_> = all.iter().map(|child| disk(child)).collect();
-        files.sort();
-        files.dedup();
-        assert_eq!(files.len(), 5);
-        assert!(files.iter().all(|file| file.extension().unwrap() == "qcow2"), "{files:?}");
-        // Whoever dies harms no other, and loses nothing that it flushed.
-        for (n, child) in all.iter().enumerate() {
-            kill(child);
-            let name = child["name"].as_str().unwrap();
-            // That of one that was forked since is another.
-            if n != 1 {
-                image_has_what_was_flushed(&family, &disk(child), &text(&family, name));
-            }
-            for other in &all[n + 1..] {
-                is_intact(&family, other["name"].as_str().unwrap());
-            }
-            goes_on(&parent);
-        }
-        let forked = fork(&family, &["web", "--json", "--rm"]);
-        let forked: Value = serde_json::from_str(forked.ok()).unwrap();
-        let own: PathBuf = forked["drives"][0]["path_on_host"].as_str().unwrap().into();
+        let parent = parent_of_image(&family, "web", more);
+        let check = |disk: &Path, text: &str| image_has_what_was_flushed(&family, disk, text);
+        let own = forks_keep_what_they_flushed(&family, parent, "qcow2", check);
         assert_eq!(qcow2::chain(&own).unwrap().len(), 3);
-        goes_on(&parent);
-        parent.write("q");
-        let outcome = parent.finish();
-        image_has_what_was_flushed(&family, &own, outcome.ok());
-        kill(&forked["children"][0]);
         for file in copies(&family).into_iter().chain(["d.qcow2".to_owned()]) {
             fs::remove_file(family.at(&file)).unwrap();
         }

@@ -1,21 +1,26 @@
 //! Copies of machines that were saved: `hull fork DIR`.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use machine_tests::{Family, eventually};
+use machine_tests::{Family, Running, eventually};
 
 use super::disks::{self, disk, has_what_was_flushed, text};
 use super::{children, fork, fork_at_work, fork_to_work, is_intact, kill, names, pool, verb};
 
+/// Saves the machine called `web`, which ends. Returns the folder.
+fn saved(family: &Family, machine: Running) -> PathBuf {
+    let folder = family.at("warm");
+    verb(family, &["snapshot", "--stop", "web", folder.to_str().unwrap()]).ok();
+    assert_eq!(machine.finish().code(), 0);
+    folder
+}
+
 #[test]
 fn a_snapshot_is_copied_as_often_as_somebody_wants() {
     let family = Family::default();
-    let parent = family.parent("web");
-    let folder = family.at("warm");
+    let folder = saved(&family, family.parent("web"));
     let warm = folder.to_str().unwrap();
-    verb(&family, &["snapshot", "--stop", "web", warm]).ok();
-    assert_eq!(parent.finish().code(), 0);
     let first = fork(&family, &[warm, "-n", "2", "--paused", "--json"]);
     assert_eq!(names(&children(&first)), ["web-1", "web-2"], "{}", first.stderr);
     // They are called like those of the machine; who has a name already keeps it.
@@ -56,11 +61,8 @@ fn a_diff_is_copied_as_well() {
 #[test]
 fn a_pool_has_processes_for_what_was_saved() {
     let family = Family::default();
-    let parent = family.parent("web");
-    let folder = family.at("warm");
+    let folder = saved(&family, family.parent("web"));
     let warm = folder.to_str().unwrap();
-    verb(&family, &["snapshot", "--stop", "web", warm]).ok();
-    assert_eq!(parent.finish().code(), 0);
     let _pool = pool(&family, &["--keep", "number=2,memory=64M"], 2);
     let before = family.processes();
     let copies = fork_to_work(&family, warm, "job", 1, &[]);
@@ -111,12 +113,10 @@ fn disks_of_a_snapshot_are_what_copies_stand_on() {
 fn an_image_of_a_snapshot_is_what_copies_stand_on() {
     let family = Family::default();
     let parent = disks::parent_of_image(&family, "web", "");
-    let folder = family.at("warm");
-    let warm = folder.to_str().unwrap();
     // What is saved stands on an image that a fork left behind.
     let other = fork_at_work(&family, "web", 1, &[]);
-    verb(&family, &["snapshot", "--stop", "web", warm]).ok();
-    assert_eq!(parent.finish().code(), 0);
+    let folder = saved(&family, parent);
+    let warm = folder.to_str().unwrap();
     let copies = fork_to_work(&family, warm, "job", 2, &[]);
     for child in copies.iter().chain(&other) {
         is_intact(&family, child["name"].as_str().unwrap());

@@ -155,7 +155,8 @@ impl Machine {
         let mut manager = EventManager::new_with_capacity(READY_EVENTS)
             .map_err(|err| host("cannot wait for events")(system_error(err)))?;
         let timer = TimerFd::new().map_err(|err| host("cannot make a timer")(err.into()))?;
-        let filter = self.seccomp;
+        seccomp::apply(options.thread, self.seccomp)
+            .map_err(host("cannot filter the main thread"))?;
         self.control.output.set_sink(options.console.sink);
         let id = manager.add_subscriber(Control {
             machine: self,
@@ -176,8 +177,6 @@ impl Machine {
         if let Ok(control) = manager.subscriber_mut(id) {
             control.start();
         }
-        // The guest does not wait for it, and nothing of what it does is looked at before.
-        seccomp::apply(options.thread, filter).map_err(host("cannot filter the main thread"))?;
         // The guest does not wait for it.
         let mut heap_given_back = false;
         loop {

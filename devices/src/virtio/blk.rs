@@ -271,5 +271,4 @@ impl Device for Block {
 }
 
 #[cfg(test)]
-#[path = "blk/tests.rs"]
 mod tests;

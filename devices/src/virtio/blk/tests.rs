@@ -174,6 +174,25 @@ fn only_status(status: u8) -> Answer {
     Answer { status, written: 1, data: Vec::new() }
 }
 
+/// A write of a sector, as the device contract asks for it.
+fn writes<D: Device>() -> Probe<D> {
+    Probe {
+        request: |harness| Request::new(harness, OUT, 9, &[0xaa; SECTOR as usize], 0).buffers,
+        check: |_, written| assert_eq!(written, 1),
+        ..Probe::default()
+    }
+}
+
+/// A flush, on the second queue of two.
+fn flushes<D: Device>() -> Probe<D> {
+    Probe {
+        queue: 1,
+        request: |harness| Request::new(harness, FLUSH, 0, &[], 0).buffers,
+        check: |_, written| assert_eq!(written, 1),
+        ..Probe::default()
+    }
+}
+
 fn on_file(harness: &Harness<Subject>, sector: u64, count: u64) -> Vec<u8> {
     let mut bytes = vec![0; (count * SECTOR) as usize];
     let file = File::open(harness.device().1.path()).unwrap();

@@ -72,23 +72,6 @@ fn whole(harness: &mut Over) -> Vec<u8> {
 mod over_a_base {
     use super::*;
 
-    fn writes() -> Probe<(Block, Folder)> {
-        Probe {
-            request: |harness| Request::new(harness, OUT, 9, &[0xaa; 512], 0).buffers,
-            check: |_, written| assert_eq!(written, 1),
-            ..Probe::default()
-        }
-    }
-
-    fn flushes() -> Probe<(Block, Folder)> {
-        Probe {
-            queue: 1,
-            request: |harness| Request::new(harness, FLUSH, 0, &[], 0).buffers,
-            check: |_, written| assert_eq!(written, 1),
-            ..Probe::default()
-        }
-    }
-
     mod write {
         use super::*;
         conformance!(|| subject(Cache::Writeback, 1), writes());

@@ -34,16 +34,7 @@ mod reads {
 mod flushes {
     use super::*;
 
-    fn probe() -> Probe<Subject> {
-        Probe {
-            queue: 1,
-            request: |harness| Request::new(harness, FLUSH, 0, &[], 0).buffers,
-            check: |_, written| assert_eq!(written, 1),
-            ..Probe::default()
-        }
-    }
-
-    conformance!(|| disk_with(Cache::Writeback, false, 2), probe());
+    conformance!(|| disk_with(Cache::Writeback, false, 2), flushes());
 }
 
 /// Writes, which are file operations where the file system cannot take them at once.
@@ -52,12 +43,11 @@ mod writes {
 
     fn probe() -> Probe<Subject> {
         Probe {
-            request: |harness| Request::new(harness, OUT, 9, &[0xaa; SECTOR as usize], 0).buffers,
             check: |harness, written| {
                 assert_eq!(written, 1);
                 assert_eq!(on_file(harness, 9, 1), [0xaa; SECTOR as usize]);
             },
-            ..Probe::default()
+            ..writes()
         }
     }
 
@@ -75,23 +65,6 @@ mod on_an_image {
         let disk = Qcow2::open(file.path(), Access::default()).unwrap();
         let id = "an image".into();
         (Block::new(Options { disk: disk.into(), cache, id, queues }), file)
-    }
-
-    fn writes() -> Probe<Subject> {
-        Probe {
-            request: |harness| Request::new(harness, OUT, 9, &[0xaa; SECTOR as usize], 0).buffers,
-            check: |_, written| assert_eq!(written, 1),
-            ..Probe::default()
-        }
-    }
-
-    fn flushes() -> Probe<Subject> {
-        Probe {
-            queue: 1,
-            request: |harness| Request::new(harness, FLUSH, 0, &[], 0).buffers,
-            check: |_, written| assert_eq!(written, 1),
-            ..Probe::default()
-        }
     }
 
     mod write {

@@ -379,5 +379,4 @@ fn gather(from: &[iovec], mut into: &mut [u8]) {
 }
 
 #[cfg(test)]
-#[path = "qcow2/tests.rs"]
 pub(super) mod tests;

@@ -246,8 +246,9 @@ async fn connection(
     shared: Shared,
 ) {
     let busy = Busy::default();
-    let stream = Lasting::new(stream, server.as_bytes().starts_with(FIRECRACKER.as_bytes()));
-    let stream = Patient::new(stream, busy.clone());
+    let (reader, writer) = stream.into_split();
+    let reader = Lasting::new(reader, server.as_bytes().starts_with(FIRECRACKER.as_bytes()));
+    let stream = tokio::io::join(Patient::new(reader, busy.clone()), writer);
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let (router, server, busy) = (router.clone(), server.clone(), busy.clone());
         let shared = Arc::clone(&shared);

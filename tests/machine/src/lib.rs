@@ -338,6 +338,19 @@ impl Running {
         assert!(matches!(written, Some(Ok(()))), "stdin is closed: {written:?}");
     }
 
+    /// Types to a payload that sends back what is typed, waits until all of it has come, and ends it.
+    pub fn sends_back(mut self) {
+        self.wait_for("ready\n");
+        self.write("Hull, are you there?");
+        self.wait_for("Hull, are you there?");
+        // More than any buffer on the way holds.
+        let line = "0123456789abcdefghijklmnoprstuvwxyz\n".repeat(100);
+        self.write(&line);
+        self.wait_for(&line);
+        self.write("q");
+        self.finish().ok();
+    }
+
     /// Ends the input.
     pub fn close_stdin(&mut self) {
         drop(self.child.as_mut().and_then(|child| child.stdin.take()));

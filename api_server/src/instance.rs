@@ -29,7 +29,6 @@ use vmm::machine::{Command, Handle, Observed, Reply, State, root_arguments};
 use vmm::metrics::{Sink, SinkOptions, SnapshotLatencies};
 use vmm::snapshot::Base;
 
-use self::fork::Template;
 pub use self::running::no_balloon;
 pub use self::wish::{Start, Wish};
 use crate::fault::{DONE, Done, Fault};
@@ -95,7 +94,6 @@ impl Link {
         }
         inner.base = base;
         inner.machines += 1;
-        inner.template = None;
         inner.phase = Phase::Started(handle);
     }
 
@@ -142,8 +140,6 @@ struct Inner {
     saving: bool,
     /// Children that were given a number.
     forked: u64,
-    /// What copies are made of as long as the machine stands still.
-    template: Option<Template>,
     /// Files of disks that are removed when the machine ends.
     temporary: Vec<PathBuf>,
     /// Numbers of the registers that a vCPU's state has, once they were asked for.
@@ -231,7 +227,6 @@ impl Instance {
             machines: 0,
             saving: false,
             forked: 0,
-            template: None,
             temporary: Vec::new(),
             msrs: None,
             base: None,

@@ -11,9 +11,10 @@ use api_server::{Instance, Limits, LogSettings, Program, Start, Wish};
 use vmm::config::{ConfigError, VmConfig};
 use vmm::hypervisor::kvm::{DEVICE, Kvm};
 use vmm::machine::{Hollow, Machine, Ready, Service, Shape};
+use vmm::seccomp;
 use vmm::timings::Timings;
 
-use crate::cli::{ApiArgs, Result, ShapeOption, read_option};
+use crate::cli::{ApiArgs, Result, ShapeOption, UsageError, read_option};
 use crate::entry;
 use crate::exit::Code;
 use crate::hook::Asking;
@@ -53,20 +54,36 @@ pub fn api(args: &ApiArgs) -> Result {
     let log = Log { id: config.name.clone().unwrap_or_default() };
     let instance = Instance::new(HULL, limits, config, session.observed().clone(), sender)
         .with_log(Box::new(log));
-    let mut ready = Ready::default();
-    if let Some(text) = &args.ready {
+    let shape = args.ready.as_ref().map(|text| {
         let shape: ShapeOption = read_option("ready", text, keyvalue::split(text))?;
-        let shape = Shape::from(shape);
+        Ok::<Shape, UsageError>(shape.into())
+    });
+    let shape = shape.transpose()?;
+    if let Some(shape) = shape {
         shape.validate().map_err(NoShape)?;
         entry::populate_code();
-        ready.hollow = Some(Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape, filter)?);
     }
+    let prepare = || prepared(shape, filter);
+    let ready = prepare()?;
     session.serve(instance, filter)?;
-    fulfil(&session, &wishes, ready)
+    fulfil(&session, &wishes, ready, prepare)
 }
 
-/// Starts the machine that a client wishes for, of what is `ready` if it fits, and stays with it until it ends.
-pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>, mut ready: Ready) -> Result {
+/// A VM of this shape, if there is to be one.
+fn prepared(shape: Option<Shape>, filter: seccomp::Mode) -> Result<Ready> {
+    let Some(shape) = shape else { return Ok(Ready::default()) };
+    let hollow = Hollow::new(&Kvm::open(Path::new(DEVICE))?, shape, filter)?;
+    Ok(Ready { hollow: Some(hollow), ..Ready::default() })
+}
+
+/// Starts the machine that a client wishes for, of what is `ready` if it fits, and stays with it until it ends. What a
+/// failed start leaves to be wished for again has what `prepare` makes.
+pub fn fulfil(
+    session: &Session,
+    wishes: &mpsc::Receiver<Wish>,
+    mut ready: Ready,
+    prepare: impl Fn() -> Result<Ready>,
+) -> Result {
     loop {
         session.interruptible()?;
         // The sender lives in the API's thread, which lives as long as the process.
@@ -84,12 +101,16 @@ pub fn fulfil(session: &Session, wishes: &mpsc::Receiver<Wish>, mut ready: Ready
         let machine =
             session.build(&start.config, start.origin.as_ref(), &timings, take(&mut ready));
         // Before the client is told that the machine runs.
-        let ready = machine.and_then(|machine| {
+        let built = machine.and_then(|machine| {
             let asking = asking(&mut start, &machine)?;
             Ok((machine, session.console(&start.config)?, asking))
         });
-        match ready {
-            Err(error) => start.failed(error.as_ref()),
+        match built {
+            Err(error) => {
+                start.failed(error.as_ref());
+                // Whatever fits is made then, if there is none.
+                ready = prepare().unwrap_or_default();
+            }
             Ok((machine, console, asking)) => {
                 return run(session, start, machine, console, asking);
             }

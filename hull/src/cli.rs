@@ -62,7 +62,7 @@ pub enum Command {
     /// Let a saved machine go on, and stay with it until it ends
     Restore(Box<RestoreArgs>),
     /// Make copies of a machine, each of which runs for itself
-    Fork(ForkArgs),
+    Fork(Box<ForkArgs>),
     /// Go on as a copy that is handed over on standard input
     #[command(hide = true)]
     Clone(CloneArgs),
@@ -138,7 +138,7 @@ pub struct ApiArgs {
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
     /// Make the VM, its memory and its vCPUs now, for a machine of this shape [default: 1 CPU, 128M]
-    #[arg(long, value_name = "[cpus=NUMBER][,memory=SIZE]", num_args = 0..=1, require_equals = true,
+    #[arg(long, value_name = "[cpus=NUMBER][,memory=SIZE][,huge-pages]", num_args = 0..=1, require_equals = true,
         default_missing_value = "")]
     pub ready: Option<String>,
     #[command(flatten)]

@@ -315,7 +315,7 @@ fn run(options: &Options, begun: Instant) -> Result {
     }
     let Some(path) = &options.config_file else {
         session.serve(instance, filter)?;
-        return fulfil(&session, &wishes, Ready::default());
+        return fulfil(&session, &wishes, Ready::default(), || Ok(Ready::default()));
     };
     // Whoever comes is answered when the machine runs, and never told that it does not.
     session.offer(instance, filter);

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::json;
 use vmm::config::ByteSize;
@@ -13,8 +14,12 @@ use crate::client::{self, Machine, local_time};
 use crate::exit::Code;
 use crate::report;
 use crate::spinner::watched;
+use crate::stop::Process;
 use crate::streams;
 use crate::table::Table;
+
+/// How long a machine that was saved may take to be gone.
+const GOING: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 enum SnapshotError {
@@ -48,7 +53,14 @@ pub fn snapshot(args: &SnapshotArgs) -> Result {
             if !args.force {
                 refuse_if_needed(folder, &[folder])?;
             }
-            client::snapshot(&Machine::find(machine)?, folder, args.diff, args.stop)
+            let machine = Machine::find(machine)?;
+            let process = if args.stop { Process::behind(&machine) } else { None };
+            let code = client::snapshot(&machine, folder, args.diff, args.stop)?;
+            // Its disks are others' to have when it is gone.
+            if let Some(process) = process {
+                process.wait(GOING)?;
+            }
+            Ok(code)
         }
         // clap asks for both.
         _ => Ok(Code::USAGE),

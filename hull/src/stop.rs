@@ -239,7 +239,7 @@ fn peer(machine: &Machine) -> Result<i32> {
 }
 
 /// A process that cannot be mistaken for another that gets its id later.
-struct Process(OwnedFd);
+pub struct Process(OwnedFd);
 
 impl Process {
     /// The process of this number, if there is one.
@@ -258,8 +258,16 @@ impl Process {
         }
     }
 
+    /// The one that serves the API of `machine`, if it can be seen.
+    pub fn behind(machine: &Machine) -> Option<Process> {
+        Process::open(peer(machine).ok()?).ok()?
+    }
+
     /// Waits for its end. Returns false if it takes longer than `timeout`.
-    fn wait(&self, timeout: Duration) -> io::Result<bool> {
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn wait(&self, timeout: Duration) -> io::Result<bool> {
         let start = Instant::now();
         loop {
             let left = timeout.saturating_sub(start.elapsed());

@@ -209,7 +209,7 @@ pub enum HandOverError {
         files: usize,
     },
     /// Nobody makes processes.
-    #[error("nobody makes processes at {}; start `hull pool`, or use `hull fork`", path.display())]
+    #[error("nobody makes processes at {}; start `hull pool` there, or name no pool to `hull fork`", path.display())]
     Pool {
         /// The socket.
         path: PathBuf,
@@ -236,7 +236,7 @@ pub enum HandOverError {
     /// A message cannot be sent or received.
     #[error("cannot {verb} the other process")]
     Talk {
-        /// `send to` or `receive from`.
+        /// `send to`, `receive from` or `connect to`.
         verb: &'static str,
         /// The system's reason.
         source: io::Error,

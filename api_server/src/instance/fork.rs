@@ -76,19 +76,10 @@ impl Instance {
 
     /// What copies were made of last, if the machine has not moved since.
     fn template(&self, children: &[Child]) -> Option<Arc<Seed>> {
-        let handle = self.handle().ok()?;
-        let inner = self.lock();
-        let Some(Template { seed, changes }) = &inner.template else { return None };
-        let disks = Disks::needed(&inner.config, children);
-        (changes == &handle.changes() && seed.has_disks(&disks)).then(|| Arc::clone(seed))
+        let seed = self.handle().ok()?.kept::<Seed>()?;
+        let disks = Disks::needed(&self.lock().config, children);
+        seed.has_disks(&disks).then_some(seed)
     }
-}
-
-/// A machine that stands still, as it can be handed over again and again.
-pub(super) struct Template {
-    seed: Arc<Seed>,
-    /// What its handle said before it was looked at.
-    changes: u64,
 }
 
 impl Saving {
@@ -112,10 +103,11 @@ impl Saving {
         let reply = move |_| {
             let _ = told.send(micros(halted));
         };
-        self.0.lock().template = match &planted {
-            Ok((_, seed, _)) if !resume => Some(Template { seed: Arc::clone(seed), changes }),
-            _ => None,
-        };
+        if let Ok((_, seed, _)) = &planted
+            && !resume
+        {
+            handle.keep(changes, Arc::clone(seed));
+        }
         handle.send(Command::Thaw { resume, disks }, Box::new(reply));
         // The next may be made meanwhile.
         drop(self);

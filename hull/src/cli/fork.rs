@@ -25,6 +25,9 @@ pub struct ForkArgs {
     /// Name of the machine or the socket of its API, or the folder of a snapshot
     #[arg(value_name = "NAME|SOCKET|DIR")]
     pub machine: OsString,
+    /// Folder of what the snapshot is a diff to, if that was moved
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
     /// How many copies
     #[arg(short = 'n', long, value_name = "NUMBER", default_value_t = 1,
         value_parser = clap::value_parser!(u32).range(1..=10_000))]

@@ -284,7 +284,15 @@ fn disk(text: &str) -> std::result::Result<DiskConfig, UsageError> {
         let path = std::mem::replace(&mut first.key, "path".to_owned());
         first.value = Some(path);
     }
-    read_option("disk", text, pairs)
+    let disk: DiskConfig = read_option("disk", text, pairs)?;
+    if disk.forked > 0 {
+        let reason =
+            "forked is said of files that Hull made, in what it writes itself; backing follows \
+                      what an image names"
+                .to_owned();
+        return Err(UsageError::Option { option: "disk", text: text.to_owned(), reason });
+    }
+    Ok(disk)
 }
 
 /// `tap` without a name asks for a TAP to be made, which is what no name at all means as well.

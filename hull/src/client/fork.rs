@@ -1,5 +1,6 @@
 //! `hull fork NAME`: has copies of a machine made, and says what they are called.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -34,6 +35,12 @@ enum ForkError {
     Pair(&'static str),
     #[error("--mac: {0}")]
     Mac(String),
+    #[error("{0}: all copies would make {1}; write {{n}} where their numbers are to be")]
+    Same(&'static str, String),
+    #[error("no machine named {0:?} runs; `hull fork ./{0}` copies what is saved in that folder")]
+    Folder(String),
+    #[error("--base is for the folder of a snapshot")]
+    Base,
     #[error("--template: a saved machine is one, and stays as it is")]
     Template,
     #[error("--metadata: {0}")]
@@ -91,13 +98,20 @@ fn sweep(directory: &Path) {
 /// Has copies made, of a machine that runs or of one that was saved.
 pub fn fork(args: &ForkArgs) -> Result {
     let is_folder = is_socket(&args.machine) && Path::new(&args.machine).is_dir();
-    let saved = is_folder.then(|| Saved::find(Path::new(&args.machine))).transpose()?;
-    let machine = if is_folder { None } else { Some(Machine::find(&args.machine)?) };
+    let base = args.base.as_deref();
+    let saved = is_folder.then(|| Saved::find(Path::new(&args.machine), base)).transpose()?;
+    let machine = if is_folder { None } else { Some(running(&args.machine)?) };
+    if saved.is_none() && base.is_some() {
+        return Err(ForkError::Base.into());
+    }
     if saved.is_some() && args.template {
         return Err(ForkError::Template.into());
     }
     if let Some(name) = args.name.as_ref().filter(|name| args.count > 1 && !name.contains("{n}")) {
         return Err(ForkError::Names(name.clone()).into());
+    }
+    if args.count > 1 {
+        apart(args)?;
     }
     let overrides = overrides(args)?;
     let default = nursery::default_socket();
@@ -136,6 +150,29 @@ pub fn fork(args: &ForkArgs) -> Result {
         print(&children)?;
     }
     Ok(if failed == 0 { Code::SUCCESS } else { Code::FAILURE })
+}
+
+/// The machine that is meant. A folder that is named without a slash is none.
+fn running(text: &OsStr) -> Result<Machine> {
+    Machine::find(text).map_err(|err| {
+        let is_folder = !is_socket(text) && Path::new(text).join("state").is_file();
+        if is_folder { ForkError::Folder(text.to_string_lossy().into_owned()).into() } else { err }
+    })
+}
+
+/// Refuses one file for all copies, where each makes it.
+fn apart(args: &ForkArgs) -> std::result::Result<(), ForkError> {
+    let is_new = |path: &str| Path::new(path).symlink_metadata().is_err();
+    let is_file = |path: &str| is_new(path) || Path::new(path).is_file();
+    let disks = args.disk.iter().filter_map(|text| text.split_once('='));
+    let disks = disks.map(|(_, path)| ("--disk", path)).filter(|(_, path)| is_new(path));
+    let sockets = args.vsock.iter().map(|path| ("--vsock", path.as_str()));
+    let consoles = args.console_file.iter().map(|path| ("--console-file", path.as_str()));
+    let mut all = disks.chain(sockets).chain(consoles.filter(|(_, path)| is_file(path)));
+    match all.find(|(_, path)| !path.contains("{n}")) {
+        Some((option, path)) => Err(ForkError::Same(option, path.to_owned())),
+        None => Ok(()),
+    }
 }
 
 fn is_served(path: &Path) -> bool {
@@ -219,7 +256,10 @@ fn overrides(args: &ForkArgs) -> std::result::Result<Vec<Value>, ForkError> {
 /// What is in a file for a copy's metadata service.
 fn metadata(path: PathBuf) -> std::result::Result<Value, ForkError> {
     let file = MmdsConfig { path: Some(path), ..MmdsConfig::default() };
-    initial_metadata(&file).map_err(ForkError::Metadata)
+    let contents = initial_metadata(&file).map_err(ForkError::Metadata)?;
+    let path = file.path.unwrap_or_default();
+    let reason = || format!("{}: it has no JSON object", path.display());
+    if contents.is_object() { Ok(contents) } else { Err(ForkError::Metadata(reason().into())) }
 }
 
 /// The `n`th address behind this one.

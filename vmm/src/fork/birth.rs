@@ -21,7 +21,12 @@ const BREATH: Duration = Duration::from_millis(5);
 
 fn no_pool(path: &Path) -> impl FnOnce(io::Error) -> HandOverError {
     let path = path.to_owned();
-    move |source| HandOverError::Pool { path, source }
+    move |source| match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            HandOverError::Pool { path, source }
+        }
+        _ => HandOverError::Talk { verb: "connect to", source },
+    }
 }
 
 /// Connects to who makes processes, before `deadline`.

@@ -40,7 +40,7 @@ pub enum DiskError {
     },
     /// It cannot be opened.
     #[error(
-        "cannot read {disk}, on which copies are to stand; --disk {disk}=FILE (drive_overrides) gives each one of its own"
+        "cannot read {disk}, on which copies are to stand; --disk {disk}=FILE (drive_overrides) gives each another file that is there"
     )]
     Open {
         /// Name of the disk.

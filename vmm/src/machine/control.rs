@@ -379,7 +379,10 @@ impl Control {
         while let Some(meaning) = self.options.signals.as_ref().and_then(|s| s.take()) {
             match meaning {
                 Meaning::End(number) => self.end_by_will(Ending::Signal(number)),
-                Meaning::WindowChanged => self.resize_console(),
+                Meaning::WindowChanged => {
+                    self.machine.shared.events.note_change();
+                    self.resize_console();
+                }
                 Meaning::LeaseBreak => {
                     self.kernel_file_wanted = true;
                     self.release_kernel_file_if_wanted();

@@ -1,8 +1,9 @@
 //! What arrives at the control thread, and the channel that brings it.
 
-use std::sync::Arc;
+use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::virtio::blk::Backing;
 use devices::virtio::device::{BackEnd, Message, Status};
@@ -158,18 +159,37 @@ impl Event {
 pub(super) struct Sender {
     queue: mpsc::Sender<Event>,
     wake: Arc<EventFd>,
-    changes: Arc<AtomicU64>,
+    still: Arc<Still>,
+}
+
+/// How a machine that is halted stands.
+#[derive(Default)]
+struct Still {
+    /// How often it may have become another.
+    changes: AtomicU64,
+    /// What somebody keeps as long as it does not.
+    kept: Mutex<Option<Kept>>,
+}
+
+type Kept = Arc<dyn Any + Send + Sync>;
+
+impl Still {
+    fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Sender {
     pub(super) fn new(wake: Arc<EventFd>) -> (Sender, mpsc::Receiver<Event>) {
         let (queue, receiver) = mpsc::channel();
-        (Sender { queue, wake, changes: Arc::default() }, receiver)
+        (Sender { queue, wake, still: Arc::default() }, receiver)
     }
 
     /// Notes that a machine that is halted may not be as it was.
     pub(super) fn note_change(&self) {
-        self.changes.fetch_add(1, Ordering::AcqRel);
+        self.still.changes.fetch_add(1, Ordering::AcqRel);
+        // Behind the count: what is kept with the old one is not kept any more.
+        drop(self.still.kept().take());
     }
 
     /// Returns false if the control thread is gone.
@@ -189,7 +209,21 @@ pub struct Handle(pub(super) Sender);
 impl Handle {
     /// As long as this is the same number, a machine that was halted is as it was, and has not run.
     pub fn changes(&self) -> u64 {
-        self.0.changes.load(Ordering::Acquire)
+        self.0.still.changes.load(Ordering::Acquire)
+    }
+
+    /// Keeps something of a machine that is halted as long as it is as it was when `changes` was looked at. It is
+    /// dropped when the machine goes on, or may have become another.
+    pub fn keep(&self, changes: u64, what: Arc<impl Any + Send + Sync>) {
+        let mut kept = self.0.still.kept();
+        if self.changes() == changes {
+            *kept = Some(what);
+        }
+    }
+
+    /// What is kept.
+    pub fn kept<T: Any + Send + Sync>(&self) -> Option<Arc<T>> {
+        self.0.still.kept().clone()?.downcast().ok()
     }
 
     /// Sends `command`; `reply` gets the answer, or is dropped if the machine ends first.

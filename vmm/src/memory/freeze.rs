@@ -56,6 +56,8 @@ pub(super) struct Stack {
 struct Own {
     file: Arc<File>,
     pages: Runs,
+    /// It may have pages that are not among those: writing it failed once.
+    is_torn: bool,
 }
 
 /// RAM of a machine as others go on from it.
@@ -234,7 +236,7 @@ impl Image {
             let pages = self.settle(&file)?;
             stack.live = None;
             stack.changed = pages.clone();
-            stack.own = Some(Own { file, pages });
+            stack.own = Some(Own { file, pages, is_torn: false });
             return Ok(Some(0));
         }
         if self.huge_pages {
@@ -269,7 +271,9 @@ impl Image {
         // What lies between need not be here yet, and must not be waited for.
         let most = if self.is_lazy() { MOST_PIECES } else { MOST_MAPPINGS };
         let private = private.coalesced(most);
-        let pieces = private.bridged(BRIDGE, &covered).pieces(PIECE);
+        let was_torn = stack.own.as_ref().is_some_and(|own| own.is_torn);
+        let bridge = if was_torn { 0 } else { BRIDGE };
+        let pieces = private.bridged(bridge, &covered).pieces(PIECE);
         let done = Mutex::new(Vec::with_capacity(pieces.len()));
         let moved = shared_out(
             &pieces,
@@ -284,7 +288,8 @@ impl Image {
         done.sort_unstable_by_key(|piece| piece.start);
         let done = Runs::new(done);
         let before = stack.own.take().map(|own| own.pages).unwrap_or_default();
-        stack.own = Some(Own { file, pages: before.union(&done) });
+        let is_torn = was_torn || moved.is_err();
+        stack.own = Some(Own { file, pages: before.union(&done), is_torn });
         let copied = done.iter().flat_map(|piece| private.within(piece).collect::<Vec<_>>());
         stack.changed = stack.changed.union(&Runs::new(copied));
         moved?;

@@ -330,8 +330,10 @@ fn a_vm_that_is_ready_takes_what_fits_and_is_no_obstacle_to_what_does_not() {
     server
         .put("/snapshot/load", load(Path::new("/nowhere"), &json!({})))
         .refused(400, &["/nowhere"]);
+    assert_eq!(machines(&server), 1);
     server.put("/snapshot/load", load(folder.path(), &json!({ "resume_vm": true }))).done();
     server.process.wait_for("..");
+    assert_eq!(machines(&server), 1);
     for (option, words) in [
         ("--ready=cpus=0", ["--ready", "cpus"]),
         ("--ready=memory=1", ["--ready", "memory"]),

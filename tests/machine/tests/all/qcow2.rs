@@ -140,6 +140,7 @@ fn the_format_is_never_guessed() {
     Guest::new("hello").disk(&raw, ",format=qcow2").run().failed(&["magic"]);
     Guest::new("hello").disk(&raw, ",format=qcow").run().misused(&["did you mean `qcow2`?"]);
     Guest::new("hello").disk(&raw, ",backing").run().misused(&["disk[0].backing", "format=qcow2"]);
+    Guest::new("hello").disk(&raw, ",format=qcow2,forked=1").run().misused(&["forked", "backing"]);
     let more = format!(",overlay={}", disks.path("o").display());
     disks.guest("hello", &more).run().misused(&["disk[0].overlay", "qemu-img convert -O raw"]);
     Guest::new("hello").disk(&path, &more).run().failed(&["format=raw"]);

@@ -339,7 +339,11 @@ fn a_template_has_disks_for_all_that_stand_on_them() {
         has_what_was_flushed(&family, &disk(child), &text(&family, name));
     }
     assert!(fs::read(&base).unwrap() == before, "the base was written");
+    // What copies were made of is not kept when it goes on.
+    let files = || fs::read_dir(format!("/proc/{}/fd", parent.id())).unwrap().count();
+    let kept = files();
     assert_eq!(verb(&family, &["resume", "t"]).code(), 0);
+    eventually(|| files() < kept, || format!("{kept} files are open, and still are"));
     goes_on(&parent);
     super::fork_to_work(&family, "t", "late", 1, &[]);
 }

@@ -8,10 +8,11 @@ use machine_tests::{Family, Running, eventually};
 use super::disks::{self, disk, has_what_was_flushed, text};
 use super::{children, fork, fork_at_work, fork_to_work, is_intact, kill, names, pool, verb};
 
-/// Saves the machine called `web`, which ends. Returns the folder.
+/// Saves the machine called `web`, which is gone then. Returns the folder.
 fn saved(family: &Family, machine: Running) -> PathBuf {
     let folder = family.at("warm");
     verb(family, &["snapshot", "--stop", "web", folder.to_str().unwrap()]).ok();
+    assert!(!family.entries().contains(&"web.json".to_owned()), "it is still there");
     assert_eq!(machine.finish().code(), 0);
     folder
 }
@@ -56,6 +57,11 @@ fn a_diff_is_copied_as_well() {
     for child in fork_to_work(&family, diff.to_str().unwrap(), "job", 2, &[]) {
         kill(&child);
     }
+    let moved = family.at("moved");
+    fs::rename(&base, &moved).unwrap();
+    fork(&family, &[diff.to_str().unwrap()]).failed(&["what it is a diff to", "moved"]);
+    let more = ["--base", moved.to_str().unwrap()];
+    kill(&fork_to_work(&family, diff.to_str().unwrap(), "late", 1, &more)[0]);
 }
 
 #[test]
@@ -110,6 +116,34 @@ fn disks_of_a_snapshot_are_what_copies_stand_on() {
 }
 
 #[test]
+fn a_disk_that_is_another_now_is_said_or_refused() {
+    let family = Family::default();
+    let base = family.at("d.img");
+    let folder = saved(&family, disks::parent(&family, "web", &base));
+    let warm = folder.to_str().unwrap();
+    let file = fs::File::options().write(true).open(&base).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[1], 0).unwrap();
+    let outcome = fork(&family, &[warm, "--json", "--paused"]);
+    kill(&children(&outcome)[0]);
+    assert!(outcome.stderr.contains("was changed since the snapshot"), "{}", outcome.stderr);
+    let len = file.metadata().unwrap().len();
+    file.set_len(len / 2).unwrap();
+    fork(&family, &[warm]).failed(&[
+        "disk0",
+        "d.img",
+        &format!("had {len} bytes"),
+        "--disk disk0=FILE",
+    ]);
+    // One that brings another is nothing to it.
+    let other = family.at("other.img");
+    fs::File::create_new(&other).unwrap().set_len(len).unwrap();
+    let option = format!("disk0={}", other.display());
+    let outcome = fork(&family, &[warm, "--json", "--paused", "--disk", &option]);
+    assert_eq!(outcome.code(), 0, "{}", outcome.stderr);
+    kill(&children(&outcome)[0]);
+}
+
+#[test]
 fn an_image_of_a_snapshot_is_what_copies_stand_on() {
     let family = Family::default();
     let parent = disks::parent_of_image(&family, "web", "");
@@ -144,6 +178,18 @@ fn what_is_no_snapshot_is_named() {
     fork(&family, &[empty, "--net", "net7=tap0"]).failed(&["net7", "known are"]);
     fork(&family, &[empty, "--disk", "disk7=x"]).failed(&["disk7"]);
     fork(&family, &[empty, "-n", "2", "--name", "x"]).failed(&["{n}"]);
+    for option in ["--vsock", "--console-file"] {
+        fork(&family, &[empty, "-n", "2", option, "/x/y"]).failed(&[option, "/x/y", "{n}"]);
+    }
+    fork(&family, &[empty, "-n", "2", "--disk", "d=/x/y"]).failed(&["--disk", "/x/y", "{n}"]);
+    fork(&family, &["web", "--base", empty]).failed(&["no machine named"]);
+    let list = family.at("list.json");
+    fs::write(&list, "[1]").unwrap();
+    fork(&family, &[empty, "--metadata", list.to_str().unwrap()]).failed(&[
+        "--metadata",
+        "list.json",
+        "object",
+    ]);
     let nobody = family.at("nobody");
     let nobody = nobody.to_str().unwrap();
     fork(&family, &[empty, "--pool", nobody]).failed(&["nobody makes processes", "hull pool"]);

@@ -66,8 +66,12 @@ impl Saved {
             let is_raw = config.disk.get(n).is_some_and(|disk| {
                 disk.overlay.is_none() && disk.format != Some(DiskFormat::Qcow2)
             });
-            let now = fs::metadata(&before.path).map_or(0, |file| file.len());
-            if is_raw && needed.contains(&before.name) && now != before.size {
+            let now = fs::metadata(&before.path).map(|file| file.len());
+            if let Ok(now) = now
+                && now != before.size
+                && is_raw
+                && needed.contains(&before.name)
+            {
                 let (name, path) = (before.name.clone(), before.path.clone());
                 return Err(SavedError::Size { name, path, before: before.size, now }.into());
             }

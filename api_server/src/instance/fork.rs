@@ -58,10 +58,10 @@ impl Instance {
         let limit = shared.limits.metadata.min(LONGEST_METADATA);
         let mut children = params.children(&config, limit)?;
         let saving = Saving::begin(&shared)?;
-        // Before anything is halted for nothing.
         shared.name_children(&mut children);
         let patience = Duration::from_millis(params.timeout_ms);
         let (config, host) = (portable(config), snapshot::this_host());
+        // Before anything is halted for nothing.
         let birth = Birth::begin(children, config, host, pool, patience);
         let birth = birth.map_err(|error| failed(&error))?;
         if let Some(seed) = shared.template(birth.children()) {

@@ -54,6 +54,10 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
     let stream = socket()?;
     let (pool, served, hollow) = match args.shape() {
         None if args.asked => {
+            // Nobody waits for it yet: it may become quicker meanwhile.
+            if !fork::has_begun(&stream) {
+                get_ready();
+            }
             let served = nursery::served(&stream)?;
             (Some(stream), served, None)
         }
@@ -63,10 +67,7 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
                 // The pool says it; this process's words go nowhere.
                 nursery::apologize(&stream, &report::line(err.as_ref()));
             })?;
-            entry::populate_code();
-            entry::populate_stack();
-            // Asked for once.
-            snapshot::this_host();
+            get_ready();
             let served = nursery::wait(&stream)?;
             (Some(stream), served, Some(hollow))
         }
@@ -82,6 +83,14 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
         // Unless somebody was told already.
         parent.answer(&Err(report::line(err.as_ref())));
     })
+}
+
+/// Has this process have what it needs sooner or later, whatever machine it gets.
+fn get_ready() {
+    entry::populate_code();
+    entry::populate_stack();
+    // Asked for once.
+    snapshot::this_host();
 }
 
 /// What can be made of a machine beforehand.

@@ -109,10 +109,7 @@ pub fn admits(stream: &UnixStream) -> bool {
 /// # Errors
 /// There is no process to be had, which the other end is told.
 pub fn spawn(stream: &UnixStream, filter: Seccomp) -> io::Result<UnixStream> {
-    let spawned = UnixStream::pair().and_then(|(own, theirs)| {
-        start(theirs, filter, &["--asked"])?;
-        Zygote(own).give(stream)
-    });
+    let spawned = Zygote::blank(filter).and_then(|blank| blank.give(stream));
     if let Err(err) = &spawned {
         // Nobody else does.
         let _ = fork::answer(stream, &Err(format!("no process can be made: {err}")));
@@ -175,6 +172,16 @@ impl Zygote {
             options.push("--huge-pages");
         }
         start(theirs, filter, &options)?;
+        Ok(Zygote(own))
+    }
+
+    /// Has one made that has nothing ready but itself, for a machine of any shape. It need not be waited for.
+    ///
+    /// # Errors
+    /// There is no process to be had.
+    pub fn blank(filter: Seccomp) -> io::Result<Zygote> {
+        let (own, theirs) = UnixStream::pair()?;
+        start(theirs, filter, &["--asked"])?;
         Ok(Zygote(own))
     }
 

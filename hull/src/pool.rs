@@ -4,6 +4,7 @@
 //! which shape it wants, and gets a process from that shelf, or a new one where none is ready. How many may be
 //! about to speak, and how many processes may have no machine yet, is limited: others wait at the socket.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
@@ -135,6 +136,51 @@ impl Shelf {
     }
 }
 
+/// Processes that have no VM, for machines of any shape.
+struct Blanks {
+    number: usize,
+    ready: Vec<Zygote>,
+    /// No other is made before.
+    not_before: Instant,
+}
+
+impl Blanks {
+    /// When the next one is made, unless all are there.
+    fn next(&self) -> Option<Instant> {
+        (self.ready.len() < self.number).then_some(self.not_before)
+    }
+
+    fn fill(&mut self, filter: Seccomp, now: Instant) {
+        if self.next().is_none_or(|time| now < time) {
+            return;
+        }
+        match Zygote::blank(filter) {
+            Ok(blank) => {
+                self.ready.push(blank);
+                self.not_before = now + REST;
+            }
+            // Whoever wants one is told why there is none.
+            Err(_) => self.not_before = now + SULK,
+        }
+    }
+
+    /// Has one serve whoever is at the other end of `stream`, or a new one.
+    fn give(
+        &mut self,
+        stream: &UnixStream,
+        filter: Seccomp,
+        now: Instant,
+    ) -> io::Result<UnixStream> {
+        self.not_before = now + REST;
+        while let Some(blank) = self.ready.pop() {
+            if let Ok(asked) = blank.give(stream) {
+                return Ok(asked);
+            }
+        }
+        nursery::spawn(stream, filter)
+    }
+}
+
 /// Keeps processes ready until it is told to end.
 pub fn pool(args: &PoolArgs) -> Result {
     logging::start(args.log);
@@ -157,6 +203,7 @@ pub fn pool(args: &PoolArgs) -> Result {
         listener: &listener,
         filter: args.seccomp,
         shelves: keep.iter().map(|keep| Shelf::new(keep, now)).collect(),
+        blanks: Blanks { number: args.blank as usize, ready: Vec::new(), not_before: now },
         asking: Vec::new(),
         asked: Asked::default(),
         deaf: now,
@@ -168,6 +215,8 @@ struct Pool<'a> {
     listener: &'a UnixListener,
     filter: Seccomp,
     shelves: Vec<Shelf>,
+    /// For machines of other shapes.
+    blanks: Blanks,
     /// Who connected, and until when they may say what they want.
     asking: Vec<(UnixStream, Instant)>,
     /// With as many as there may be nobody else is let in, or given one: they wait.
@@ -217,6 +266,7 @@ impl Pool<'_> {
         for shelf in &mut self.shelves {
             shelf.fill(self.filter, now);
         }
+        self.blanks.fill(self.filter, now);
     }
 
     /// Waits until something happens, or there is something to do.
@@ -257,7 +307,7 @@ impl Pool<'_> {
         let asking = self.asking.iter().filter(|_| !self.asked.is_full());
         let shelves = self.shelves.iter().filter_map(Shelf::next);
         let deaf = (self.deaf > now).then_some(self.deaf);
-        shelves.chain(asking.map(|(_, until)| *until)).chain(deaf).min()
+        shelves.chain(self.blanks.next()).chain(asking.map(|(_, until)| *until)).chain(deaf).min()
     }
 
     /// Puts processes that are ready on their shelves.
@@ -321,7 +371,7 @@ impl Pool<'_> {
         let shape = fork::peek(&stream);
         let shelf = self.shelves.iter_mut().find(|shelf| Some(shelf.shape) == shape);
         let given = shelf.and_then(|shelf| shelf.give(&stream, now));
-        let asked = given.map_or_else(|| nursery::spawn(&stream, self.filter), Ok);
+        let asked = given.map_or_else(|| self.blanks.give(&stream, self.filter, now), Ok);
         match asked {
             Ok(asked) => self.asked.extend([asked]),
             Err(error) => tracing::warn!(%error, "no process can be made"),

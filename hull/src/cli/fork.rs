@@ -134,6 +134,9 @@ pub struct PoolArgs {
     /// [default: number=8,cpus=1,memory=128M]
     #[arg(long, value_name = "OPTIONS")]
     pub keep: Vec<String>,
+    /// Keep so many for machines of other shapes, which have no VM yet
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u32).range(..=4096))]
+    pub blank: u32,
     /// Where machines that are forked ask for them [default: .pool in the runtime directory]
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,

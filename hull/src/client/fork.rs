@@ -12,7 +12,7 @@ use vmm::machine::initial_metadata;
 use super::{Api, Machine, block_on, is_socket};
 use crate::cli::{ForkArgs, Result, Seccomp};
 use crate::exit::Code;
-use crate::nursery::{self, Asked, ListenError};
+use crate::nursery::{self, Asked, ListenError, Zygote};
 use crate::runtime;
 use crate::saved::Saved;
 use crate::streams;
@@ -20,6 +20,8 @@ use crate::table::Table;
 
 /// How long nobody is let in when that failed.
 const BREATH: Duration = Duration::from_millis(20);
+/// Processes that are made before the machine asks for them: as many as it asks for at a time.
+const BEFOREHAND: u32 = 4;
 /// How long all of them may take.
 const LONG: Duration = Duration::from_secs(3600);
 
@@ -56,7 +58,8 @@ struct Maker(SocketFile);
 const SOCKET: &str = ".fork-";
 
 impl Maker {
-    fn start(filter: Seccomp) -> std::result::Result<Maker, ForkError> {
+    /// Makes them, the first few of so many before anybody comes.
+    fn start(filter: Seccomp, count: u32) -> std::result::Result<Maker, ForkError> {
         let directory = runtime::directory();
         sweep(&directory);
         let path = directory.join(format!("{SOCKET}{}", std::process::id()));
@@ -64,12 +67,16 @@ impl Maker {
         listener.set_nonblocking(false).map_err(ForkError::Thread)?;
         let serve = move || {
             let mut asked = Asked::default();
+            // If there are none to be had, who asks is told.
+            let made = (0..count.min(BEFOREHAND)).map_while(|_| Zygote::blank(filter).ok());
+            let mut blanks: Vec<Zygote> = made.collect();
             loop {
                 asked.wait_for_room();
                 match listener.accept() {
-                    // Who asked is told if there is none to be had.
                     Ok((stream, _)) if nursery::admits(&stream) => {
-                        asked.extend(nursery::spawn(&stream, filter).ok());
+                        let given = blanks.pop().and_then(|blank| blank.give(&stream).ok());
+                        let given = given.or_else(|| nursery::spawn(&stream, filter).ok());
+                        asked.extend(given);
                     }
                     Ok(_) => {}
                     // Descriptors come back when processes were made.
@@ -118,7 +125,7 @@ pub fn fork(args: &ForkArgs) -> Result {
     let is_served = || args.seccomp.is_none() && is_served(&default);
     let there = args.pool.clone().or_else(|| is_served().then(|| default.clone()));
     let filter = args.seccomp.unwrap_or_default();
-    let own = there.is_none().then(|| Maker::start(filter)).transpose()?;
+    let own = there.is_none().then(|| Maker::start(filter, args.count)).transpose()?;
     let pool = there.or_else(|| own.as_ref().map(|maker| maker.0.path().to_owned()));
     let folder =
         args.disks_in.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone()));

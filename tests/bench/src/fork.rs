@@ -59,7 +59,8 @@ impl Pool {
         let pool = Pool { process, socket, _folder: folder };
         let begun = Instant::now();
         let id = pool.process.id();
-        while children_of(id)? < number.max(1) {
+        // One is there for other shapes.
+        while children_of(id)? < number.max(1) + 1 {
             if begun.elapsed() > PATIENCE {
                 return Err("the pool does not fill".into());
             }

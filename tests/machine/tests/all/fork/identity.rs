@@ -164,7 +164,7 @@ fn a_copy_is_told_by_its_metadata_service_who_it_is() {
         for (metadata, reason) in [
             ("/nowhere", "/nowhere: No such file"),
             (&*file("odd", "{"), "odd: EOF"),
-            (&*file("list", "[]"), "overrides[0].metadata: invalid type"),
+            (&*file("list", "[]"), "list: it has no JSON object"),
             (&*long, "it is longer than 1 MiB"),
         ] {
             let outcome = words(&["--metadata", metadata]);

@@ -304,7 +304,9 @@ fn whoever_dies_the_others_go_on() {
 /// A pool with so many processes that are ready.
 fn pool(family: &Family, words: &[&str], ready: usize) -> Running {
     let before = family.processes().len();
-    let pool = words.iter().fold(family.hull("pool"), |pool, word| pool.flag(word)).start();
+    let pool = family.hull("pool");
+    let pool = if words.contains(&"--blank") { pool } else { pool.option("--blank", "0") };
+    let pool = words.iter().fold(pool, |pool, word| pool.flag(word)).start();
     let socket = family.at("hull/.pool");
     eventually(
         || socket.exists() && family.processes().len() > before + ready,
@@ -332,6 +334,33 @@ fn a_pool_has_them_ready_and_fills_up_again() {
     for child in names(&children) {
         is_intact(&family, child);
     }
+}
+
+#[test]
+fn a_machine_of_another_shape_has_a_process_without_a_vm() {
+    let family = Family::default();
+    let parent = family.parent("p");
+    let pool = pool(&family, &["--keep", "number=1,memory=32M", "--blank", "2"], 3);
+    let waiting = family.processes();
+    let children = fork_at_work(&family, "p", 4, &[]);
+    let taken = children.iter().filter(|child| waiting.contains(&(pid(child) as u32))).count();
+    assert_eq!(taken, 2, "{children:?}");
+    // It fills up again, also where one of them ended.
+    eventually(|| family.processes().len() == 9, || format!("{:?}", family.processes()));
+    let blank = |id: &&u32| {
+        let words = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&words).contains("--asked") && !waiting.contains(id)
+    };
+    let others: Vec<_> = family.processes();
+    let known: Vec<u32> = children.iter().map(|child| pid(child) as u32).collect();
+    for id in others.iter().filter(blank).filter(|id| !known.contains(id)) {
+        // SAFETY: a process of this test.
+        unsafe { libc::kill(*id as i32, libc::SIGKILL) };
+    }
+    fork_to_work(&family, "p", "late", 2, &[]);
+    goes_on(&parent);
+    pool.signal(libc::SIGTERM);
+    pool.finish().ok();
 }
 
 #[test]

@@ -66,8 +66,9 @@ impl Instance {
         let birth = birth.map_err(|error| failed(&error))?;
         if let Some(seed) = shared.template(birth.children()) {
             drop(saving);
-            let children =
+            let (children, used) =
                 tokio::spawn(deliver(birth, seed)).await.map_err(|_| Fault::gone())??;
+            used.drop_later();
             let children = children.into_iter().map(Into::into).collect();
             return Ok(Forked { children, pause_us: 0, copied_bytes: 0, drives: Vec::new() });
         }
@@ -112,13 +113,15 @@ impl Saving {
         // The next may be made meanwhile.
         drop(self);
         let (birth, seed, copied_bytes) = planted?;
-        let children = deliver(birth, seed).await;
-        let are_none = |children: &Vec<Outcome>| children.iter().all(Result::is_err);
-        if !resume && was_running && children.as_ref().map_or(true, are_none) {
+        let delivered = deliver(birth, seed).await;
+        let are_none = |(children, _): &(Vec<Outcome>, Used)| children.iter().all(Result::is_err);
+        if !resume && was_running && delivered.as_ref().map_or(true, are_none) {
             // It is nobody's template.
             handle.send(Command::Resume, Box::new(drop));
         }
-        let children = children?.into_iter().map(Into::into).collect();
+        let (children, used) = delivered?;
+        used.drop_later();
+        let children = children.into_iter().map(Into::into).collect();
         let pause_us = goes_on.await.map_err(|_| Fault::gone())?;
         Ok(Forked { children, pause_us, copied_bytes, drives })
     }
@@ -224,13 +227,27 @@ fn header(id: String, size: u64) -> Header {
     }
 }
 
-/// Has each child made, and says what became of them, in order.
-async fn deliver(birth: Birth, seed: Arc<Seed>) -> Result<Vec<Outcome>, Fault> {
-    if let Some(outcome) = only_one(&birth, &seed).await {
-        return Ok(vec![outcome]);
+/// What children were made of, and connections to them.
+struct Used(#[expect(dead_code, reason = "what counts is when it is dropped")] (Birth, Arc<Seed>));
+
+impl Used {
+    /// Drops it when the client was answered: to close files takes the kernel as long as the answer.
+    fn drop_later(self) {
+        tokio::spawn(async move {
+            tokio::task::yield_now().await;
+            drop(self);
+        });
     }
-    let outcomes = elsewhere(move || birth.deliver(&seed)).await?;
-    Ok(outcomes.into_iter().map(said).collect())
+}
+
+/// Has each child made, and says what became of them, in order.
+async fn deliver(birth: Birth, seed: Arc<Seed>) -> Result<(Vec<Outcome>, Used), Fault> {
+    if let Some(outcome) = only_one(&birth, &seed).await {
+        return Ok((vec![outcome], Used((birth, seed))));
+    }
+    let work = move || (birth.deliver(&seed), Used((birth, seed)));
+    let (outcomes, used) = elsewhere(work).await?;
+    Ok((outcomes.into_iter().map(said).collect(), used))
 }
 
 /// Has the only child made by whoever was told of it, without a thread. Nothing if another has to be asked.

@@ -158,10 +158,6 @@ pub fn run(
                 at_most(bound),
             );
         }
-        for (row, bound) in [("call", 1.0), ("call, p99", 5.0)] {
-            let row = format!("template, pool filled, {row}");
-            report.target(&row, "hull, ms", report.median(&row, "hull"), at_most(bound));
-        }
     }
     if options.wants("fork-pause") {
         for touched in TOUCHED {

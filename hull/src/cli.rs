@@ -8,6 +8,7 @@ mod snapshot;
 mod verbs;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vmm::seccomp;
@@ -190,6 +191,12 @@ impl From<Seccomp> for seccomp::Mode {
             Seccomp::Off => seccomp::Mode::Off,
         }
     }
+}
+
+/// Whole milliseconds of a time in seconds. Nothing if it is none.
+pub fn millis(seconds: f64) -> Option<u64> {
+    let time = Duration::try_from_secs_f64(seconds).ok()?;
+    u64::try_from(time.as_millis()).ok()
 }
 
 // Options of `hull doctor`.

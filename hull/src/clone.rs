@@ -55,10 +55,12 @@ pub fn clone(args: &CloneArgs, start: Instant) -> Result {
     let (pool, served, hollow) = match args.shape() {
         None if args.asked => {
             // Nobody waits for it yet: it may become quicker meanwhile.
-            if !fork::has_begun(&stream) {
+            let served = if fork::has_begun(&stream) {
+                nursery::served(&stream)?
+            } else {
                 get_ready();
-            }
-            let served = nursery::served(&stream)?;
+                nursery::wait(&stream)?
+            };
             (Some(stream), served, None)
         }
         None => (None, Some(stream), None),
@@ -115,15 +117,14 @@ fn shared(stream: Option<UnixStream>) -> Shared {
 impl Parent {
     /// Waits for what it hands over.
     fn receive(&self) -> Result<(Origin, Disks)> {
-        let handed = match &*self.stream.borrow() {
-            Some(stream) => fork::receive(stream)?,
-            None => return Err(CloneError::NoSocket.into()),
-        };
-        Ok(handed)
+        match &*self.stream.borrow() {
+            Some(stream) => Ok(fork::receive(stream)?),
+            None => Err(CloneError::NoSocket.into()),
+        }
     }
 
     /// This process has its machine: whoever made it may make another.
-    fn is_served(&self) {
+    fn leave_pool(&self) {
         self.pool.take();
     }
 
@@ -245,7 +246,7 @@ fn serve(
         return Err(CloneError::Unheard.into());
     }
     // Not before, for it wakes somebody who wants a processor.
-    parent.is_served();
+    parent.leave_pool();
     // From here on there may be writes that were acknowledged.
     copies.keep();
     if child.resume {

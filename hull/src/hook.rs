@@ -11,7 +11,7 @@ use vmm::hook::{Addresses, Conversation, Hook, HookError, Identity, Outcome};
 use vmm::machine::{Command, Handle, Machine, Message, Service};
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::cli::{RestoreArgs, UsageError};
+use crate::cli::{RestoreArgs, UsageError, millis};
 use crate::report;
 
 /// What the guest of a machine that is restored is told.
@@ -20,18 +20,16 @@ use crate::report;
 /// An option makes no sense.
 pub fn of_restored(args: &RestoreArgs) -> Result<Option<Hook>, UsageError> {
     let Some(port) = args.hook else { return Ok(None) };
-    let timeout_ms = args.hook_timeout.map_or(Ok(Hook::default().timeout_ms), millis)?;
+    let timeout_ms = match args.hook_timeout {
+        Some(seconds) => millis(seconds).ok_or_else(|| UsageError::Option {
+            option: "hook-timeout",
+            text: seconds.to_string(),
+            reason: "it is no time in seconds".to_owned(),
+        })?,
+        None => Hook::default().timeout_ms,
+    };
     let nets = args.ip.iter().map(|text| address(text)).collect::<Result<_, _>>()?;
     Ok(Some(Hook { port, timeout_ms, hostname: args.hostname.clone(), nets }))
-}
-
-fn millis(seconds: f64) -> Result<u64, UsageError> {
-    let time = Duration::try_from_secs_f64(seconds).ok();
-    time.and_then(|time| u64::try_from(time.as_millis()).ok()).ok_or_else(|| UsageError::Option {
-        option: "hook-timeout",
-        text: seconds.to_string(),
-        reason: "it is no time in seconds".to_owned(),
-    })
 }
 
 /// Reads `ID=ADDRESS/PREFIX[,GATEWAY]`.

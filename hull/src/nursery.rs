@@ -109,7 +109,7 @@ pub fn admits(stream: &UnixStream) -> bool {
 /// # Errors
 /// There is no process to be had, which the other end is told.
 pub fn spawn(stream: &UnixStream, filter: Seccomp) -> io::Result<UnixStream> {
-    let spawned = Zygote::blank(filter).and_then(|blank| blank.give(stream));
+    let spawned = Zygote::start(None, filter).and_then(|blank| blank.give(stream));
     if let Err(err) = &spawned {
         // Nobody else does.
         let _ = fork::answer(stream, &Err(format!("no process can be made: {err}")));
@@ -160,28 +160,22 @@ impl Extend<UnixStream> for Asked {
 pub struct Zygote(UnixStream);
 
 impl Zygote {
-    /// Has one made. It has something to say when its descriptor can be read.
+    /// Has one made: for machines of this shape, or one that has nothing ready but itself and need not be waited for.
+    /// It has something to say when its descriptor can be read.
     ///
     /// # Errors
     /// There is no process to be had.
-    pub fn start(shape: Shape, filter: Seccomp) -> io::Result<Zygote> {
+    pub fn start(shape: Option<Shape>, filter: Seccomp) -> io::Result<Zygote> {
         let (own, theirs) = UnixStream::pair()?;
-        let (cpus, memory) = (shape.cpus.to_string(), shape.memory.to_string());
-        let mut options = vec!["--cpus", &cpus, "--memory", &memory];
-        if shape.huge_pages {
-            options.push("--huge-pages");
+        let mut options = Vec::new();
+        match shape {
+            None => options.push("--asked".to_owned()),
+            Some(Shape { cpus, memory, huge_pages }) => {
+                options.extend([format!("--cpus={cpus}"), format!("--memory={memory}")]);
+                options.extend(huge_pages.then(|| "--huge-pages".to_owned()));
+            }
         }
         start(theirs, filter, &options)?;
-        Ok(Zygote(own))
-    }
-
-    /// Has one made that has nothing ready but itself, for a machine of any shape. It need not be waited for.
-    ///
-    /// # Errors
-    /// There is no process to be had.
-    pub fn blank(filter: Seccomp) -> io::Result<Zygote> {
-        let (own, theirs) = UnixStream::pair()?;
-        start(theirs, filter, &["--asked"])?;
         Ok(Zygote(own))
     }
 
@@ -241,11 +235,13 @@ pub fn served(pool: &UnixStream) -> io::Result<Option<UnixStream>> {
     match pool.recv_with_fd(&mut [0]) {
         Ok((1, Some(file))) => Ok(Some(UnixStream::from(OwnedFd::from(file)))),
         Ok(_) => Ok(None),
+        // It has not even read that this process is ready.
+        Err(err) if err.errno() == libc::ECONNRESET => Ok(None),
         Err(err) => Err(err.into()),
     }
 }
 
-fn start(stream: UnixStream, filter: Seccomp, options: &[&str]) -> io::Result<()> {
+fn start(stream: UnixStream, filter: Seccomp, options: &[String]) -> io::Result<()> {
     let mut command = Command::new("/proc/self/exe");
     command
         .args([CLONE, "--seccomp", filter.as_str()])

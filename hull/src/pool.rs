@@ -4,7 +4,6 @@
 //! which shape it wants, and gets a process from that shelf, or a new one where none is ready. How many may be
 //! about to speak, and how many processes may have no machine yet, is limited: others wait at the socket.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
@@ -61,9 +60,9 @@ impl Keep {
     }
 }
 
-/// Processes of one shape.
+/// Processes of one shape, or without a VM.
 struct Shelf {
-    shape: Shape,
+    shape: Option<Shape>,
     number: usize,
     ready: Vec<Zygote>,
     /// The one that is being made.
@@ -75,10 +74,10 @@ struct Shelf {
 }
 
 impl Shelf {
-    fn new(keep: &Keep, now: Instant) -> Shelf {
+    fn new(shape: Option<Shape>, number: u32, now: Instant) -> Shelf {
         Shelf {
-            shape: keep.shape(),
-            number: keep.number as usize,
+            shape,
+            number: number as usize,
             ready: Vec::new(),
             coming: None,
             not_before: now,
@@ -136,51 +135,6 @@ impl Shelf {
     }
 }
 
-/// Processes that have no VM, for machines of any shape.
-struct Blanks {
-    number: usize,
-    ready: Vec<Zygote>,
-    /// No other is made before.
-    not_before: Instant,
-}
-
-impl Blanks {
-    /// When the next one is made, unless all are there.
-    fn next(&self) -> Option<Instant> {
-        (self.ready.len() < self.number).then_some(self.not_before)
-    }
-
-    fn fill(&mut self, filter: Seccomp, now: Instant) {
-        if self.next().is_none_or(|time| now < time) {
-            return;
-        }
-        match Zygote::blank(filter) {
-            Ok(blank) => {
-                self.ready.push(blank);
-                self.not_before = now + REST;
-            }
-            // Whoever wants one is told why there is none.
-            Err(_) => self.not_before = now + SULK,
-        }
-    }
-
-    /// Has one serve whoever is at the other end of `stream`, or a new one.
-    fn give(
-        &mut self,
-        stream: &UnixStream,
-        filter: Seccomp,
-        now: Instant,
-    ) -> io::Result<UnixStream> {
-        self.not_before = now + REST;
-        while let Some(blank) = self.ready.pop() {
-            if let Ok(asked) = blank.give(stream) {
-                return Ok(asked);
-            }
-        }
-        nursery::spawn(stream, filter)
-    }
-}
-
 /// Keeps processes ready until it is told to end.
 pub fn pool(args: &PoolArgs) -> Result {
     logging::start(args.log);
@@ -199,11 +153,12 @@ pub fn pool(args: &PoolArgs) -> Result {
     let (listener, _socket) = nursery::listen(&path)?;
     let signals = Signals::block()?.with_hooks(Hooks::default());
     let now = Instant::now();
+    let shelves = keep.iter().map(|keep| Shelf::new(Some(keep.shape()), keep.number, now));
+    let shelves = shelves.chain([Shelf::new(None, args.blank, now)]);
     let pool = Pool {
         listener: &listener,
         filter: args.seccomp,
-        shelves: keep.iter().map(|keep| Shelf::new(keep, now)).collect(),
-        blanks: Blanks { number: args.blank as usize, ready: Vec::new(), not_before: now },
+        shelves: shelves.collect(),
         asking: Vec::new(),
         asked: Asked::default(),
         deaf: now,
@@ -214,9 +169,8 @@ pub fn pool(args: &PoolArgs) -> Result {
 struct Pool<'a> {
     listener: &'a UnixListener,
     filter: Seccomp,
+    /// Those for a shape come first.
     shelves: Vec<Shelf>,
-    /// For machines of other shapes.
-    blanks: Blanks,
     /// Who connected, and until when they may say what they want.
     asking: Vec<(UnixStream, Instant)>,
     /// With as many as there may be nobody else is let in, or given one: they wait.
@@ -266,7 +220,6 @@ impl Pool<'_> {
         for shelf in &mut self.shelves {
             shelf.fill(self.filter, now);
         }
-        self.blanks.fill(self.filter, now);
     }
 
     /// Waits until something happens, or there is something to do.
@@ -307,7 +260,7 @@ impl Pool<'_> {
         let asking = self.asking.iter().filter(|_| !self.asked.is_full());
         let shelves = self.shelves.iter().filter_map(Shelf::next);
         let deaf = (self.deaf > now).then_some(self.deaf);
-        shelves.chain(self.blanks.next()).chain(asking.map(|(_, until)| *until)).chain(deaf).min()
+        shelves.chain(asking.map(|(_, until)| *until)).chain(deaf).min()
     }
 
     /// Puts processes that are ready on their shelves.
@@ -369,9 +322,14 @@ impl Pool<'_> {
             return;
         }
         let shape = fork::peek(&stream);
-        let shelf = self.shelves.iter_mut().find(|shelf| Some(shelf.shape) == shape);
-        let given = shelf.and_then(|shelf| shelf.give(&stream, now));
-        let asked = given.map_or_else(|| self.blanks.give(&stream, self.filter, now), Ok);
+        // One without a VM is of use to each, if there is no better one.
+        let mut given = None;
+        for shelf in
+            self.shelves.iter_mut().filter(|shelf| shelf.shape.is_none_or(|own| Some(own) == shape))
+        {
+            given = given.or_else(|| shelf.give(&stream, now));
+        }
+        let asked = given.map_or_else(|| nursery::spawn(&stream, self.filter), Ok);
         match asked {
             Ok(asked) => self.asked.extend([asked]),
             Err(error) => tracing::warn!(%error, "no process can be made"),

@@ -68,7 +68,7 @@ impl Instance {
             drop(saving);
             let (children, used) =
                 tokio::spawn(deliver(birth, seed)).await.map_err(|_| Fault::gone())??;
-            used.drop_later();
+            drop_later(used);
             let children = children.into_iter().map(Into::into).collect();
             return Ok(Forked { children, pause_us: 0, copied_bytes: 0, drives: Vec::new() });
         }
@@ -120,7 +120,7 @@ impl Saving {
             handle.send(Command::Resume, Box::new(drop));
         }
         let (children, used) = delivered?;
-        used.drop_later();
+        drop_later(used);
         let children = children.into_iter().map(Into::into).collect();
         let pause_us = goes_on.await.map_err(|_| Fault::gone())?;
         Ok(Forked { children, pause_us, copied_bytes, drives })
@@ -227,25 +227,23 @@ fn header(id: String, size: u64) -> Header {
     }
 }
 
-/// What children were made of, and connections to them.
-struct Used(#[expect(dead_code, reason = "what counts is when it is dropped")] (Birth, Arc<Seed>));
+/// Connections to children, and what they were made of.
+type Used = (Birth, Arc<Seed>);
 
-impl Used {
-    /// Drops it when the client was answered: to close files takes the kernel as long as the answer.
-    fn drop_later(self) {
-        tokio::spawn(async move {
-            tokio::task::yield_now().await;
-            drop(self);
-        });
-    }
+/// Drops it when the client was answered: to close files takes the kernel as long as the answer.
+fn drop_later(used: Used) {
+    tokio::spawn(async move {
+        tokio::task::yield_now().await;
+        drop(used);
+    });
 }
 
 /// Has each child made, and says what became of them, in order.
 async fn deliver(birth: Birth, seed: Arc<Seed>) -> Result<(Vec<Outcome>, Used), Fault> {
     if let Some(outcome) = only_one(&birth, &seed).await {
-        return Ok((vec![outcome], Used((birth, seed))));
+        return Ok((vec![outcome], (birth, seed)));
     }
-    let work = move || (birth.deliver(&seed), Used((birth, seed)));
+    let work = move || (birth.deliver(&seed), (birth, seed));
     let (outcomes, used) = elsewhere(work).await?;
     Ok((outcomes.into_iter().map(said).collect(), used))
 }

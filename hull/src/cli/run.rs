@@ -286,10 +286,8 @@ fn disk(text: &str) -> std::result::Result<DiskConfig, UsageError> {
     }
     let disk: DiskConfig = read_option("disk", text, pairs)?;
     if disk.forked > 0 {
-        let reason =
-            "forked is said of files that Hull made, in what it writes itself; backing follows \
-                      what an image names"
-                .to_owned();
+        let reason = "forked is only for files that Hull made; backing follows what an image names";
+        let reason = reason.to_owned();
         return Err(UsageError::Option { option: "disk", text: text.to_owned(), reason });
     }
     Ok(disk)

@@ -10,7 +10,7 @@ use vmm::config::{MacAddress, MmdsConfig};
 use vmm::machine::initial_metadata;
 
 use super::{Api, Machine, block_on, is_socket};
-use crate::cli::{ForkArgs, Result, Seccomp};
+use crate::cli::{ForkArgs, Result, Seccomp, millis};
 use crate::exit::Code;
 use crate::nursery::{self, Asked, ListenError, Zygote};
 use crate::runtime;
@@ -68,7 +68,7 @@ impl Maker {
         let serve = move || {
             let mut asked = Asked::default();
             // If there are none to be had, who asks is told.
-            let made = (0..count.min(BEFOREHAND)).map_while(|_| Zygote::blank(filter).ok());
+            let made = (0..count.min(BEFOREHAND)).map_while(|_| Zygote::start(None, filter).ok());
             let mut blanks: Vec<Zygote> = made.collect();
             loop {
                 asked.wait_for_room();
@@ -102,18 +102,32 @@ fn sweep(directory: &Path) {
     }
 }
 
+/// Whose copies are made.
+enum Parent {
+    Running(Machine),
+    Saved(Box<Saved>),
+}
+
+impl Parent {
+    fn find(args: &ForkArgs) -> Result<Parent> {
+        let folder = Path::new(&args.machine);
+        if !is_socket(&args.machine) || !folder.is_dir() {
+            let machine = running(&args.machine)?;
+            return match args.base {
+                None => Ok(Parent::Running(machine)),
+                Some(_) => Err(ForkError::Base.into()),
+            };
+        }
+        if args.template {
+            return Err(ForkError::Template.into());
+        }
+        Ok(Parent::Saved(Saved::find(folder, args.base.as_deref())?.into()))
+    }
+}
+
 /// Has copies made, of a machine that runs or of one that was saved.
 pub fn fork(args: &ForkArgs) -> Result {
-    let is_folder = is_socket(&args.machine) && Path::new(&args.machine).is_dir();
-    let base = args.base.as_deref();
-    let saved = is_folder.then(|| Saved::find(Path::new(&args.machine), base)).transpose()?;
-    let machine = if is_folder { None } else { Some(running(&args.machine)?) };
-    if saved.is_none() && base.is_some() {
-        return Err(ForkError::Base.into());
-    }
-    if saved.is_some() && args.template {
-        return Err(ForkError::Template.into());
-    }
+    let parent = Parent::find(args)?;
     if let Some(name) = args.name.as_ref().filter(|name| args.count > 1 && !name.contains("{n}")) {
         return Err(ForkError::Names(name.clone()).into());
     }
@@ -135,15 +149,14 @@ pub fn fork(args: &ForkArgs) -> Result {
         "overrides": overrides,
     });
     if let Some(seconds) = args.timeout {
-        body["timeout_ms"] = millis("--timeout", seconds)?.into();
+        body["timeout_ms"] = time("--timeout", seconds)?.into();
     }
-    let forked = match (saved, machine) {
-        (Some(saved), _) => saved.fork(body)?,
-        (None, Some(machine)) => block_on(async {
+    let forked = match parent {
+        Parent::Saved(saved) => saved.fork(body)?,
+        Parent::Running(machine) => block_on(async {
             let mut api = Api::connect(&machine, LONG).await?;
             api.post("/fork", &body).await
         })?,
-        (None, None) => Value::Null,
     };
     drop(own);
     let children = forked.get("children").and_then(Value::as_array).cloned().unwrap_or_default();
@@ -188,10 +201,8 @@ fn is_served(path: &Path) -> bool {
         .is_ok()
 }
 
-fn millis(option: &'static str, seconds: f64) -> std::result::Result<u64, ForkError> {
-    let time = Duration::try_from_secs_f64(seconds);
-    let millis = time.ok().and_then(|time| u64::try_from(time.as_millis()).ok());
-    millis.ok_or(ForkError::Timeout(option, seconds))
+fn time(option: &'static str, seconds: f64) -> std::result::Result<u64, ForkError> {
+    millis(seconds).ok_or(ForkError::Timeout(option, seconds))
 }
 
 type Pairs = std::result::Result<Vec<Value>, ForkError>;
@@ -245,7 +256,7 @@ fn overrides(args: &ForkArgs) -> std::result::Result<Vec<Value>, ForkError> {
                 hook["hostname"] = numbered(name).into();
             }
             if let Some(seconds) = args.hook_timeout {
-                hook["timeout_ms"] = millis("--hook-timeout", seconds)?.into();
+                hook["timeout_ms"] = time("--hook-timeout", seconds)?.into();
             }
             let ip = |text| {
                 let (id, ip) = pair("--ip", text)?;

@@ -40,7 +40,8 @@ pub enum DiskError {
     },
     /// It cannot be opened.
     #[error(
-        "cannot read {disk}, on which copies are to stand; --disk {disk}=FILE (drive_overrides) gives each another file that is there"
+        "cannot read {disk}, on which copies are to stand; --disk {disk}=FILE (drive_overrides) gives each \
+         another file that is there"
     )]
     Open {
         /// Name of the disk.
